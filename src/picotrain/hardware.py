@@ -1,0 +1,116 @@
+"""What is this machine: devices, memory, peak FLOPs, and whether bf16 is fast on it. No torch, nothing timed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+# Peak dense bf16 FLOPs per second with fp32 accumulation, without sparsity, from the vendors' data sheets.
+# The first entry whose words all occur in the device's name counts, so the more special ones come first.
+PEAK_FLOPS: tuple[tuple[tuple[str, ...], float, str], ...] = (
+    (("b200",), 2250e12, "NVIDIA Blackwell architecture brief"),
+    (("h200",), 989.4e12, "NVIDIA H200 data sheet (SXM)"),
+    (("h100", "pcie"), 756e12, "NVIDIA H100 data sheet (PCIe)"),
+    (("h100", "nvl"), 835e12, "NVIDIA H100 data sheet (NVL)"),
+    (("h100",), 989.4e12, "NVIDIA H100 data sheet (SXM)"),
+    (("a100",), 312e12, "NVIDIA A100 data sheet"),
+    (("l40s",), 362e12, "NVIDIA L40S data sheet"),
+    (("4090",), 165.2e12, "NVIDIA Ada GPU architecture, GeForce RTX 4090"),
+    (("3090",), 71e12, "NVIDIA GA102 white paper, GeForce RTX 3090"),
+)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices of this node. `compute_capability` is CUDA's, e.g. 9.0; 0.0 elsewhere."""
+
+    device: str  # "cuda", "mps" or "cpu"
+    name: str
+    count: int  # devices a run can use: GPUs, or 1
+    memory_bytes: int  # per device; all of the machine's for cpu and mps
+    compute_capability: float
+    fast_bf16: bool
+    cores: int
+
+    @property
+    def peak_flops(self) -> float | None:
+        return peak_flops(self.name)
+
+
+def peak_flops(name: str) -> float | None:
+    """Peak dense bf16 FLOPs per second of a device by its name, None where no data sheet is in the table."""
+    words = name.lower()
+    return next((flops for keys, flops, _ in PEAK_FLOPS if all(key in words for key in keys)), None)
+
+
+@lru_cache(maxsize=1)
+def detect() -> Machine:
+    """The machine this process runs on: NVIDIA GPUs if the driver lists any, else Apple's GPU, else the CPU."""
+    return _cuda() or _mps() or cpu()
+
+
+@lru_cache(maxsize=1)
+def cpu() -> Machine:
+    """The CPU, whatever else is there. bf16 counts as fast with AVX512-BF16 or AMX (mkldnn's bf16 matmuls use them)."""
+    flags = _cpu_flags()
+    fast = bool({"avx512_bf16", "amx_bf16"} & flags)
+    return Machine("cpu", _cpu_name(), 1, _memory_bytes(), 0.0, fast, cores())
+
+
+def cores() -> int:
+    """CPU cores this process may use (affinity masks of containers and schedulers included)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_compiler() -> bool:
+    """Whether torch.compile can build CPU code here: it calls a C++ compiler."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def _cuda() -> Machine | None:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    lines = _run(query).strip().splitlines()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = len(lines) if visible is None else min(len(lines), len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))
+    if not count:
+        return None
+    name, memory_mib, capability = (part.strip() for part in lines[0].split(","))
+    return Machine("cuda", name, count, int(memory_mib) * 2**20, float(capability), float(capability) >= 8.0, cores())
+
+
+def _mps() -> Machine | None:
+    if platform.system() != "Darwin" or platform.machine() != "arm64":
+        return None
+    return Machine("mps", _cpu_name(), 1, _memory_bytes(), 0.0, False, cores())
+
+
+def _run(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return set()
+    return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return _run(["sysctl", "-n", "machdep.cpu.brand_string"]).strip() or platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

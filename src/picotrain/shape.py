@@ -1,0 +1,141 @@
+"""From the depth dial to dimensions, parameters, FLOPs and scaled rates. Plain arithmetic, no torch.
+
+The reference point of the scaling rules is depth 12 (width 768, vocabulary 32,768) at a data:parameter
+ratio of 12 and a batch of 2^19 tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+REFERENCE_WIDTH = 768
+REFERENCE_BATCH_TOKENS = 2**19
+REFERENCE_PARAMS = 12 * 12 * 768**2 + 32_768 * 768  # matrices and head at depth 12
+DEFAULT_RATIO = 12.0  # training tokens per matrix or head parameter
+
+
+class ModelSection(Protocol):
+    """The part of `picotrain.config.schema.ModelConfig` that decides the dimensions."""
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def width(self) -> int | None: ...
+    @property
+    def n_kv_heads(self) -> int | None: ...
+    @property
+    def window_pattern(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The dimensions of a model."""
+
+    depth: int
+    width: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    mlp_width: int
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts by part. `scaling` (matrices and head) is what the data:parameter ratio counts."""
+
+    embedding: int
+    matrices: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.matrices + self.head
+
+    @property
+    def scaling(self) -> int:
+        return self.matrices + self.head
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak learning rates by parameter group, and the decay of the matrices."""
+
+    matrix_lr: float
+    embed_lr: float
+    head_lr: float
+    weight_decay: float
+
+
+def dims(model: ModelSection) -> Dims:
+    """Width is 64 x depth rounded up to a whole number of heads, the MLP four times as wide."""
+    width = model.width or math.ceil(64 * model.depth / model.head_dim) * model.head_dim
+    n_heads = width // model.head_dim
+    return Dims(model.depth, width, n_heads, model.n_kv_heads or n_heads, model.head_dim, 4 * width)
+
+
+def default_seq_len(depth: int) -> int:
+    """Tokens per row when the config leaves it open: 512 for models that train on a laptop, else 2,048."""
+    return 512 if depth < 12 else 2048
+
+
+def pad_vocab(vocab_size: int) -> int:
+    """Rows of the embedding and the head: the vocabulary rounded up to 64, which matmul kernels prefer."""
+    return math.ceil(vocab_size / 64) * 64
+
+
+def windows(model: ModelSection, seq_len: int) -> tuple[int, ...]:
+    """Attention window of each layer in tokens: L sees the whole row, S half of it; the last layer is always L."""
+    pattern = model.window_pattern
+    sizes = [seq_len if pattern[i % len(pattern)] == "L" else seq_len // 2 for i in range(model.depth)]
+    return (*sizes[:-1], seq_len)
+
+
+def parameters(d: Dims, vocab_size: int) -> Parameters:
+    """Weights by part; norms carry none and there are no biases."""
+    attention = d.width * d.head_dim * (2 * d.n_heads + 2 * d.n_kv_heads)
+    table = pad_vocab(vocab_size) * d.width
+    return Parameters(embedding=table, matrices=d.depth * (attention + 2 * d.width * d.mlp_width), head=table)
+
+
+def flops_per_token(d: Dims, params: Parameters, layer_windows: tuple[int, ...], seq_len: int) -> int:
+    """Training FLOPs per token, forward and backward.
+
+    6 per matmul parameter (2 forward, 4 backward; the embedding is a look-up) plus 12 x heads x head_dim x
+    min(window, seq_len) per layer for QK^T and AV, not halved for causality (PaLM, arXiv:2204.02311, appendix B).
+    """
+    attention = sum(12 * d.n_heads * d.head_dim * min(w, seq_len) for w in layer_windows)
+    return 6 * params.scaling + attention
+
+
+def derive_batch_tokens(params: Parameters, seq_len: int) -> int:
+    """Tokens per step from the model's size: 2^19 x (D / D_ref)^0.383, rounded to a power of two, at least one row.
+
+    The exponent is from "Power Lines" (arXiv:2505.13738), where the optimal batch grows with the training tokens D.
+    D is taken at the default data:parameter ratio whatever the horizon, so that runs of different length of
+    one model share their batch. Not studied here: models below depth 8.
+    """
+    ideal = REFERENCE_BATCH_TOKENS * (params.scaling / REFERENCE_PARAMS) ** 0.383
+    return max(2 ** round(math.log2(ideal)), seq_len)
+
+
+def scale_rates(base: Rates, width: int, batch_tokens: int, total_tokens: int) -> Rates:
+    """Rates given at the reference point, moved to this width, batch and horizon.
+
+    * Every rate grows with sqrt(batch / 2^19): the square-root rule for Adam (arXiv:2205.10287).
+    * Matrices fall with 1 / width, as in the maximal update parametrization (arXiv:2203.03466, table 8); embedding
+      and head fall with 1 / sqrt(width), nanochat's empirical rule.
+    * Decay keeps the time scale batch / (lr x decay x tokens) of the weights' moving average constant
+      (arXiv:2405.13698): decay x sqrt(batch / 2^19) x D_ref / D.
+    """
+    batch_scale = math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
+    width_scale = REFERENCE_WIDTH / width
+    return Rates(
+        matrix_lr=base.matrix_lr * batch_scale * width_scale,
+        embed_lr=base.embed_lr * batch_scale * math.sqrt(width_scale),
+        head_lr=base.head_lr * batch_scale * math.sqrt(width_scale),
+        weight_decay=base.weight_decay * batch_scale * (DEFAULT_RATIO * REFERENCE_PARAMS / total_tokens),
+    )
