@@ -1,0 +1,191 @@
+"""The `picotrain` command: parse, import what the command needs, call, turn a user's mistake into one message.
+
+Nothing heavy is imported at the top: `picotrain --help` has to answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from picotrain.errors import PicotrainError, Problem
+
+app = typer.Typer(
+    name="picotrain",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Pretrain a small language model from one resolved config.\n\n"
+    "`picotrain train` trains the default model on your machine's own Python library, "
+    "`picotrain train model=d20 hardware=8xh100` on a rented node; `picotrain plan ...` tells what either would mean.",
+)
+data_app = typer.Typer(no_args_is_help=True, help="Prepare and look at corpora.")
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train and look at tokenizers.")
+app.add_typer(data_app, name="data")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[OVERRIDE]...", help="Group choices (model=d6) and dotted keys (train.max_steps=100); the last of a key wins."),
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Take everything but run.* from a saved config.yaml; dotted overrides may follow.")]
+ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="A folder with groups of your own (model/mine.yaml), searched too.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+Checkpoint = Annotated[str, typer.Option("--checkpoint", help="last, best or a step.")]
+
+
+def say(message: str) -> None:
+    """Progress and notes go to standard error: standard output belongs to results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+@app.command()
+def train(overrides: Overrides = None, config: ConfigFile = None, config_dir: ConfigDir = None) -> None:
+    """Train, or go on from the newest checkpoint of the same experiment.
+
+    Examples: `picotrain train`, `picotrain train model=d6 train.max_steps=500`, `picotrain train --config runs/a/config.yaml`.
+    """
+    from picotrain.cli import commands
+
+    raise typer.Exit(commands.train(overrides or [], config, config_dir))
+
+
+@app.command()
+def resume(run: RunDir, overrides: Overrides = None) -> None:
+    """Go on with a run from its newest checkpoint, with changed values if wanted.
+
+    Cadence, logging and paths may change freely; hardware and micro-batch change only the rounding; horizon and rates are
+    announced as a changed experiment; the rest is refused.
+    """
+    from picotrain.cli import commands
+
+    raise typer.Exit(commands.resume(run, overrides or []))
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    config_dir: ConfigDir = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Print what a config means without running it: parameters, batch, steps, memory, and time where the hardware is known."""
+    from picotrain.cli import commands
+
+    commands.show_plan(overrides or [], config, config_dir, json)
+
+
+@app.command("config")
+def config_(overrides: Overrides = None, config: ConfigFile = None, config_dir: ConfigDir = None) -> None:
+    """Print the resolved config as YAML: what `train` would write into the run directory."""
+    from picotrain.cli import commands
+
+    commands.show_config(overrides or [], config, config_dir)
+
+
+@app.command("eval")
+def eval_(run: RunDir, checkpoint: Checkpoint = "last") -> None:
+    """Measure a checkpoint: bits per byte and loss on validation and training text, and samples."""
+    from picotrain.cli import commands
+
+    raise typer.Exit(commands.evaluate(run, checkpoint))
+
+
+@app.command()
+def sample(
+    run: RunDir,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; none: start a document.")] = "",
+    checkpoint: Checkpoint = "last",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest; 0: among all.")] = 50,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+) -> None:
+    """Continue a prompt with a run's model, streaming."""
+    from picotrain.cli import commands
+
+    commands.sample(run, prompt, checkpoint, max_tokens, temperature, top_k or None, seed)
+
+
+@app.command()
+def report(run: RunDir) -> None:
+    """Write report.md and summary.json of a run again, finished or not."""
+    from picotrain.cli import commands
+
+    commands.report(run)
+
+
+@app.command()
+def doctor(overrides: Overrides = None, config: ConfigFile = None, config_dir: ConfigDir = None) -> None:
+    """Preflight: devices, precision, disk, data, tokenizer, and two steps of the real config; says what to fix.
+
+    With a run directory instead of overrides: verify all of its checkpoints.
+    """
+    from picotrain.cli import doctor as checks
+
+    raise typer.Exit(checks.run(overrides or [], config, config_dir))
+
+
+@data_app.command("show")
+def data_show(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """Prepare a corpus if need be and print what is in it, e.g. `picotrain data show data=files data.path=texts/`."""
+    from picotrain.cli import commands
+
+    commands.data_show(overrides or [], config_dir)
+
+
+@data_app.command("download")
+def data_download(
+    corpus: Annotated[str, typer.Argument(help="A choice of the data group: climbmix, fineweb_edu, or your own.")],
+    shards: Annotated[int | None, typer.Option(min=1, help="Training shards to fetch.")] = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Fetch shards of a corpus from the Hugging Face Hub into the cache; goes on where it was interrupted."""
+    from picotrain.cli import commands
+
+    extra = [] if shards is None else [f"data.num_shards={shards}"]
+    commands.data_show([f"data={corpus}", *extra], config_dir)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
+    """Train a config's tokenizer, if it is not in the cache, and print where it is and how well it compresses."""
+    from picotrain.cli import commands
+
+    commands.tokenizer_train(overrides or [], config_dir)
+
+
+@app.command()
+def completion(shell: Annotated[str, typer.Argument(help="bash or zsh")]) -> None:
+    """Print a completion script of groups, choices and keys: `eval "$(picotrain completion bash)"`."""
+    from picotrain.config.completion import SHELLS, script
+    from picotrain.errors import ConfigError
+
+    if shell not in SHELLS:
+        raise ConfigError([Problem("completion", f"no script for {shell!r}", " or ".join(SHELLS))])
+    print(script(shell))
+
+
+@app.command("__complete", hidden=True, context_settings={"ignore_unknown_options": True})
+def complete_(words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Completions of the last word, a line each; called by the completion scripts."""
+    from picotrain.config.completion import complete
+
+    before, current = (words[:-1], words[-1]) if words else ([], "")
+    print("\n".join(complete(before, current)))
+
+
+def main() -> None:
+    """Entry point. A user's mistake ends in one message and its exit code; a bug keeps its traceback."""
+    try:
+        app()
+    except PicotrainError as error:
+        say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,145 @@
+"""What the commands do. Each imports what it needs: a plan must not wait for torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from picotrain import plan as planning
+from picotrain import run as runs
+from picotrain.cli import say
+from picotrain.config import Config, compose, dump
+from picotrain.config.compose import data_preset
+from picotrain.data import sources
+
+if TYPE_CHECKING:
+    from picotrain.model import GPT
+
+
+def resolved(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> Config:
+    """Compose, decide every auto, and name the run's places."""
+    config = compose(overrides, config_dir=config_dir, config_file=config_file)
+    if config.data.kind == "auto":
+        choice, reason = planning.choose_data(config, sources.pystdlib_text_bytes())
+        say(reason)
+        own = {key: value for key in ("lanes", "unit_bytes", "num_shards") if (value := getattr(config.data, key)) is not None}
+        config = config.model_copy(update={"data": data_preset(choice).model_copy(update=own)})
+    return runs.locate(config)
+
+
+def train(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> int:
+    """Open the run directory under its lock and launch the workers; the exit code."""
+    return _start(resolved(overrides, config_file, config_dir), overrides)
+
+
+def resume(run: Path, overrides: Sequence[str]) -> int:
+    """Go on with an existing run, its own config under a few overrides."""
+    runs.require_run(run)
+    config = compose(overrides, config_file=run / "config.yaml")
+    place = config.run.model_copy(update={"dir": str(run.absolute()), "name": run.name})
+    return _start(runs.locate(config.model_copy(update={"run": place})), overrides)
+
+
+def _start(config: Config, overrides: Sequence[str]) -> int:
+    from picotrain.launch import RunLock, launch
+
+    run_dir = Path(config.run.dir or "")
+    with RunLock(run_dir):
+        plan = runs.open_run(config, overrides, say)
+        if plan is None:
+            say(f"{run_dir} is finished: `picotrain report` shows it, a larger horizon goes on, another run.name trains anew")
+            return 0
+        for note in plan.notes:
+            say(note)
+        from picotrain.worker import run as in_process
+
+        return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
+
+
+def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None, as_json: bool) -> None:
+    """Print the plan as far as it is known without preparing anything."""
+    config = resolved(overrides, config_file, config_dir)
+    cache = runs.cache_dir(config)
+    corpus = sources.known(config.data, cache)
+    measured = sources.known_tokenizer(config.tokenizer, corpus, cache) if corpus else None
+    plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"] if measured else None)
+    if as_json:
+        print(plan.model_dump_json(indent=2))
+        return
+    from picotrain.cli.show import plan_table
+
+    plan_table(plan)
+
+
+def show_config(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> None:
+    """Print the resolved YAML."""
+    print(dump(resolved(overrides, config_file, config_dir)), end="")
+
+
+def evaluate(run: Path, which: str) -> int:
+    """Measure a checkpoint on validation and training text; write eval/step_*/results.json and results.md."""
+    from picotrain.cli.evaluate import evaluate_checkpoint
+
+    runs.require_run(run)
+    return evaluate_checkpoint(run, which)
+
+
+def load_model(run: Path, which: str) -> tuple[runs.Material, GPT, Path]:
+    """A run's material and its model with a checkpoint's weights, verified, in evaluation mode on the run's device."""
+    import torch
+
+    from picotrain import checkpoint, hardware
+    from picotrain.model import DTYPES, GPT
+    from picotrain.state import load_model_tensors
+
+    material = runs.read_material(run)
+    path = checkpoint.find(run / "checkpoints", which)
+    checkpoint.verify(path)
+    plan, machine = material.plan, hardware.detect()
+    model = GPT(material.config.model, plan.vocab_size, plan.seq_len, DTYPES[plan.precision if machine.device == plan.device else "fp32"])
+    load_model_tensors(model, checkpoint.load_tensors(path, "model"))
+    device = torch.device(plan.device if machine.device == plan.device else "cpu")
+    return material, model.to(device).eval(), path
+
+
+def sample(run: Path, prompt: str, which: str, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
+    """Stream a continuation to standard output."""
+    from picotrain.config.schema import SamplingConfig
+    from picotrain.sampling import stream_text
+
+    runs.require_run(run)
+    material, model, _ = load_model(run, which)
+    options = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k)
+    sys.stdout.write(prompt)
+    for piece in stream_text(model, material.tokenizer, prompt, options, seed):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def report(run: Path) -> None:
+    """Write the report of a run again and print its summary."""
+    from picotrain import report as reports
+
+    runs.require_run(run)
+    reports.console_summary(reports.write_report(run))
+
+
+def data_show(overrides: Sequence[str], config_dir: Path | None) -> None:
+    """Prepare or fetch a corpus and print its facts."""
+    from picotrain.cli.show import corpus_table
+
+    config = resolved(overrides, None, config_dir)
+    corpus_table(sources.resolve(config.data, runs.cache_dir(config), say), config)
+
+
+def tokenizer_train(overrides: Sequence[str], config_dir: Path | None) -> None:
+    """Train a config's tokenizer unless the cache has it, and print its facts as JSON."""
+    config = resolved(overrides, None, config_dir)
+    cache = runs.cache_dir(config)
+    corpus = sources.resolve(config.data, cache, say)
+    path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say)
+    print(json.dumps({"path": str(path), **measured}, indent=2))

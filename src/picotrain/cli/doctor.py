@@ -1,0 +1,149 @@
+"""`picotrain doctor`: everything that could end a run early, tried beforehand; says what to fix."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+
+from picotrain import plan as planning
+from picotrain import run as runs
+from picotrain.cli.commands import resolved
+from picotrain.config import Config
+from picotrain.errors import CheckpointError, PicotrainError
+from picotrain.text import size
+
+T = TypeVar("T")
+PROBE_STEPS = 2
+CHECKPOINTS_KEPT = 3  # how many checkpoints the disk check wants room for
+
+
+class _Checks:
+    """Prints a line a check and remembers whether any failed."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False)
+        self.failed = 0
+
+    def check(self, name: str, probe: Callable[[], tuple[str, T]]) -> T | None:
+        """Run one probe: its line in green with what it found, or in red with what to fix. A bug keeps its traceback."""
+        try:
+            found, value = probe()
+        except PicotrainError as error:
+            self.failed += 1
+            self.console.print(f"[red]FAIL[/red]  {name:<12}", end="")
+            self.console.print(str(error), markup=False)
+            return None
+        self.console.print(f"[green]ok[/green]    {name:<12}", end="")
+        self.console.print(found, markup=False)
+        return value
+
+
+def run(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> int:
+    """Check a run directory's checkpoints, or a config on this machine; 0 when all is well, else 2."""
+    if len(overrides) == 1 and "=" not in overrides[0]:
+        return _check_run(Path(overrides[0]))
+    checks = _Checks()
+    config = resolved(overrides, config_file, config_dir)
+    checks.check("device", lambda: _device(config))
+    checks.check("precision", lambda: (f"{config.train.precision}, blocks {'compiled' if config.hardware.compile else 'not compiled'}", None))
+    plan = checks.check("plan", lambda: _plan(config))
+    if plan:
+        checks.check("disk", lambda: _disk(Path(config.run.dir or ""), plan.checkpoint_bytes))
+    material = checks.check("data", lambda: _data(config, checks.console))
+    if material:
+        encoder = material.tokenizer.encoder
+        checks.check("tokenizer", lambda: (f"{material.tokenizer.vocab_size:,} tokens, encoded by {encoder}, ids equal on the sample", None))
+        for note in material.plan.notes:
+            checks.console.print(f"note  {note}", style="yellow", markup=False)
+        checks.check("two steps", lambda: _two_steps(material))
+    return 2 if checks.failed else 0
+
+
+def _device(config: Config) -> tuple[str, None]:
+    planning.check_machine(config)
+    hw = config.hardware
+    memory = f", {size(hw.memory_bytes)}" if hw.memory_bytes else ""
+    return f"{hw.nproc_per_node} x {hw.name} ({hw.device}){memory}, {hw.threads} threads a process", None
+
+
+def _plan(config: Config) -> tuple[str, planning.Plan]:
+    plan = planning.make(config, config.run.name or "")
+    return f"{plan.num_steps:,} steps of {plan.total_batch_size:,} tokens, about {size(plan.predicted_memory_bytes)} a rank", plan
+
+
+def _disk(run_dir: Path, checkpoint_bytes: int) -> tuple[str, None]:
+    place = next(p for p in (run_dir, *run_dir.parents) if p.is_dir())
+    free, wanted = shutil.disk_usage(place).free, CHECKPOINTS_KEPT * checkpoint_bytes
+    if free < wanted:
+        raise CheckpointError(
+            f"{place} has {size(free)} free, {CHECKPOINTS_KEPT} checkpoints take {size(wanted)}; another run.dir or fewer checkpoints"
+        )
+    try:
+        with tempfile.NamedTemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{place} cannot be written ({error.strerror}); name another run.dir") from error
+    return f"{size(free)} free, a checkpoint takes {size(checkpoint_bytes)}", None
+
+
+def _data(config: Config, console: Console) -> tuple[str, runs.Material]:
+    material = runs.gather(config, lambda message: console.print(f"      {message}", style="dim", markup=False))
+    corpus = material.corpus
+    return f"{corpus.name}: {corpus.documents:,} documents, {size(corpus.text_bytes)} of text, {material.plan.lanes} lanes", material
+
+
+def _two_steps(material: runs.Material) -> tuple[str, None]:
+    """Two real steps of one rank, in this process."""
+    import torch
+
+    from picotrain import optim
+    from picotrain.data.stream import Loader
+    from picotrain.model import DTYPES, GPT
+    from picotrain.parallel import Parallel
+
+    plan, config = material.plan, material.config
+    torch.set_num_threads(config.hardware.threads or 1)
+    parallel = Parallel.setup(plan.device)
+    model = GPT(config.model, plan.vocab_size, plan.seq_len, DTYPES[plan.precision]).to(parallel.device)
+    model.init_weights(config.run.seed)
+    optimizer = optim.build(config.optimizer, model, plan.rates)
+    losses, times = [], []
+    with Loader(material.corpus, material.tokenizer, **plan.stream, seed=config.run.seed, device=parallel.device) as loader:
+        for _ in range(PROBE_STEPS):
+            start = time.perf_counter()
+            for _ in range(plan.grad_accum_steps):
+                batch = next(loader)
+                loss = model(batch.inputs, batch.targets) / plan.grad_accum_steps
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item() * plan.grad_accum_steps)
+            times.append(time.perf_counter() - start)
+    if not all(map(torch.isfinite, torch.tensor(losses))):
+        raise CheckpointError(f"the loss is not finite: {losses}; try train.precision=fp32 or lower rates")
+    hours = times[-1] * plan.num_steps / plan.dp_size / 3600
+    return f"loss {losses[0]:.2f}, {losses[1]:.2f}; {times[-1]:.2f} s a step, so about {hours:.2f} h of training here", None
+
+
+def _check_run(run_dir: Path) -> int:
+    """Verify every checkpoint of a run, hashes included."""
+    from picotrain import checkpoint
+
+    runs.require_run(run_dir)
+    checks = _Checks()
+    folders = sorted((run_dir / "checkpoints").glob(f"{checkpoint.PREFIX}*"))
+    if not folders:
+        checks.console.print(f"{run_dir} has no checkpoint yet")
+    for path in folders:
+        checks.check(path.name, lambda path=path: (checkpoint.verify(path) or f"whole, {size(_bytes(path))}", None))
+    return 2 if checks.failed else 0
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())

@@ -1,0 +1,70 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from picotrain.config import Config
+from picotrain.data.corpus import Corpus, default_unit_bytes, units
+from picotrain.plan import Plan
+from picotrain.text import size
+
+UNKNOWN = "not known yet"
+PIPE_WIDTH = 200  # columns where there is no terminal: nobody wants lines broken for a pager or a log
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+
+
+def _grid(title: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", min_width=18)
+    table.add_column()
+    return table
+
+
+def plan_table(plan: Plan) -> None:
+    """The plan, one fact a line."""
+    p = plan.parameters
+    kv = "" if plan.n_kv_heads == plan.n_heads else f", {plan.n_kv_heads} key-value heads"
+    batch = f"{plan.device_batch_size} rows x {plan.seq_len} tokens x {plan.dp_size} ranks x {plan.grad_accum_steps} accumulation steps"
+    units_text = UNKNOWN if plan.num_units is None else f"{plan.lanes} lanes over {plan.num_units} units of >= {size(plan.unit_bytes)}"
+    epochs = UNKNOWN if plan.epochs is None else f"{plan.epochs:.2f}"
+    time = UNKNOWN if plan.predicted_hours is None else f"about {plan.predicted_hours:.1f} h"
+    cost = "" if plan.predicted_cost is None else f", about ${plan.predicted_cost:,.0f}"
+    rows = {
+        "model": f"depth {plan.depth}, width {plan.width}, {plan.n_heads} heads of {plan.head_dim}{kv}, vocabulary {plan.vocab_size:,}",
+        "parameters": f"{p['total']:,} = {p['matrices']:,} matrices + {p['embedding']:,} embedding + {p['head']:,} head",
+        "FLOPs per token": f"{plan.flops_per_token:,}",
+        "hardware": f"{plan.world_size} x {plan.hardware_name} ({plan.device}), {plan.precision}{', compiled' if plan.compile else ''}",
+        "batch": f"{plan.total_batch_size:,} tokens = {batch}",
+        "horizon": f"{plan.num_steps:,} steps, {plan.total_tokens:,} tokens (set by {plan.horizon})",
+        "epochs": epochs,
+        "data stream": units_text,
+        "peak rates": f"matrices {plan.matrix_lr:.2g}, embedding {plan.embed_lr:.2g}, head {plan.head_lr:.2g}; decay {plan.weight_decay:.2g}",
+        "checkpoint": size(plan.checkpoint_bytes),
+        "memory per rank": f"about {size(plan.predicted_memory_bytes)}",
+        "time and cost": time + cost,
+    }
+    table = _grid(plan.name)
+    for key, value in rows.items():
+        table.add_row(key, value)
+    console = _console()
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", style="yellow" if note.startswith("warning") else "dim", markup=False)
+
+
+def corpus_table(corpus: Corpus, config: Config) -> None:
+    """A corpus' shards, documents and bytes."""
+    found = units(corpus.shards, config.data.unit_bytes or default_unit_bytes(config.train.seq_len or 512))
+    table = _grid(corpus.name)
+    table.add_row("folder", str(corpus.root))
+    table.add_row("training", f"{len(corpus.shards)} shards, {corpus.documents:,} documents, {size(corpus.text_bytes)} of text")
+    table.add_row("validation", f"{corpus.val.name}, {corpus.val.rows:,} documents, {size(corpus.val.text_bytes)} of text")
+    table.add_row("units", f"{len(found)} at seq_len {config.train.seq_len}")
+    table.add_row("fingerprint", corpus.fingerprint)
+    _console().print(table)

@@ -1,0 +1,187 @@
+"""Composing a run's config: Hydra merges the groups, the command line's values come on top, the schema judges.
+
+Hydra sees group choices only. Values are set on the merged tree, so that text stays as it was typed and every
+mistake is found at once; then interpolations between keys are resolved, and none is left.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from picotrain.config.groups import check_config_dir, conf_dir
+from picotrain.config.overrides import Overrides, interpolation, parse
+from picotrain.config.saved import read, yaml_reason
+from picotrain.config.schema import HORIZONS, Config, DataConfig
+from picotrain.config.validate import explain, put, strings
+from picotrain.errors import ConfigError, Problem
+
+PLACES = ("name", "dir", "cache_dir", "resume")  # the keys of `run` that belong to one run, not to the experiment
+CADENCE = ("eval_every", "eval_tokens", "sample_every", "save_every")  # the keys of `train` that the group cadence sets
+_PLAIN_INTERPOLATION = re.compile(r"\$\{[\w.]+\}")  # ${section.key}
+_MISSING = "???"  # OmegaConf's mark of a value that has to be given
+
+
+def compose(
+    overrides: Sequence[str] = (), config_dir: Path | None = None, config_file: Path | None = None, same_run: bool = False
+) -> Config:
+    """The validated config of a command line.
+
+    overrides: `group=choice` and `dotted.key=value` words.
+    config_dir: a folder with more choices for the groups (`model/mine.yaml`).
+    config_file: a saved config to start from instead of the groups. Of its `run` section only the seed is taken,
+    which the losses depend on; same_run (a resume) takes all of it.
+    Raises ConfigError with all the problems at once.
+    """
+    words = parse(overrides, config_dir)
+    if config_file and config_dir:
+        words.problems.append(Problem(str(config_dir), "a config folder is not read beside --config", "the file has every key already"))
+    try:
+        tree = _saved_tree(config_file, words, same_run) if config_file else _grouped_tree(words.groups, config_dir)
+        return _finish(tree, words)
+    except ConfigError as error:
+        raise ConfigError([*words.problems, *error.problems]) from None
+
+
+def data_preset(name: str) -> DataConfig:
+    """The `data` section of a built-in choice: what data=auto becomes once it is decided."""
+    return DataConfig.model_validate(yaml.safe_load((conf_dir() / "data" / f"{name}.yaml").read_text(encoding="utf-8")))
+
+
+def _finish(tree: dict[str, Any], words: Overrides) -> Config:
+    """Set the command line's values, resolve, validate."""
+    missing = [key for key, text in strings(tree) if text == _MISSING and key not in words.values]
+    problems = [Problem(key, "has to be given", f"{key}=...") for key in missing]
+    if any(words.values.get(f"train.{key}") is not None for key in HORIZONS):
+        for key in HORIZONS:  # one on the command line replaces a preset's
+            put(tree, f"train.{key}", None)
+    for key, value in words.values.items():
+        put(tree, key, value)
+    tree = _resolved(tree)
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        problems += [found for found in explain(error, words.doubtful) if found.path not in missing]
+    if problems or words.problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _saved_tree(config_file: Path, words: Overrides, same_run: bool) -> dict[str, Any]:
+    for group, choice in words.groups.items():
+        hint = f"change single keys instead, e.g. {group}.<key>=..." if group in Config.model_fields else "change single keys instead"
+        words.problems.append(Problem(f"{group}={choice}", "a group cannot be chosen beside --config, which has every key already", hint))
+    tree = read(config_file)
+    run = tree.get("run")
+    if isinstance(run, dict) and not same_run:
+        tree["run"] = {key: value for key, value in run.items() if key not in PLACES}
+    return tree
+
+
+def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
+    """Put values in place of ${section.key}; refuse any other interpolation, the environment's above all."""
+    texts = [(key, text) for key, text in strings(tree) if "${" in text]
+    if refused := [interpolation(key, text) for key, text in texts if "${" in _PLAIN_INTERPOLATION.sub("", text)]:
+        raise ConfigError(refused)
+    if not texts:
+        return tree
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or texts[0][0]
+        raise ConfigError([Problem(str(key), str(error).splitlines()[0], "${section.key} must name a key that has a value")]) from None
+    assert isinstance(resolved, dict)
+    return resolved  # type: ignore[return-value]
+
+
+# Hydra ----------------------------------------------------------------------------------------------------
+
+
+def _grouped_tree(groups: dict[str, str], config_dir: Path | None) -> dict[str, Any]:
+    """The merged groups as plain values, interpolations in them as they are written."""
+    if config_dir and (problems := check_config_dir(config_dir)):
+        raise ConfigError(problems)
+    tree = _hydra(groups, config_dir)
+    beside = {group: choice for group, choice in groups.items() if group != "experiment"}
+    if beside and groups.get("experiment", "null") != "null":
+        _choices_beat_preset(tree, _hydra(beside, config_dir), beside)
+    return tree
+
+
+def _choices_beat_preset(tree: dict[str, Any], without_preset: dict[str, Any], groups: dict[str, str]) -> None:
+    """A preset comes last, so that its values win over a group's; but not over a group chosen on the command line."""
+    for group in groups:
+        if group == "cadence":
+            for key in CADENCE:
+                if key in without_preset["train"]:
+                    put(tree, f"train.{key}", without_preset["train"][key])
+        elif group in without_preset:
+            tree[group] = without_preset[group]
+
+
+def _hydra(groups: dict[str, str], config_dir: Path | None) -> dict[str, Any]:
+    from hydra import compose as hydra_compose
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    words = [f"{group}={'null' if choice == 'null' else _quoted(choice)}" for group, choice in groups.items()]
+    if config_dir:
+        words.append(f"hydra.searchpath=[{_quoted(f'file://{config_dir.resolve()}')}]")
+    try:
+        with _hydra_at(conf_dir()), _no_environment():
+            composed = hydra_compose("config", words)
+            tree = OmegaConf.to_container(composed, resolve=False)
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError([Problem(str(config_dir or ""), "; ".join(lines[:2]))]) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError([Problem(mark.name if mark else str(config_dir), f"is not YAML: {yaml_reason(error)}")]) from None
+    assert isinstance(tree, dict)
+    return tree  # type: ignore[return-value]
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+@contextmanager
+def _hydra_at(folder: Path) -> Iterator[None]:
+    """Hydra set up on a folder, and put back as it was: the caller may be an application of Hydra itself."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    held = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = held
+
+
+@contextmanager
+def _no_environment() -> Iterator[None]:
+    """Refuse ${oc.env:...} where Hydra itself resolves: in a defaults list."""
+    from omegaconf import OmegaConf
+    from omegaconf.resolvers import oc
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("values are never taken from the environment (oc.env)")
+
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)

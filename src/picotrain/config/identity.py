@@ -1,0 +1,94 @@
+"""Which configs are the same experiment, what its run is called, and what a resume may change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, Literal
+
+from picotrain.config.keys import leaves
+from picotrain.config.schema import Config
+
+Change = Literal["free", "rounding", "announced", "refused"]
+
+# What changing a key does to a run that is resumed; the longest entry that begins a key holds.
+#   free: the losses stay the same to the bit     rounding: the same rows, sums in another order
+#   announced: allowed, as a changed experiment   refused: another run
+_CHANGES: dict[str, Change] = {
+    "schema_version": "refused",
+    "run": "free",
+    "run.seed": "refused",
+    "model": "refused",
+    "data": "refused",
+    "data.path": "free",  # a corpus that has moved; its fingerprint tells another one
+    "tokenizer": "refused",
+    "tokenizer.path": "free",  # as above
+    "tokenizer.encoder": "free",  # identical ids
+    "optimizer": "announced",
+    "optimizer.kind": "refused",
+    "schedule": "announced",
+    "train": "announced",  # the horizon, grad_clip
+    "train.seq_len": "refused",
+    "train.total_batch_size": "refused",
+    "train.device_batch_size": "rounding",
+    "train.precision": "rounding",
+    "train.deterministic": "rounding",
+    "train.eval_every": "free",
+    "train.eval_tokens": "free",
+    "train.sample_every": "free",
+    "train.save_every": "free",
+    "hardware": "rounding",
+    "parallel": "rounding",
+    "launch": "rounding",
+    "evaluation": "rounding",
+    "sampling": "free",
+    "logger": "free",
+}
+
+
+def classify_change(key: str) -> Change:
+    """What changing a dotted key does to a run that is resumed."""
+    while key not in _CHANGES:
+        key, dot, _ = key.rpartition(".")
+        if not dot:
+            raise KeyError(f"no entry for {key!r}: add it to _CHANGES")
+    return _CHANGES[key]
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Every value by its dotted key, in the schema's order."""
+    return {key: _value(config, key) for key in leaves()}
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def diff(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
+    """The keys in which two configs differ, with both values."""
+    before, after = flatten(a), flatten(b)
+    return [(key, before[key], after[key]) for key in before if before[key] != after[key]]
+
+
+def experiment_hash(config: Config) -> str:
+    """8 hex digits for what makes the experiment: every key whose change a resume announces or refuses, and where
+    its text and vocabulary come from. Hardware, cadence, names and the like do not count."""
+    values = {key: value for key, value in flatten(config).items() if _makes_experiment(key)}
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]
+
+
+def _makes_experiment(key: str) -> bool:
+    if key == "schema_version":
+        return False
+    return key in ("data.path", "tokenizer.path") or classify_change(key) in ("announced", "refused")
+
+
+def run_name(config: Config) -> str:
+    """The default name of a run, fit for a folder: depth, data and the hash of the experiment, e.g. d4-pystdlib-1f0e55ac."""
+    data = re.sub(r"[^\w.-]+", "-", config.data.name).strip(".-") or "data"
+    return f"d{config.model.depth}-{data}-{experiment_hash(config)}"

@@ -1,0 +1,188 @@
+"""What keys a config has, what each may hold in words, and which known name an unknown one resembles."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from picotrain.config.schema import Config, Section
+from picotrain.errors import Problem
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One key that holds a value."""
+
+    key: str  # dotted
+    kinds: tuple[type, ...]  # the types it may hold, None's and that of its words aside
+    words: tuple[str, ...]  # the fixed words it may hold, as they are typed: "auto", "true", "null"
+
+    @property
+    def is_text(self) -> bool:
+        """Free text: taken literally from the command line."""
+        return self.kinds == (str,)
+
+    @property
+    def is_list(self) -> bool:
+        return self.kinds == (tuple,)
+
+    @property
+    def is_text_list(self) -> bool:
+        return self.is_list and not self.words
+
+
+@cache
+def leaves() -> dict[str, Leaf]:
+    """Every key that holds a value, in the schema's order."""
+    return {key: _leaf(key, annotation) for key, annotation in _fields(Config, "") if not _is_section(annotation)}
+
+
+@cache
+def sections() -> tuple[str, ...]:
+    """Every key that holds further keys, in the schema's order."""
+    return tuple(key for key, annotation in _fields(Config, "") if _is_section(annotation))
+
+
+def _fields(section: type[Section], prefix: str) -> Iterable[tuple[str, Any]]:
+    for name, field in section.model_fields.items():
+        annotation: Any = field.annotation
+        yield prefix + name, annotation
+        if _is_section(annotation):
+            yield from _fields(annotation, f"{prefix}{name}.")
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _leaf(key: str, annotation: Any) -> Leaf:
+    kinds: list[type] = []
+    words: list[str] = []
+
+    def visit(part: Any) -> None:
+        origin = get_origin(part)
+        if origin is Annotated:
+            visit(get_args(part)[0])
+        elif origin in (Union, types.UnionType):
+            for choice in get_args(part):
+                visit(choice)
+        elif origin is Literal:
+            words.extend(map(str, get_args(part)))
+        elif part is bool:
+            words.extend(("true", "false"))
+        elif part is type(None):
+            words.append("null")
+        elif origin is tuple:
+            kinds.append(tuple)
+            if get_origin(get_args(part)[0]) is Literal:
+                visit(get_args(part)[0])
+        else:
+            kinds.append(part)
+
+    visit(annotation)
+    return Leaf(key, tuple(kinds), tuple(words))
+
+
+# The rule of a key, in words ------------------------------------------------------------------------------
+
+
+def rule(key: str) -> str:
+    """What the key may hold, e.g. "a whole number of at least 8, or null"."""
+    schema = _json_schema()
+    node: dict[str, Any] = schema
+    for name in key.split("."):
+        node = node["properties"][name]
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
+    return ", or ".join(_words(choice) for choice in node.get("anyOf", [node]))
+
+
+@cache
+def _json_schema() -> dict[str, Any]:
+    return Config.model_json_schema()
+
+
+def _words(node: dict[str, Any]) -> str:
+    """One branch of a JSON schema, in words."""
+    if "enum" in node:
+        return "one of " + ", ".join(map(str, node["enum"]))
+    if "const" in node:
+        return str(node["const"])
+    match node["type"]:
+        case "integer":
+            return ("an even number" if node.get("multipleOf") == 2 else "a whole number") + _bounds(node)
+        case "number":
+            return "a number" + _bounds(node)
+        case "string":
+            return f"text that matches {node['pattern']}" if "pattern" in node else "text"
+        case "array":
+            inner = _words(node["items"])
+            return "a list of texts" if inner == "text" else f"a list, each {inner}"
+        case "boolean":
+            return "true or false"
+        case other:
+            return other
+
+
+def _bounds(node: dict[str, Any]) -> str:
+    names = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "of at most"}
+    bounds = [f"{word} {node[name]}" for name, word in names.items() if name in node]
+    return " " + " and ".join(bounds) if bounds else ""
+
+
+# Names that resemble one another --------------------------------------------------------------------------
+
+
+def nearest(name: str, options: Iterable[str], count: int = 3) -> list[str]:
+    """The options most like `name`, the best first: by number for names such as d5, else by letters."""
+    options = list(options)
+    prefix, number = _split_number(name.lower())
+    if number is not None:
+        numbered = [(abs(n - number), n, option) for option in options for p, n in [_split_number(option)] if n is not None and p == prefix]
+        if numbered:
+            return [option for _, _, option in sorted(sorted(numbered)[:2], key=lambda item: item[1])]
+    by_lower = {option.lower(): option for option in options}
+    found = difflib.get_close_matches(name.lower(), by_lower, count) or [low for low in by_lower if len(name) > 1 and name.lower() in low]
+    return [by_lower[low] for low in found[:count]]
+
+
+def _split_number(name: str) -> tuple[str, int | None]:
+    match = re.fullmatch(r"([a-z_]+)(\d{1,9})", name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
+def unknown_key(key: str, groups: Iterable[str] = ()) -> Problem:
+    """The problem of a key that does not exist, with the key (or config group) that was probably meant."""
+    section = key.rpartition(".")[0]
+    inside = [leaf for leaf in leaves() if leaf.startswith(f"{key}." if key in sections() else f"{section}.")]
+    if key in sections():
+        return Problem(key, "is a section and takes no value of its own", f"set one of its keys: {', '.join(inside)}")
+    if meant := _meant(key, groups):
+        return Problem(key, "there is no such key", f"did you mean {' or '.join(meant)}?")
+    return Problem(key, "there is no such key", f"{section} has {', '.join(inside)}" if inside else f"sections: {', '.join(sections())}")
+
+
+def _meant(key: str, groups: Iterable[str]) -> list[str]:
+    section, _, last = key.rpartition(".")
+    by_last = {leaf.rpartition(".")[2]: leaf for leaf in leaves()}
+    here = {name: leaf for leaf in leaves() for start, _, name in [leaf.rpartition(".")] if start == section}
+    if close := nearest(last, here):
+        return [here[name] for name in close]
+    if exact := [leaf for leaf in leaves() if leaf.rpartition(".")[2] == last]:
+        return exact
+    if section in sections():
+        return []  # its keys are listed instead
+    return nearest(key, [*sections(), *groups]) or [by_last[name] for name in nearest(last, by_last)]
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: YAML's words for None and booleans, text in quotes, nothing long."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,163 @@
+"""The command line's `group=choice` and `key=value` words, read without Hydra's grammar: text stays as it was typed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from picotrain.config.groups import GROUPS, choices, unknown_choice
+from picotrain.config.keys import Leaf, leaves, nearest, unknown_key
+from picotrain.config.schema import HORIZONS, two_horizons
+from picotrain.errors import Problem
+
+_SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)")
+_INT = re.compile(r"[+-]?\d[\d_]*")
+_FLOAT = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+@dataclass
+class Overrides:
+    """What the words of a command line ask for, and what is wrong with them."""
+
+    groups: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    doubtful: set[str] = field(default_factory=set)  # sections of which a word was refused
+
+    def refuse(self, problem: Problem, section: str) -> None:
+        self.problems.append(problem)
+        self.doubtful.add(section)
+
+
+def parse(words: Sequence[str], config_dir: Path | None = None) -> Overrides:
+    """Sort the words into group choices and values by key; the last of a repeated key wins."""
+    result = Overrides()
+    for word in words:
+        _parse_word(word, config_dir, result)
+    horizons = [f"train.{key}" for key in HORIZONS if result.values.get(f"train.{key}") is not None]
+    if len(horizons) > 1:
+        result.problems.append(two_horizons(horizons))
+    return result
+
+
+def _parse_word(word: str, config_dir: Path | None, result: Overrides) -> None:
+    key, equals, value = word.partition("=")
+    section = key.lstrip("~+").partition(".")[0]
+    if refused := _refused(word, key, equals):
+        result.refuse(refused, section)
+        return
+    key = key.lstrip("+")  # Hydra's +key=value adds a key; every key is there, so it only sets it
+    if key in GROUPS:
+        _parse_choice(key, value, config_dir, result)
+    elif leaf := leaves().get(key):
+        parsed = parse_value(leaf, value)
+        if isinstance(parsed, Problem):
+            result.refuse(parsed, section)
+        else:
+            result.values.pop(key, None)
+            result.values[key] = parsed
+    else:
+        result.refuse(unknown_key(key, GROUPS), section)
+
+
+def _refused(word: str, key: str, equals: str) -> Problem | None:
+    """Words that are no `key=value`, whatever the key."""
+    name = key.lstrip("~+")
+    if name == "hydra" or name.startswith(("hydra.", "hydra/")):
+        return Problem(name, "settings of Hydra would do nothing here", "the run directory is run.dir, console lines are logger.*")
+    if key.startswith("~"):
+        return Problem(name, "a key cannot be deleted", f"every key has a value; null is the nearest to none: {name}=null")
+    if not equals:
+        meant = nearest(name, [*GROUPS, *leaves()], 1)
+        return Problem(
+            word, "is no override", f"write key=value{f', e.g. {meant[0]}=...' if meant else ', e.g. model=d4 or train.max_steps=100'}"
+        )
+    if not name:
+        return Problem(word, "has no key before the =", "write key=value, e.g. train.max_steps=100")
+    return None
+
+
+def _parse_choice(group: str, choice: str, config_dir: Path | None, result: Overrides) -> None:
+    if _is_sweep(choice):
+        result.refuse(_sweep(group, choice), group)
+    elif choice in choices(group, config_dir) or (group == "experiment" and choice == "null"):
+        result.groups[group] = choice
+    else:
+        result.refuse(unknown_choice(group, choice, config_dir), group)
+
+
+# Values ---------------------------------------------------------------------------------------------------
+
+
+def parse_value(leaf: Leaf, value: str) -> Any:
+    """The value a word gives to a key, for the schema to judge; a Problem if it can be none.
+
+    Text is everything after the first `=`, as typed; only the exact word null is None. Other values are read as
+    null, true, false, a number or a bare word; a list as [a, b], its elements quoted where they hold a comma.
+    """
+    if "${" in value:
+        return interpolation(leaf.key, value)
+    if leaf.is_text:
+        return None if value == "null" else value
+    if leaf.is_list:
+        return _parse_list(leaf, value)
+    if _is_sweep(value):
+        return _sweep(leaf.key, value)
+    if value == "":
+        return Problem(leaf.key, "has no value after the =", f"{leaf.key}=null for none" if "null" in leaf.words else "")
+    return parse_scalar(value)
+
+
+def parse_scalar(text: str) -> Any:
+    """None, a boolean, a number or the text itself."""
+    constants = {"null": None, "true": True, "false": False}
+    if text.lower() in constants:
+        return constants[text.lower()]
+    if _INT.fullmatch(text):
+        return _number(int, text)
+    return _number(float, text) if _FLOAT.fullmatch(text) else text
+
+
+def _number(kind: type, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:  # thousands of digits, 1__0
+        return text
+
+
+def _parse_list(leaf: Leaf, value: str) -> Any:
+    """`[a, b]`, or one element as it was typed."""
+    if not value.startswith("["):
+        return _sweep(leaf.key, value) if not leaf.is_text_list and _is_sweep(value) else [value]
+    hint = f"""{leaf.key}='["one", "two"]', with quotes around each element that is more than a word"""
+    try:
+        elements = yaml.load(value, Loader=yaml.BaseLoader)  # yields nothing but text
+    except yaml.YAMLError:
+        return Problem(leaf.key, f"is not a list: {value!r}", hint)
+    if not isinstance(elements, list) or not all(isinstance(element, str) for element in elements):
+        return Problem(leaf.key, f"is not a list of texts: {value!r}", hint)
+    return elements
+
+
+def _is_sweep(value: str) -> bool:
+    return "," in value or bool(_SWEEP.fullmatch(value))
+
+
+def _sweep(key: str, value: str) -> Problem:
+    leaf = leaves().get(key)
+    if leaf and leaf.is_list:
+        return Problem(key, f"takes a list, and {value!r} is none", f"{key}=[{value}]")
+    first = value.partition(",")[0].partition("(")[2] or value.partition(",")[0]
+    return Problem(key, f"takes one value, and {value!r} looks like a sweep", f"start one run for each, the first with {key}={first}")
+
+
+def interpolation(key: str, value: str) -> Problem:
+    """The problem of a value that points elsewhere instead of being one."""
+    if "env" in value:
+        return Problem(key, f"values are never taken from the environment: {value!r}", "config.yaml would keep them, secrets too")
+    return Problem(key, f"is an interpolation: {value!r}", "write the value itself")

@@ -1,0 +1,291 @@
+"""The schema of a run's config: frozen, typed, and closed to unknown keys.
+
+A config holds data, never code: replaceable parts are chosen by their `kind`.
+`auto` values are decided once, before config.yaml is written (see `picotrain.plan.decide`).
+Units stand in the names: `_tokens`, `_bytes`, `_s`. A rule that ties keys of one section together
+is checked by that section's `_check`, so that no object of these classes contradicts itself.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic_core import PydanticCustomError
+
+from picotrain.errors import Problem
+
+SCHEMA_VERSION = 1
+HORIZONS = ("max_steps", "num_train_epochs", "target_tokens", "target_flops", "target_param_data_ratio")
+
+
+def _no_bool(value: Any) -> Any:
+    """YAML's true is no number: `train.seq_len=true` is a mistake, not 1."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not a boolean")
+    return value
+
+
+_Number = BeforeValidator(_no_bool)
+Int = Annotated[int, _Number]
+Positive = Annotated[int, Field(gt=0), _Number]
+NonNegativeInt = Annotated[int, Field(ge=0), _Number]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
+Fraction = Annotated[float, Field(ge=0, le=1), _Number]
+Decay = Annotated[float, Field(ge=0, lt=1), _Number]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def _problems(self) -> list[Problem]:
+        """What is wrong between the keys of this section."""
+        return []
+
+    @model_validator(mode="after")
+    def _check(self) -> Section:
+        if problems := self._problems():
+            text = "; ".join(map(str, problems))
+            raise PydanticCustomError("contradiction", "{text}", {"text": text, "problems": problems})
+        return self
+
+
+class RunConfig(Section):
+    """Which run this is and where it lives."""
+
+    name: Text | None = None  # null: model, data and a hash of the experiment
+    dir: Text | None = None  # null: runs/<name> below the current folder
+    cache_dir: Text | None = None  # corpora and tokenizers; null: $PICOTRAIN_CACHE, else ~/.cache/picotrain
+    seed: NonNegativeInt = 1337
+    resume: Literal["auto", "never"] = "auto"
+
+
+class ModelConfig(Section):
+    """A GPT from one dial, its depth."""
+
+    depth: Positive
+    head_dim: Annotated[int, Field(ge=2, multiple_of=2), _Number]  # rotary embeddings turn pairs of features
+    width: Positive | None = None  # null: 64 x depth, rounded up to a multiple of head_dim
+    n_kv_heads: Positive | None = None  # null: as many as query heads (no grouped-query attention)
+    window_pattern: Annotated[str, Field(pattern="^[SL]+$")] = "L"  # repeated over layers; S = half of seq_len; last layer L
+    logit_softcap: PositiveFloat | None = 15.0  # null: off
+    norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10_000.0
+
+    def _problems(self) -> list[Problem]:
+        width = self.width or -(-64 * self.depth // self.head_dim) * self.head_dim
+        if width % self.head_dim:
+            rule = f"must be a multiple of model.head_dim={self.head_dim}, not {width}"
+            return [Problem("model.width", rule, f"nearest: {_nearest_multiples(width, self.head_dim)}")]
+        heads = width // self.head_dim
+        if self.n_kv_heads and heads % self.n_kv_heads:
+            rule = f"must divide the {heads} heads (width {width} / head_dim {self.head_dim}), and {self.n_kv_heads} does not"
+            return [Problem("model.n_kv_heads", rule, f"valid: {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}")]
+        return []
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+class DataConfig(Section):
+    """A corpus: Parquet shards with a `text` column."""
+
+    kind: Literal["auto", "pystdlib", "files", "hub"]
+    name: Text  # shown in run names and reports
+    path: Text | None = None  # kind=files: a folder, a file or a glob
+    repo_id: Text | None = None  # kind=hub: data set on the Hugging Face Hub
+    file_pattern: Text | None = None  # kind=hub: e.g. "shard_{index:05d}.parquet"
+    num_shards: Positive | None = None  # kind=hub: training shards to fetch
+    max_shards: Annotated[int, Field(ge=2), _Number] | None = None  # kind=hub: shards there are, the validation shard included
+    val_shard: Text | None = None  # file name of the validation shard; null: the last one
+    lanes: Positive | None = None  # null: the largest power of two <= min(64, units)
+    unit_bytes: Positive | None = None  # null: max(1 MiB, 400 x (seq_len + 1))
+
+    def _problems(self) -> list[Problem]:
+        needed = {"files": ("path",), "hub": ("repo_id", "file_pattern", "num_shards", "max_shards")}
+        problems = []
+        for kind, keys in needed.items():
+            for key in keys:
+                given = getattr(self, key) is not None
+                if kind == self.kind and not given:
+                    problems.append(Problem(f"data.{key}", f"must be given for data.kind={kind}", f"data.{key}=..."))
+                if kind != self.kind and given and (self.kind, key) != ("auto", "num_shards"):  # auto may become a hub corpus
+                    rule = f"is read for data.kind={kind} only, and this is {self.kind}"
+                    problems.append(Problem(f"data.{key}", rule, "add data=files" if kind == "files" else "e.g. data=climbmix"))
+        return problems or (self._shard_problems() if self.kind == "hub" else [])
+
+    def _shard_problems(self) -> list[Problem]:
+        assert self.file_pattern and self.num_shards and self.max_shards
+        problems = []
+        try:
+            named = self.file_pattern.format(index=0) != self.file_pattern.format(index=1)
+        except (LookupError, ValueError):
+            named = False
+        if not named:
+            rule = f"must name a shard by its number, and {self.file_pattern!r} does not"
+            problems.append(Problem("data.file_pattern", rule, 'e.g. "shard_{index:05d}.parquet"'))
+        if self.num_shards >= self.max_shards:
+            rule = f"must be below data.max_shards={self.max_shards}, as one shard validates, not {self.num_shards}"
+            problems.append(Problem("data.num_shards", rule, f"at most {self.max_shards - 1}"))
+        return problems
+
+
+class TokenizerConfig(Section):
+    """Byte-level BPE, trained on the training split or taken from a file."""
+
+    kind: Literal["bpe"] = "bpe"
+    vocab_size: Annotated[int, Field(ge=257), _Number] = 32_768  # specials included: 256 bytes and <|bos|> at least
+    train_bytes: Positive = 100_000_000  # text the vocabulary is trained on, spread over the shards
+    path: Text | None = None  # a tokenizer.json to use instead of training one
+    encoder: Literal["auto", "gigatoken", "tokenizers"] = "auto"
+
+
+class AdamWConfig(Section):
+    """AdamW with one rate for matrices, one for the embedding and one for the head."""
+
+    kind: Literal["adamw"] = "adamw"
+    matrix_lr: PositiveFloat
+    embed_lr: PositiveFloat
+    head_lr: PositiveFloat
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    eps: PositiveFloat = 1e-10
+    weight_decay: NonNegative = 0.1  # on matrices only
+    scale: StrictBool = True  # rates and decay follow batch, width and horizon (picotrain.shape.scale_rates)
+
+
+class ScheduleConfig(Section):
+    """The learning-rate factor over the run; fractions are of num_steps."""
+
+    kind: Literal["trapezoid", "cosine", "constant"]
+    warmup_steps: NonNegativeInt = 0
+    warmdown_fraction: Fraction = 0.0  # trapezoid: the share of steps at the end over which the rate falls
+    final_fraction: Fraction = 0.0  # trapezoid, cosine: the rate at the last step over the peak rate
+
+    def _problems(self) -> list[Problem]:
+        unread = {"trapezoid": (), "cosine": ("warmdown_fraction",), "constant": ("warmdown_fraction", "final_fraction")}[self.kind]
+        return [
+            Problem(f"schedule.{key}", f"is not read for schedule.kind={self.kind}, and must be 0", "schedule=trapezoid")
+            for key in unread
+            if getattr(self, key)
+        ]
+
+
+class TrainConfig(Section):
+    """Batch, horizon, cadence and precision."""
+
+    seq_len: Annotated[int, Field(ge=8), _Number] | None = None  # null: 512 below depth 12, else 2,048
+    total_batch_size: Positive | Literal[-1] = -1  # tokens per step; -1: from the model's size
+    device_batch_size: Positive | Literal["auto"] = "auto"  # rows per rank and micro-batch
+    max_steps: Positive | None = None
+    num_train_epochs: PositiveFloat | None = None
+    target_tokens: Positive | None = None
+    target_flops: PositiveFloat | None = None
+    target_param_data_ratio: PositiveFloat | None = None
+    eval_every: Int = 250  # steps; <= 0: off
+    eval_tokens: Positive = 41_943_040
+    sample_every: Int = 2000  # steps; <= 0: off
+    save_every: Int = -1  # steps; <= 0: only at the end
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    deterministic: StrictBool = False
+    grad_clip: PositiveFloat | None = 1.0
+
+    def _problems(self) -> list[Problem]:
+        given = [f"train.{key}" for key in HORIZONS if getattr(self, key) is not None]
+        return [two_horizons(given)] if len(given) > 1 else []
+
+
+def two_horizons(keys: list[str]) -> Problem:
+    """The problem of several horizon keys set at the same level."""
+    return Problem(keys[0], f"sets the horizon, and so does {' and '.join(keys[1:])}", "give one of them only")
+
+
+class HardwareConfig(Section):
+    """What the machine decides; the experiment does not change with it."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    nproc_per_node: Positive | Literal["auto"] = "auto"  # auto: every GPU, else 1
+    threads: Positive | None = None  # CPU threads per process; null: cores / processes
+    compile: StrictBool | Literal["auto"] = "auto"
+    name: Text | None = None  # e.g. "NVIDIA H100 80GB HBM3"; null: ask the machine
+    memory_bytes: Positive | None = None  # per device; null: ask the machine
+    peak_flops: PositiveFloat | None = None  # dense bf16 per device; null: from the table of picotrain.hardware
+    price_per_hour: NonNegative | None = None  # of the node, in dollars
+
+
+class ParallelConfig(Section):
+    """How the model is spread over processes."""
+
+    kind: Literal["ddp"] = "ddp"
+
+
+class LaunchConfig(Section):
+    """How processes are started and ended."""
+
+    nnodes: Positive = 1
+    node_rank: NonNegativeInt = 0
+    rdzv_endpoint: Text | None = None  # host:port of the first node; null on one node
+    grace_s: PositiveFloat = 120.0  # how long workers get to save after a signal
+
+    def _problems(self) -> list[Problem]:
+        problems = []
+        if self.node_rank >= self.nnodes:
+            problems.append(
+                Problem("launch.node_rank", f"must be below launch.nnodes={self.nnodes}, not {self.node_rank}", "ranks start at 0")
+            )
+        if self.nnodes > 1 and self.rdzv_endpoint is None:
+            problems.append(
+                Problem("launch.rdzv_endpoint", "must be given on more than one node", "launch.rdzv_endpoint=host:port of node 0")
+            )
+        return problems
+
+
+class BpbConfig(Section):
+    """Bits per byte on the validation shard."""
+
+    device_batch_size: Positive | None = None  # rows per forward; null: as in training
+
+
+class EvaluationConfig(Section):
+    """What is measured on the weights."""
+
+    bpb: BpbConfig = BpbConfig()
+
+
+class SamplingConfig(Section):
+    """What is generated when samples are due."""
+
+    prompts: tuple[str, ...] = ()
+    max_tokens: Positive = 64
+    temperature: NonNegative = 0.8  # 0: greedy
+    top_k: Positive | None = 50  # null: all
+
+
+class LoggerConfig(Section):
+    """What is shown; metrics.jsonl always has every step."""
+
+    log_every: Positive = 10  # steps between console lines
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+
+class Config(Section):
+    """Everything a run does."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    data: DataConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optimizer: AdamWConfig
+    schedule: ScheduleConfig
+    train: TrainConfig = TrainConfig()
+    hardware: HardwareConfig = HardwareConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    launch: LaunchConfig = LaunchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    logger: LoggerConfig = LoggerConfig()

@@ -1,0 +1,265 @@
+"""Where a config's corpus and tokenizer come from: the standard library, the user's files, or the Hugging Face Hub.
+
+`resolve` and `obtain_tokenizer` do the work (once: all results stay in the cache folder); `known` and `known_tokenizer` only look,
+for a plan. Without torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from picotrain.data.corpus import ORIGIN, Corpus, hash_bytes, read_json, sample_texts, scan, write_atomic
+from picotrain.data.prepare import Input, Say, Undecodable, expand, identify, locked, prepare, silent
+from picotrain.errors import DataError, TokenizerError
+
+if TYPE_CHECKING:
+    from picotrain.config.schema import DataConfig, TokenizerConfig
+    from picotrain.tokenizer import Tokenizer
+
+DOWNLOADS = 4  # shards fetched at once
+META_BYTES = 4_000_000  # text that bytes per token are measured on
+META = "meta.json"  # what was measured of a tokenizer, in its cache folder
+NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+
+
+def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
+    """The corpus of this config, made or downloaded into `cache` when it is not there yet. Raises DataError."""
+    cache = Path(cache).expanduser().absolute()
+    if data.kind == "hub":
+        return _download(data, cache, say)
+    if (corpus := known(data, cache)) is not None:
+        return corpus
+    files, undecodable = _inputs(data)
+    say(f"preparing {data.name} from {len(files):,} files")
+    identified = identify(files)
+    folder = cache / "corpora" / f"{_label(data)}-{identified[0][:16]}"
+    prepare(files, folder, name=data.name, undecodable=undecodable, identified=identified, say=say)
+    write_atomic(_index(files, cache), json.dumps({"folder": folder.name, "stats": _stats(files)}).encode())
+    return scan(folder, data.name, data.val_shard)
+
+
+def known(data: DataConfig, cache: Path) -> Corpus | None:
+    """The corpus if it is already there: no work beyond reading footers and file times, no download.
+
+    Raises DataError for what can never be a corpus, such as a path that does not exist.
+    """
+    cache = Path(cache).expanduser().absolute()
+    if data.kind == "hub":
+        root, names = _hub_shards(data, cache)
+        return _hub_corpus(data, root, names) if all((root / name).is_file() for name in names) else None
+    if (folder := _shard_folder(data)) is not None:
+        return scan(folder, data.name, data.val_shard, cache=cache)
+    files, _ = _inputs(data)
+    entry = read_json(_index(files, cache))
+    if entry is None or entry.get("stats") != _stats(files):
+        return None
+    folder = cache / "corpora" / str(entry.get("folder"))
+    return scan(folder, data.name, data.val_shard) if (folder / ORIGIN).is_file() else None
+
+
+def pystdlib_text_bytes() -> int:
+    """About how much text data=pystdlib has, from file sizes alone."""
+    return sum(file.path.stat().st_size for file in _stdlib_files())
+
+
+def obtain_tokenizer(section: TokenizerConfig, corpus: Corpus, cache: Path, say: Say = silent) -> tuple[Path, dict[str, Any]]:
+    """The path of this config's `tokenizer.json` (the one it names, or one trained on the training split and kept in
+    `cache`) and what was measured of it: {"vocab_size", "bytes_per_token", "corpus", "tokenizer"}.
+
+    Raises TokenizerError when the vocabulary is not the config's, or more than the text yields.
+    """
+    from picotrain.tokenizer import load_tokenizer, train_tokenizer
+
+    home = _tokenizer_home(section, corpus, cache)
+    path = _tokenizer_path(section, home)
+    if path.is_file() and (meta := known_tokenizer(section, corpus, cache)) is not None:
+        return path, meta
+    with locked(home, say):
+        if section.path is None and not path.is_file():
+            used = min(section.train_bytes, corpus.text_bytes)
+            say(f"training a tokenizer of {section.vocab_size:,} tokens on {used / 1e6:,.1f} MB of {corpus.name}")
+            started = time.monotonic()
+            train_tokenizer(sample_texts(corpus, section.train_bytes), section.vocab_size, path)
+            say(f"trained it in {time.monotonic() - started:.1f} s: {path}")
+        tokenizer = load_tokenizer(path, section.encoder)
+        if tokenizer.vocab_size != section.vocab_size:
+            raise TokenizerError(
+                f"{path} has {tokenizer.vocab_size:,} tokens and tokenizer.vocab_size is {section.vocab_size:,}; "
+                f"set tokenizer.vocab_size={tokenizer.vocab_size}, or name another tokenizer.path"
+            )
+        meta = _measure(tokenizer, corpus)
+        home.mkdir(parents=True, exist_ok=True)
+        write_atomic(home / META, json.dumps(meta, indent=1).encode())
+    return path, meta
+
+
+def known_tokenizer(section: TokenizerConfig, corpus: Corpus, cache: Path) -> dict[str, Any] | None:
+    """What `obtain_tokenizer` measured, if it has run for this corpus and section."""
+    return read_json(_tokenizer_home(section, corpus, cache) / META)
+
+
+def check_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, unit_bytes: int) -> None:
+    """Raise DataError unless training and validation shards fill at least one row of seq_len + 1 tokens each."""
+    from picotrain.data.lanes import has_full_row, too_short
+
+    if not has_full_row(corpus, tokenizer, seq_len, unit_bytes):
+        raise DataError(too_short(corpus, seq_len))
+    if not has_full_row(replace(corpus, shards=(corpus.val,)), tokenizer, seq_len, unit_bytes):
+        raise DataError(
+            f"{corpus.root / corpus.val.name} ({corpus.val.rows:,} validation documents, {corpus.val.text_bytes:,} bytes) fills "
+            f"no row of {seq_len + 1} tokens; take a smaller train.seq_len or more text"
+        )
+
+
+def _measure(tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:
+    """Bytes of training text per token, the `<|bos|>` that leads each document counted."""
+    texts = list(sample_texts(corpus, META_BYTES))
+    ids, _ = tokenizer.encode_flat(texts)
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "bytes_per_token": sum(len(text.encode()) for text in texts) / (len(ids) + len(texts)),
+        "corpus": corpus.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+    }
+
+
+def _tokenizer_home(section: TokenizerConfig, corpus: Corpus, cache: Path) -> Path:
+    """One folder for each corpus and vocabulary; the encoder is no part of it, as both give the same ids."""
+    identity: list[Any] = [corpus.fingerprint, section.kind, section.vocab_size, section.train_bytes]
+    if section.path is not None:
+        file = _tokenizer_path(section, Path())
+        identity = [corpus.fingerprint, section.vocab_size, hash_bytes(file.read_bytes()) if file.is_file() else str(file)]
+    return Path(cache).expanduser().absolute() / "tokenizers" / _hash(identity)
+
+
+def _tokenizer_path(section: TokenizerConfig, home: Path) -> Path:
+    path = home if section.path is None else Path(section.path).expanduser().absolute()
+    return path if path.suffix == ".json" else path / "tokenizer.json"
+
+
+def _inputs(data: DataConfig) -> tuple[list[Input], Undecodable]:
+    """The files to prepare, and what to do with one that is not UTF-8 (the library's own tests hold some on purpose)."""
+    if data.kind == "pystdlib":
+        return list(_stdlib_files()), "skip"
+    assert data.path is not None  # the schema's business
+    return expand(data.path), "error"
+
+
+def _shard_folder(data: DataConfig) -> Path | None:
+    """The user's folder when it holds Parquet shards itself: then it is the corpus as it is."""
+    if data.kind != "files" or data.path is None:
+        return None
+    folder = Path(data.path).expanduser()
+    return folder if folder.is_dir() and any(folder.glob("*.parquet")) else None
+
+
+def _stdlib_files() -> Iterator[Input]:
+    """The running interpreter's own library, tests included, one document a file, in the order of their names."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for here, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in NOT_STDLIB]
+        found += [Path(here, name) for name in names if name.endswith(".py")]
+    if not found:
+        raise DataError(f"this Python has no library sources in {root}; use data=files data.path=... instead")
+    return (Input(path, path.relative_to(root).as_posix()) for path in sorted(found))
+
+
+def _label(data: DataConfig) -> str:
+    """How the corpus folder is called, before its hash."""
+    if data.kind == "pystdlib":
+        return f"pystdlib-{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro}"
+    return "".join(char if char.isalnum() or char in "-_." else "_" for char in data.name)
+
+
+def _index(files: list[Input], cache: Path) -> Path:
+    """Which prepared folder belongs to these files, so that unchanged ones need not be read to be known."""
+    return cache / "corpora" / f"inputs-{_hash([str(file.path.absolute()) for file in files])}.json"
+
+
+def _stats(files: list[Input]) -> str:
+    return _hash([[(stat := file.path.stat()).st_size, stat.st_mtime_ns] for file in files])
+
+
+def _hash(value: Any) -> str:
+    return hash_bytes(json.dumps(value).encode(), 8)
+
+
+# --- the Hugging Face Hub ------------------------------------------------------------------------
+
+
+def _hub_shards(data: DataConfig, cache: Path) -> tuple[Path, list[str]]:
+    """The folder of a Hub corpus and the file names in it: the validation shard first, then `num_shards` training shards."""
+    assert data.file_pattern and data.num_shards and data.max_shards  # the schema's business, as is their range
+    pattern = PurePosixPath(data.file_pattern)
+    if "{" in str(pattern.parent):
+        raise DataError(
+            f"data.file_pattern={data.file_pattern!r}: the shards must stand in one folder, with {{index}} in their names alone"
+        )
+    val = data.val_shard or pattern.name.format(index=data.max_shards - 1)
+    names = [pattern.name.format(index=index) for index in range(data.num_shards + 1)]
+    train = [name for name in names if name != val][: data.num_shards]
+    return cache / "corpora" / _label(data) / pattern.parent, [val, *train]
+
+
+def _hub_corpus(data: DataConfig, root: Path, names: list[str]) -> Corpus:
+    corpus = scan(root, data.name, names[0], only=names)
+    return replace(corpus, origin={"kind": "hub", "repo_id": data.repo_id, "file_pattern": data.file_pattern})
+
+
+def _download(data: DataConfig, cache: Path, say: Say) -> Corpus:
+    """Fetch what is missing; a shard gets its name when it is whole, and a broken download goes on where it stopped."""
+    root, names = _hub_shards(data, cache)
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing:
+        say(f"downloading {len(missing)} of {len(names)} shards of {data.repo_id} into {root}")
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            try:
+                for count, (name, size) in enumerate(pool.map(lambda name: _fetch(data, cache, name), missing), 1):
+                    say(f"shard {count} of {len(missing)}: {name}, {size / 1e6:,.1f} MB")
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return _hub_corpus(data, root, names)
+
+
+def _fetch(data: DataConfig, cache: Path, name: str) -> tuple[str, int]:
+    """One shard into the cache; HF_ENDPOINT, HF_TOKEN and the like are honoured by huggingface_hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    assert data.file_pattern and data.repo_id
+    filename = str(PurePosixPath(data.file_pattern).parent / name)
+    try:
+        path = hf_hub_download(data.repo_id, filename, repo_type="dataset", local_dir=cache / "corpora" / _label(data))
+    except GatedRepoError as error:
+        raise DataError(f"{data.repo_id} asks for access; agree to its terms on the Hub and set HF_TOKEN") from error
+    except RepositoryNotFoundError as error:
+        raise DataError(f"the Hub has no data set {data.repo_id} (or it is private: set HF_TOKEN); see data.repo_id") from error
+    except LocalEntryNotFoundError as error:  # before EntryNotFoundError, its base: the Hub was not reached
+        raise DataError(_unreachable(data, filename, error)) from error
+    except EntryNotFoundError as error:
+        raise DataError(f"{data.repo_id} has no file {filename}; see data.file_pattern, data.num_shards and data.max_shards") from error
+    except Exception as error:  # whatever HTTP client the installed huggingface_hub has
+        if isinstance(error, OSError) and error.errno is not None and shutil.disk_usage(cache).free < 1 << 28:
+            raise DataError(f"{cache} is on a full disk: {error.strerror}; free some space or set PICOTRAIN_CACHE") from error
+        raise DataError(_unreachable(data, filename, error)) from error
+    return name, Path(path).stat().st_size
+
+
+def _unreachable(data: DataConfig, filename: str, error: Exception) -> str:
+    reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+    return (
+        f"{filename} of {data.repo_id} cannot be downloaded: {reason[0]}; try again (what is there is kept), "
+        "or train without a network: data=pystdlib, or data=files data.path=..."
+    )

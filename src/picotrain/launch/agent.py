@@ -1,0 +1,215 @@
+"""The workers of one node under torch's elastic agent, with our rules for signals, exit codes and noise.
+
+Torch's agent ends workers at once on a signal, calls every exit code but 0 a failure, and gives the others 30 s to react
+to it. Here a signal is passed on and the workers get launch.grace_s to save; exit code 75 means "stopped, saved"; and
+once a rank has failed the others are killed, since they can only wait for it in a collective.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SubprocessContext
+from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException
+from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from picotrain import hardware
+from picotrain.config.schema import LaunchConfig
+from picotrain.errors import Diverged, LaunchError, PicotrainError, Stopped
+from picotrain.parallel import StopSignal
+from picotrain.worker import LAUNCHER_PID
+
+POLL_S = 0.1  # how often the agent looks at its workers
+JOIN_TIMEOUT_S = 600  # how long nodes wait for each other: schedulers start them minutes apart at worst
+KILL_WAIT_S = 10  # how long a killed worker may take to go; one stuck in a driver call is given up
+SPOKEN = (PicotrainError.exit_code, Diverged.exit_code)  # exit codes of workers that have told the user what is wrong
+
+
+def run_workers(command: Sequence[str], nproc: int, launch: LaunchConfig, run_id: str) -> int:
+    """Run `command` as nproc ranks of this node; the exit code as in `picotrain.launch.launch`."""
+    environment = {
+        LAUNCHER_PID: str(os.getpid()),  # workers end when this process is gone
+        "OMP_NUM_THREADS": str(max(1, hardware.cores() // nproc)),  # until the worker sets its own number
+        "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # leave ours alone; torch insists on one
+    }
+    with _environment(environment), _quiet():
+        try:
+            agent = Agent(_spec(command, nproc, launch, run_id), launch)
+            return agent.train()
+        except RendezvousError as error:
+            where = launch.rdzv_endpoint or "this machine"
+            raise LaunchError(f"{launch.nnodes} nodes did not meet at {where}: {error.__cause__ or error}") from error
+
+
+class Agent(LocalElasticAgent):
+    """Torch's agent of one node's workers."""
+
+    def __init__(self, spec: WorkerSpec, launch: LaunchConfig):
+        super().__init__(spec, logs_specs=_PassThrough())
+        self._node_rank, self._grace_s = launch.node_rank, launch.grace_s
+        self._deadline: float | None = None  # when workers that were asked to stop are killed
+        self._late = False
+        self._failed: dict[int, tuple[int, int]] = {}  # global rank -> pid, exit code; not those that were killed for it
+
+    def train(self) -> int:
+        """Start the workers, see them to their end; the exit code."""
+        handler, quit_handler = self.get_worker_group().spec.rdzv_handler, signal.getsignal(signal.SIGQUIT)
+        with StopSignal(on_first=self._forward, on_second=self._end_at_once) as stop:
+            try:
+                result = self.run()
+            except SystemExit as ended:
+                return int(ended.code or 0)
+            except SignalException as quit:
+                return 128 + quit.sigval
+            finally:
+                self._kill()
+                handler.shutdown()
+                if signal.getsignal(signal.SIGQUIT) is not quit_handler:
+                    signal.signal(signal.SIGQUIT, quit_handler)
+        if result is None:
+            raise LaunchError("the other nodes have started without this one; launch.nnodes or launch.node_rank must be wrong")
+        return self._exit_code(result, stop.signum)
+
+    def _exit_code(self, result: RunResult, signum: int | None) -> int:
+        if self._late:
+            within = f"launch.grace_s={self._grace_s:g}"
+            raise LaunchError(f"the workers did not stop within {within} and were killed; a resume goes on from the last save")
+        # A worker that dies of the signal that was passed on had not begun, or had ended: nothing is lost.
+        failed = {rank: end for rank, end in self._failed.items() if signum is None or end[1] != -signum}
+        if not failed:
+            return Stopped.exit_code if result.is_failed() else 0
+        spoken = [code for _, code in failed.values() if code in SPOKEN]
+        if spoken:
+            return spoken[0]
+        raise LaunchError("\n".join(_obituary(rank, pid, code) for rank, (pid, code) in sorted(failed.items())))
+
+    def _processes(self) -> dict[int, subprocess.Popen]:
+        """This node's workers by local rank, once they are started."""
+        if not isinstance(self._pcontext, SubprocessContext):
+            return {}
+        return {rank: handler.proc for rank, handler in self._pcontext.subprocess_handlers.items()}
+
+    def _forward(self, signum: int) -> None:
+        if not self._processes():
+            raise SystemExit(Stopped.exit_code)  # nothing is running that could be saved
+        self._deadline = time.monotonic() + self._grace_s
+        for process in self._processes().values():
+            process.send_signal(signum)
+
+    def _end_at_once(self, signum: int) -> None:
+        self._kill()
+        raise SystemExit(128 + signum)
+
+    def _kill(self) -> None:
+        """Kill whatever is left of the workers and of what they have started: each leads a process group of its own."""
+        for process in self._processes().values():
+            with suppress(ProcessLookupError, PermissionError):  # gone; macOS says so with the latter
+                os.killpg(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + KILL_WAIT_S
+        for process in self._processes().values():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        """One look at the workers: torch's, except that ranks which stop are waited for and ranks that fail are not."""
+        processes = self._processes()
+        codes = {rank: process.poll() for rank, process in processes.items()}
+        failed = {rank: code for rank, code in codes.items() if code not in (None, 0, Stopped.exit_code)}
+        if failed and not self._failed and not self._late:
+            self._failed = {worker_group.workers[rank].global_rank: (processes[rank].pid, code or 0) for rank, code in failed.items()}
+            self._kill()
+        elif None in codes.values():
+            if Stopped.exit_code in codes.values() and self._deadline is None:
+                self._deadline = time.monotonic() + self._grace_s  # stopped by another node, or by a signal of its own
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self._late = True
+                self._kill()
+            return RunResult(state=WorkerState.HEALTHY)
+        return super()._monitor_workers(worker_group)
+
+    def _assign_worker_ranks(self, store, group_rank: int, group_world_size: int, spec: WorkerSpec):
+        """Ranks in the order of launch.node_rank; the rendezvous alone would order nodes by name."""
+        return super()._assign_worker_ranks(store, self._node_rank, group_world_size, spec)
+
+
+class _PassThrough(LogsSpecs):
+    """Workers write to our stdout and stderr; no log files."""
+
+    @property
+    def root_log_dir(self) -> str:
+        return os.devnull
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        for env in envs.values():
+            env["TORCHELASTIC_ERROR_FILE"] = ""
+        ours = dict.fromkeys(envs, "")
+        return LogsDest(stdouts=ours, stderrs=ours, error_files=dict.fromkeys(envs, os.devnull))
+
+
+def _spec(command: Sequence[str], nproc: int, launch: LaunchConfig, run_id: str) -> WorkerSpec:
+    """The workers of this node and how they meet those of the others: c10d, at node 0."""
+    alone = launch.nnodes == 1
+    rendezvous = RendezvousParameters(
+        backend="c10d",
+        endpoint=launch.rdzv_endpoint or "localhost:0",
+        run_id=run_id,
+        min_nodes=launch.nnodes,
+        max_nodes=launch.nnodes,
+        local_addr="localhost" if alone else None,  # a laptop's own name may not resolve
+        is_host=str(launch.node_rank == 0),
+        join_timeout=JOIN_TIMEOUT_S,
+    )
+    return WorkerSpec(
+        role="worker",
+        local_world_size=nproc,
+        entrypoint=command[0],
+        args=tuple(command[1:]),
+        rdzv_handler=get_rendezvous_handler(rendezvous),
+        max_restarts=0,
+        monitor_interval=POLL_S,
+    )
+
+
+def _obituary(rank: int, pid: int, code: int) -> str:
+    if code >= 0:
+        return f"rank {rank} (pid {pid}) failed with exit code {code}; what it said is above"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    hint = "; out of memory is the usual reason" if name == "SIGKILL" else ""
+    return f"rank {rank} (pid {pid}) was ended by {name}{hint}"
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the workers, which torch lets inherit all of ours."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's agent from logging what is said here in one line."""
+    logger, nothing = logging.getLogger("torch.distributed.elastic"), logging.NullHandler()
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(nothing)
+    try:
+        yield
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(nothing)

@@ -1,0 +1,125 @@
+"""The lock of a run directory: one start at a time, and none while a worker of an earlier one still lives."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar, TextIO
+
+from picotrain.errors import RunError
+
+LOCK_FILE = ".lock"
+# Workers look for their launcher every half second (see `picotrain.worker`); the rest is for a loaded machine.
+ORPHAN_WAIT_S = 10.0
+
+
+class RunLock:
+    """A flock on RUN/.lock: taken exclusively to get in, held shared while in. Reentrant within a process.
+
+    The workers share it with their launcher (`share`), so it is free exactly when the last process that could write is
+    gone, however it ended: the kernel releases it. The file says who came in last: {"pid", "host", "since"}.
+    """
+
+    _held: ClassVar[set[Path]] = set()
+
+    def __init__(self, run_dir: Path):
+        self.path = run_dir.absolute() / LOCK_FILE
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> RunLock:
+        """Raise RunError, naming pid and host, while another start has the directory.
+
+        A start that died leaves workers for the moment it takes them to notice: those are waited for.
+        """
+        if self.path in self._held:
+            return self
+        file = self._open()
+        deadline = time.monotonic() + ORPHAN_WAIT_S
+        while not _flock(file, fcntl.LOCK_EX):
+            holder = _holder(file)
+            if not _is_dead(holder) or time.monotonic() > deadline:
+                file.close()
+                raise RunError(_refusal(self.path.parent, holder))
+            time.sleep(0.1)
+        file.seek(0)
+        file.truncate()
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
+        file.write(json.dumps(me) + "\n")
+        file.flush()
+        self._keep(file)
+        return self
+
+    def share(self) -> RunLock:
+        """Hold the lock beside the launcher that took it, for as long as this process lives."""
+        self._keep(self._open())
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()  # the file stays: removing it would let two starts hold two different ones
+            self._file = None
+            self._held.discard(self.path)
+
+    def _open(self) -> TextIO:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return self.path.open("a+")
+        except OSError as error:
+            raise RunError(f"{self.path.parent} cannot be written: {error.strerror or error}") from error
+
+    def _keep(self, file: TextIO) -> None:
+        # From exclusive to shared is not atomic: whoever gets in between has the directory, and this start has not.
+        if not _flock(file, fcntl.LOCK_SH):
+            file.close()
+            raise RunError(_refusal(self.path.parent, _holder(file := self._open())))
+        self._file = file
+        self._held.add(self.path)
+
+
+def _flock(file: TextIO, kind: int) -> bool:
+    """Whether the lock was got; True with a warning where the file system knows no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        print(f"picotrain: {file.name} cannot be locked ({error.strerror}): a second start will not be noticed", file=sys.stderr)
+    return True
+
+
+def _holder(file: TextIO) -> dict[str, Any]:
+    """Who wrote the file, {} when nobody has yet."""
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine that is no more."""
+    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _refusal(run_dir: Path, holder: dict[str, Any]) -> str:
+    if not holder:
+        return f"{run_dir} is in use by another process; wait for it to end, or name another run.dir"
+    who = f"pid {holder.get('pid')} on {holder.get('host')}, since {holder.get('since')}"
+    if _is_dead(holder):
+        return f"{run_dir} is still in use by workers of a start that died ({who}); end them first"
+    return f"{run_dir} is in use by {who}; wait for it, or stop it with `kill -TERM {holder.get('pid')}` (it saves), then start again"

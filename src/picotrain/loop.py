@@ -1,0 +1,212 @@
+"""The training loop: batch, forward, backward, step. What is due at a step is a flat list of `if` lines.
+
+At step s (s updates are done) every rank does, in this order: stop if asked to, save, measure bits per byte, sample,
+end, train on the micro-batches of one step, log. A save comes before anything that could cost the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from picotrain import checkpoint, evaluation, optim, report, sampling, schedule
+from picotrain.config import Config, load
+from picotrain.data.corpus import Corpus
+from picotrain.data.lanes import merge_states
+from picotrain.data.stream import Loader, validation_rows
+from picotrain.model import DTYPES, GPT
+from picotrain.monitor import Monitor
+from picotrain.parallel import Parallel, StopSignal
+from picotrain.plan import Plan
+from picotrain.state import TrainState
+from picotrain.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended."""
+
+    status: Literal["finished", "stopped"]
+    step: int
+
+
+def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
+    """Train the run in `run_dir` from its newest checkpoint to its last step, or until every rank agrees to stop."""
+    with _Run(run_dir, parallel, stop) as run:
+        plan, cadence, state = run.plan, run.config.train, run.state
+        saved_step = run.resumed_step
+
+        while True:
+            step = state.step
+            last = step == plan.num_steps
+            stopping = parallel.agree(stop.requested)
+
+            if step != saved_step and (last or stopping or _every(cadence.save_every, step, first=False)):
+                run.save()
+                saved_step = step
+            if stopping:
+                return run.end("stopped")
+            # An evaluation that a stop interrupts is given up: the next turn sees the stop and ends.
+            if _due(cadence.eval_every, step, last, first=True) and not run.evaluate():
+                continue
+            if _due(cadence.sample_every, step, last, first=False) and not run.sample():
+                continue
+            if last:
+                return run.end("finished")
+
+            started_s = time.perf_counter()
+            loss = torch.zeros((), device=parallel.device)
+            wait_ms = 0.0
+            for micro in range(plan.grad_accum_steps):
+                batch = next(run.loader)
+                with parallel.sync_gradients(run.wrapped, on=micro == plan.grad_accum_steps - 1):
+                    micro_loss = run.wrapped(batch.inputs, batch.targets) / plan.grad_accum_steps
+                    micro_loss.backward()
+                loss += micro_loss.detach()
+                wait_ms += batch.wait_ms
+
+            grad_norm = parallel.clip(run.model.parameters(), cadence.grad_clip)
+            lr_factor = run.schedule(step)
+            optim.set_lr(state.optimizer, lr_factor)
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+            state.loader = batch.state  # the last row trained on, never one that was prefetched
+
+            run.monitor.train_step(
+                step=step,
+                started_s=started_s,
+                loss=parallel.mean(loss),
+                grad_norm=grad_norm,
+                lr=plan.matrix_lr * lr_factor,
+                lr_factor=lr_factor,
+                data_wait_ms=wait_ms,
+                epoch=batch.epoch,
+                pq=batch.pq,
+                rg=batch.rg,
+            )
+
+
+def _every(interval: int, step: int, first: bool) -> bool:
+    return interval > 0 and (first or step > 0) and step % interval == 0
+
+
+def _due(interval: int, step: int, last: bool, first: bool) -> bool:
+    return interval > 0 and (last or _every(interval, step, first))
+
+
+class _Run:
+    """Everything one training holds: built from the run directory, restored from its newest checkpoint."""
+
+    def __init__(self, run_dir: Path, parallel: Parallel, stop: StopSignal):
+        self.dir, self.parallel, self.stop = run_dir, parallel, stop
+        self.config: Config = load(run_dir / "config.yaml")
+        self.plan = Plan.load(run_dir / "plan.json")
+        self.checkpoints = run_dir / "checkpoints"
+        data = json.loads((run_dir / "data.json").read_text())
+        self.corpus = Corpus.from_json(data["corpus"])
+        self.tokenizer: Tokenizer = load_tokenizer(run_dir / "tokenizer.json", self.config.tokenizer.encoder)
+
+        if self.config.train.deterministic:
+            torch.use_deterministic_algorithms(True)
+        self.model = GPT(self.config.model, self.plan.vocab_size, self.plan.seq_len, DTYPES[self.plan.precision]).to(parallel.device)
+        optimizer = optim.build(self.config.optimizer, self.model, self.plan.rates)
+        self.state = TrainState(self.model, optimizer)
+        self.schedule = schedule.build(self.config.schedule, self.plan.num_steps)
+        self.monitor = Monitor(run_dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank)
+        self.resumed_step = self._restore()
+
+        if self.plan.compile:
+            self.model.compile_blocks()
+        self.wrapped: nn.Module = parallel.wrap(self.model)
+        self.loader = Loader(
+            self.corpus,
+            self.tokenizer,
+            **self.plan.stream,
+            seed=self.config.run.seed,
+            dp_rank=parallel.dp_rank,
+            dp_size=parallel.dp_size,
+            device=parallel.device,
+            state=self.state.loader,
+        )
+        self._val_rows = None  # tokenized when the first evaluation wants them
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.loader.close()
+        self.monitor.close()
+
+    def save(self) -> None:
+        """Write a checkpoint of this step; rank 0 writes, the others wait."""
+        started = time.perf_counter()
+        self.monitor.flush()  # no line of a step that the checkpoint holds may be missing from metrics.jsonl
+        self.state.loader = merge_states(self.parallel.gather(self.state.loader or self.loader.state))
+        if self.parallel.is_main:
+            self.state.loop.smoother = self.monitor.smoother_state()
+            self.state.loop.total_training_time_s = self.monitor.total_training_time_s
+            path = checkpoint.save(self.checkpoints, self.state, self.monitor.metrics_bytes())
+            self.monitor.checkpoint(self.state.step, path, time.perf_counter() - started)
+        self.parallel.barrier()
+
+    def evaluate(self) -> bool:
+        """Measure bits per byte on the validation shard; False when a stop was asked for meanwhile."""
+        if self._val_rows is None:
+            self._val_rows = validation_rows(
+                self.corpus, self.tokenizer, self.plan.seq_len, self.plan.eval_rows, self.plan.unit_bytes
+            ).rows
+        result = evaluation.bits_per_byte(
+            self.model,
+            self._val_rows,
+            self.tokenizer.token_bytes(),
+            self.config.evaluation.bpb.device_batch_size or self.plan.device_batch_size,
+            self.parallel,
+            given_up=lambda: self.parallel.agree(self.stop.requested),
+            progress=self.monitor.progress("bits per byte"),
+        )
+        if result is None:
+            return False
+        loop, step = self.state.loop, self.state.step
+        self.monitor.val(step, result.val_bpb, result.val_loss, result.tokens, best_bpb=loop.min_val_bpb)
+        loop.val_bpb, loop.val_bpb_step = result.val_bpb, step
+        loop.min_val_bpb = min(result.val_bpb, loop.min_val_bpb or result.val_bpb)
+        if self.parallel.is_main:
+            checkpoint.record_metrics(self.checkpoints, step, {"val_bpb": result.val_bpb, "val_loss": result.val_loss})
+        return True
+
+    def sample(self) -> bool:
+        """Generate from the configured prompts, the same on every rank; False when a stop was asked for before."""
+        if self.parallel.agree(self.stop.requested):
+            return False
+        seed = self.config.run.seed + self.state.step
+        samples = sampling.complete(self.model, self.tokenizer, self.config.sampling.prompts, self.config.sampling, seed)
+        self.monitor.sample(self.state.step, [asdict(sample) for sample in samples])
+        return True
+
+    def end(self, status: Literal["finished", "stopped"]) -> Outcome:
+        """Close the books: the last lines, the report."""
+        self.monitor.event(self.state.step, status)
+        self.monitor.close()
+        if self.parallel.is_main:
+            summary = report.write_report(self.dir)
+            report.console_summary(summary)
+        return Outcome(status, self.state.step)
+
+    def _restore(self) -> int | None:
+        """Go on from the newest whole checkpoint, if there is one; the step it was saved at."""
+        path = checkpoint.newest(self.checkpoints, self.monitor.warn)
+        if path is None:
+            self.model.init_weights(self.config.run.seed)
+            self.monitor.start(0)
+            return None
+        metrics_bytes = checkpoint.load(path, self.state)
+        loop = self.state.loop
+        self.monitor.start(self.state.step, metrics_bytes, loop.smoother, loop.total_training_time_s)
+        return self.state.step

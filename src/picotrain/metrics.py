@@ -1,0 +1,158 @@
+"""metrics.jsonl: what a run measured, one JSON object a line.
+
+    {"step": 12, "kind": "train", "loss": 3.21, ...}
+
+`kind` is train, val, core, sample, checkpoint or event. Each line is strict JSON: a number that is not finite stands there as null.
+One process writes (rank 0 of the run that holds the lock); anyone may read at any time. A line is whole when its newline is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from picotrain.errors import RunError
+
+METRICS = "metrics.jsonl"
+# Line ends to some readers (Python's str.splitlines among them), though not to JSON: written as escapes.
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+
+
+def plain(value: Any) -> Any:
+    """`value` as strict JSON can hold it: numpy and torch scalars as numbers, tuples as lists, NaN and infinity as None."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What `truncate_to` found: bytes cut off, where they are kept, or bytes that should have been there and are not."""
+
+    cut_bytes: int = 0
+    kept_in: Path | None = None
+    missing_bytes: int = 0
+
+
+class MetricsFile:
+    """Appends records to metrics.jsonl, each line by one write to an O_APPEND descriptor: whole or not at all.
+
+    A line that cannot be written (disk full) waits in memory for the next write: a full disk costs no step of a run that could go on.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._waiting: deque[bytes] = deque()
+        self._error: OSError | None = None
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunError(f"{path} cannot be written: {error.strerror}") from error
+        # A kill can tear the last line; the next one must not be glued to it.
+        self._cut_at(path.read_bytes().rfind(b"\n") + 1)
+
+    @property
+    def waiting_lines(self) -> int:
+        """Lines that could not be written yet."""
+        return len(self._waiting)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record (and, first, those that wait)."""
+        line = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
+        self._waiting.append(line.translate(_LINE_ENDS).encode("utf-8", errors="replace") + b"\n")
+        self._drain()
+
+    def size_bytes(self) -> int:
+        """The file's length, after it has reached the disk: what a checkpoint records must still be there after a power cut.
+
+        Raises RunError if lines wait that cannot be written.
+        """
+        self._drain()
+        if self._waiting:
+            reason = self._error.strerror if self._error else "short write"
+            raise RunError(f"{self.path}: {len(self._waiting)} lines cannot be written: {reason}; free space on this disk")
+        os.fsync(self._fd)
+        return os.fstat(self._fd).st_size
+
+    def truncate_to(self, n_bytes: int) -> Cut:
+        """Cut the file back to `n_bytes`, the length a checkpoint recorded; the rest is kept in metrics.cut-0001.jsonl, -0002, ...
+
+        A shorter file is left as it is and the lack is reported. Raises RunError where `n_bytes` is not at the end of a line.
+        """
+        size_bytes = os.fstat(self._fd).st_size
+        if n_bytes > size_bytes:
+            return Cut(missing_bytes=n_bytes - size_bytes)
+        if n_bytes > 0 and os.pread(self._fd, 1, n_bytes - 1) != b"\n":
+            raise RunError(
+                f"{self.path}: byte {n_bytes:,} does not end a line, so this is not the file that the checkpoint was saved with; "
+                "restore it, or move it away to go on without the earlier lines"
+            )
+        return self._cut_at(n_bytes)
+
+    def close(self) -> None:
+        """Try once more to write the lines that wait, then close."""
+        self._drain()
+        os.close(self._fd)
+
+    def _drain(self) -> None:
+        while self._waiting and self._append(self._waiting[0]):
+            self._waiting.popleft()
+
+    def _append(self, line: bytes) -> bool:
+        before_bytes = os.fstat(self._fd).st_size
+        try:
+            if os.write(self._fd, line) == len(line):
+                return True
+        except OSError as error:
+            self._error = error
+        os.ftruncate(self._fd, before_bytes)
+        return False
+
+    def _cut_at(self, n_bytes: int) -> Cut:
+        """Keep everything from `n_bytes` on in a file of its own, then drop it here: in this order, so that a kill loses nothing."""
+        tail = self.path.read_bytes()[n_bytes:]
+        if not tail:
+            return Cut()
+        number = 1
+        while (kept_in := self.path.with_name(f"{self.path.stem}.cut-{number:04d}.jsonl")).exists():
+            number += 1
+        with open(kept_in, "xb") as file:
+            file.write(tail)
+            file.flush()
+            os.fsync(file.fileno())
+        os.ftruncate(self._fd, n_bytes)
+        return Cut(cut_bytes=len(tail), kept_in=kept_in)
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a metrics.jsonl, also while it is being written: a torn last line is passed over.
+
+    Raises RunError, with the line, where the file is damaged before its end, and where there is no such file.
+    """
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                raise RunError(f"{path}, line {number} is damaged: it is no JSON ({error}); remove that line to read the rest") from error
+            if not isinstance(record, dict):
+                raise RunError(f"{path}, line {number} is damaged: expected a JSON object, found {type(record).__name__}")
+            yield record

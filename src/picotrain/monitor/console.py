@@ -1,0 +1,194 @@
+"""What a person sees of a run: on a terminal a progress bar below the log lines, elsewhere plain lines.
+
+Everything is built as rich `Text`, never as markup, so that a model's `[red]` stays what it is. A console that can no longer
+be written (a closed pipe, a vanished terminal) falls silent; it never stops a run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console as RichConsole
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+from picotrain.config.schema import Config
+from picotrain.text import brief, clock, encodable, flops, printable, short, size
+
+LABEL, STRONG, GOOD, BAD = "dim", "bold", "green", "yellow"
+
+
+class Console:
+    """Prints the lines of one run to `stream` (standard output when None)."""
+
+    def __init__(self, num_steps: int, stream: TextIO | None = None, width: int | None = None):
+        self.num_steps = num_steps
+        self.stream: TextIO = sys.stdout if stream is None else stream
+        self.live = self.stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._rich = RichConsole(file=self.stream, width=width, highlight=False, force_jupyter=False) if self.live else None
+        self._progress: Progress | None = None
+        self._silent = False
+
+    def banner(self, lines: Sequence[tuple[str, str]]) -> None:
+        """The start of a run: a title, then one line for each (label, fact)."""
+        (_, title), *facts = lines
+        self._print(Text.assemble(("picotrain ", LABEL), (title, STRONG)))
+        for label, fact in facts:
+            self._print(Text.assemble((f"  {label:<12}", LABEL), fact))
+
+    def advance(self, step: int, record: Mapping[str, Any], eta_s: float | None) -> None:
+        """Move the bar to `step` steps done; without a terminal nothing happens."""
+        if not self.live or self._silent:
+            return
+        info = f"loss {_loss(record['smooth_loss'])}  {short(record['tok_per_sec'])} tok/s  "
+        info += f"{clock(record['total_training_time_s'])}  eta {_eta(eta_s)}"
+        self._guard(lambda: self._bar().update(self._task, completed=step, info=info, description="training"))
+
+    def phase(self, what: str) -> None:
+        """Say beside the bar what goes on when it is not training."""
+        if self.live and not self._silent:
+            self._guard(lambda: self._bar().update(self._task, description=what))
+
+    def train(self, record: Mapping[str, Any], eta_s: float | None) -> None:
+        """The log line of a step; on a narrow terminal the least important fields are left out."""
+        fields = train_fields(record, self.num_steps, eta_s)
+        kept = fit(fields, self._rich.width) if self._rich else [text for _, text in fields]
+        self._print(Text("  ").join(kept))
+
+    def val(self, step: int, val_bpb: float | None, val_loss: float | None, tokens: int, best_bpb: float | None) -> None:
+        """A validation; `best_bpb` is the lowest before it, None at the first."""
+        line = Text.assemble(self._step(step), ("  val_bpb ", LABEL), (_fixed(val_bpb), STRONG), ("  val_loss ", LABEL), _fixed(val_loss))
+        line.append(f"  {short(tokens)} tokens", LABEL)
+        if val_bpb is not None and best_bpb is not None:
+            change = f"{val_bpb - best_bpb:+.4f}"
+            better = val_bpb < best_bpb
+            line.append(*((f"  * best so far, {change}", GOOD) if better else (f"  {change} on the best, {best_bpb:.4f}", BAD)))
+        self._print(line)
+
+    def sample(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """What the model writes: each prompt, then its continuation, indented."""
+        self._print(Text.assemble(self._step(step), ("  samples", LABEL)))
+        for sample in samples:
+            text = Text.assemble(("> ", LABEL), (printable(sample["prompt"]), STRONG), printable(sample["text"]))
+            self._print(text, indent=4)
+
+    def checkpoint(self, step: int, path: str, n_bytes: int, seconds: float) -> None:
+        """A checkpoint that was written."""
+        self._print(Text.assemble(self._step(step), ("  saved ", LABEL), f"{path}  {size(n_bytes)} in {brief(seconds)}"))
+
+    def event(self, step: int, name: str, message: str) -> None:
+        """Something that happened to the run."""
+        self._print(Text.assemble(self._step(step), "  ", (name, STRONG), ("  " + message) if message else ""))
+
+    def warn(self, message: str) -> None:
+        """A line that should be seen."""
+        self._print(Text(message, style=BAD))
+
+    def close(self) -> None:
+        """Take the bar away and give the cursor back. May be called twice."""
+        if self._progress:
+            self._guard(self._progress.stop)
+            self._progress = None
+
+    def _step(self, step: int) -> Text:
+        return Text(f"{step:>{len(str(self.num_steps))}}/{self.num_steps}", style=LABEL)
+
+    def _bar(self) -> Progress:
+        if self._progress is None:
+            info = TextColumn("{task.percentage:.1f}%  {task.fields[info]}")
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), info)
+            self._progress = Progress(*columns, console=self._rich, expand=True, transient=True, refresh_per_second=4)
+            self._task = self._progress.add_task("training", total=self.num_steps, info="")
+            self._progress.start()
+        return self._progress
+
+    def _print(self, text: Text, indent: int = 0) -> None:
+        if rich := self._rich:
+            text.plain = encodable(text.plain, rich.encoding)
+            self._guard(lambda: rich.print(Padding(text, (0, 0, 0, indent)) if indent else text))
+        else:
+            lines = "\n".join(" " * indent + line for line in text.plain.split("\n"))
+            self._guard(lambda: self._write(lines + "\n"))
+
+    def _write(self, plain: str) -> None:
+        self.stream.write(encodable(plain, self.stream.encoding))
+        self.stream.flush()
+
+    def _guard(self, action: Callable[[], object]) -> None:
+        if self._silent:
+            return
+        try:
+            action()
+        except (OSError, ValueError):  # ValueError: the stream was closed
+            self._silent = True
+
+
+def banner(plan: Mapping[str, Any], config: Config, run_dir: Path) -> list[tuple[str, str]]:
+    """What is about to be trained, on what and where: a title and (label, fact) pairs."""
+    parts = plan["parameters"]
+    by_part = ", ".join(f"{name} {short(count)}" for name, count in parts.items() if name != "total")
+    factors = {"device_batch_size": "rows", "seq_len": "tokens", "dp_size": "ranks", "grad_accum_steps": "micro-batches"}
+    batch = " x ".join(f"{plan[key]:,} {what}" for key, what in factors.items() if plan[key] > 1)
+    epochs = f" = {plan['epochs']:.2f} epochs" if plan["epochs"] else ""
+    peak = f", peak {flops(plan['peak_flops'])}/s each" if plan["peak_flops"] else ""
+    return [
+        ("", plan["name"]),
+        ("model", f"{short(parts['total'])} parameters ({by_part}), {flops(plan['flops_per_token'])}s a token"),
+        ("batch", f"{plan['total_batch_size']:,} tokens a step = {batch}"),
+        ("horizon", f"{plan['num_steps']:,} steps = {short(plan['num_steps'] * plan['total_batch_size'])} tokens{epochs}"),
+        ("device", f"{plan['world_size']} x {plan['hardware_name']} ({plan['device']}), {plan['precision']}{peak}"),
+        ("data", f"{config.data.name}, {plan['lanes']} lanes, vocabulary of {config.tokenizer.vocab_size:,}"),
+        ("run", str(run_dir)),
+    ]
+
+
+def train_fields(record: Mapping[str, Any], num_steps: int, eta_s: float | None) -> list[tuple[int, Text]]:
+    """The fields of a log line, each with its rank: of those above 0, the highest is the first to go where space is short."""
+    step = record["step"] + 1  # steps done
+    mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
+    return [
+        (0, Text.assemble((f"{step:>{len(str(num_steps))}}/{num_steps}", STRONG), f" {100 * step // num_steps:2d}%")),
+        (0, _field("loss", _loss(record["smooth_loss"]), STRONG)),
+        (2, _field("lr", f"{record['lr_factor']:.3f}")),
+        (1, _field("dt", f"{brief(record['dt_ms'] / 1000):>5}")),
+        (0, Text.assemble(f"{short(record['tok_per_sec']):>5}", (" tok/s", LABEL))),
+        (3, _field("mfu", f"{mfu:>5}")),
+        (4, _field("ep", f"{record['epoch']:.2f}")),
+        (7, _field("rank", str(record["rank"]))),
+        (6, Text.assemble(_field("pq", f"{record['pq']:>2}"), " ", _field("rg", f"{record['rg']:>2}"))),
+        (5, Text(f"{clock(record['total_training_time_s']):>5}")),
+        (0, _field("eta", _eta(eta_s))),
+    ]
+
+
+def fit(fields: Sequence[tuple[int, Text]], width: int) -> list[Text]:
+    """The fields that fit into `width` columns with two blanks between them."""
+    kept = list(fields)
+    while sum(len(text) + 2 for _, text in kept) - 2 > width:
+        worst = max(kept, key=lambda field: field[0])
+        if worst[0] == 0:
+            break
+        kept.remove(worst)
+    return [text for _, text in kept]
+
+
+def _field(label: str, value: str, style: str = "") -> Text:
+    return Text.assemble((f"{label} ", LABEL), (value, style))
+
+
+def _loss(value: float | None) -> str:
+    """Always six characters wide."""
+    return "   n/a" if value is None else f"{value:.4f}" if value < 9.99995 else f"{value:.3f}"
+
+
+def _fixed(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+def _eta(seconds: float | None) -> str:
+    return "?" if seconds is None else clock(seconds)

@@ -1,0 +1,254 @@
+"""The one thing the loop talks to: it keeps metrics.jsonl, prints, and feeds the trackers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from pydantic import BaseModel
+
+from picotrain.config.schema import Config
+from picotrain.errors import Diverged
+from picotrain.metrics import METRICS, MetricsFile, plain
+from picotrain.monitor.console import Console, banner
+from picotrain.monitor.meters import Pace, Smoother, mfu
+from picotrain.monitor.trackers import Sink, build_trackers
+
+
+class Monitor:
+    """Measures and records one run. Every rank has one and sees the same losses; only the main one writes and prints.
+
+    On a device that computes behind the host's back, the values of a step are fetched when the next step is handed in: by
+    then the device is busy with that one, so that waiting for the value leaves no gap. On a CPU they are fetched at once.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        plan: BaseModel,
+        *,
+        is_main: bool = True,
+        rank: int = 0,
+        stream: TextIO | None = None,
+        now_s: Callable[[], float] = time.perf_counter,
+    ):
+        self.run_dir, self.config, self.rank = run_dir, config, rank
+        self.plan: dict[str, Any] = plan.model_dump()
+        self.total_training_time_s = 0.0  # of steps alone, without evaluations, samples and saves
+        self._smoother, self._pace, self._now_s = Smoother(), Pace(), now_s
+        self._late = self.plan["device"] != "cpu"
+        self._pending: dict[str, Any] | None = None
+        self._fetched_s = -math.inf
+        self._first_step = 0
+        self._disk_full = False
+        self._trackers: list[Sink] = build_trackers(config.logger.trackers, run_dir, config.model_dump(mode="json")) if is_main else []
+        self._metrics = MetricsFile(run_dir / METRICS) if is_main else None
+        self._console = Console(self.plan["num_steps"], stream) if is_main else None
+
+    # -- life of a run
+
+    def start(
+        self, step: int, metrics_bytes: int = 0, smoother: Mapping[str, Any] | None = None, total_training_time_s: float = 0.0
+    ) -> None:
+        """Begin at `step`, with what the checkpoint remembers.
+
+        Lines of metrics.jsonl beyond `metrics_bytes` are cut off and kept in a file beside it.
+        """
+        self._first_step = step
+        self.total_training_time_s = total_training_time_s
+        if smoother:
+            self._smoother.load_state_dict(smoother)
+        if not self._metrics or not self._console:
+            return
+        cut = self._metrics.truncate_to(metrics_bytes)
+        self._console.banner(banner(self.plan, self.config, self.run_dir))
+        notes = [f"at step {step:,} of {self.plan['num_steps']:,}"]
+        if cut.kept_in:
+            notes.append(f"later lines of {METRICS} are kept in {cut.kept_in.name}")
+        if cut.missing_bytes:
+            notes.append(f"{METRICS} lacks {cut.missing_bytes:,} bytes that the checkpoint knew")
+        self.event(step, "resumed" if step or metrics_bytes else "started", "; ".join(notes))
+
+    def smoother_state(self) -> dict[str, Any]:
+        """The smoothed loss, for the checkpoint; flush first."""
+        return self._smoother.state_dict()
+
+    def metrics_bytes(self) -> int:
+        """The length of metrics.jsonl, for the checkpoint; flush first. On disk when this returns; 0 on other ranks than the main one."""
+        return self._metrics.size_bytes() if self._metrics else 0
+
+    def close(self) -> None:
+        """Give the terminal back and close files; may be called twice. A step that was not fetched is dropped: flush first."""
+        self._pending = None
+        if self._console:
+            self._console.close()
+        for tracker in self._trackers:
+            self._guard(tracker, tracker.close)
+        self._trackers = []
+        if self._metrics:
+            self._metrics.close()
+            self._metrics = None
+
+    # -- what is recorded
+
+    def train_step(
+        self,
+        *,
+        step: int,
+        started_s: float,
+        loss: Any,
+        grad_norm: Any,
+        lr: float,
+        lr_factor: float,
+        data_wait_ms: float,
+        epoch: float,
+        pq: int,
+        rg: int,
+        **more: Any,
+    ) -> None:
+        """Record step `step`, begun at `started_s` (time.perf_counter). `loss`, `grad_norm` and `more` may be scalars on a device.
+
+        Raises Diverged, on every rank alike, at the first fetched loss that is not finite.
+        """
+        previous = self._pending
+        position = {"epoch": epoch, "pq": pq, "rg": rg}
+        values = {"lr": lr, "lr_factor": lr_factor, "grad_norm": grad_norm, "data_wait_ms": data_wait_ms, **position, **more}
+        self._pending = {"step": step, "started_s": started_s, "loss": loss, "values": values}
+        if previous:
+            self._complete(**previous)
+        if not self._late:
+            self.flush()
+
+    def flush(self) -> None:
+        """Fetch and record the step that is still pending. Raises Diverged like `train_step`."""
+        if self._pending:
+            pending, self._pending = self._pending, None
+            self._complete(**pending)
+
+    def val(self, step: int, val_bpb: float, val_loss: float, tokens: int, best_bpb: float | None = None) -> None:
+        """A validation; `best_bpb` is the lowest measured before this one."""
+        record = self._emit({"step": step, "kind": "val", "val_bpb": val_bpb, "val_loss": val_loss, "tokens": tokens})
+        if self._console:
+            self._console.val(step, record["val_bpb"], record["val_loss"], tokens, best_bpb)
+
+    def sample(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Samples: {"prompt", "text"}, `text` being what the model wrote after the prompt."""
+        self._emit({"step": step, "kind": "sample", "samples": [{"prompt": s["prompt"], "text": s["text"]} for s in samples]})
+        if self._console:
+            self._console.sample(step, samples)
+
+    def checkpoint(self, step: int, path: Path, seconds: float) -> None:
+        """A checkpoint that now stands in the folder `path`."""
+        if self._console:
+            n_bytes = sum(file.stat().st_size for file in path.iterdir())
+            where = str(path.relative_to(self.run_dir) if path.is_relative_to(self.run_dir) else path)
+            self._emit({"step": step, "kind": "checkpoint", "path": where, "bytes": n_bytes, "seconds": round(seconds, 3)})
+            self._console.checkpoint(step, where, n_bytes, seconds)
+
+    def event(self, step: int, name: str, message: str = "") -> None:
+        """Something that happened to the run: started, resumed, stopped, finished, diverged, ..."""
+        time_utc = datetime.now(UTC).isoformat(timespec="seconds")
+        self._emit({"step": step, "kind": "event", "name": name, "message": message, "time": time_utc})
+        if self._console:
+            self._console.event(step, name, message)
+
+    # -- what is only shown
+
+    def warn(self, message: str) -> None:
+        """A line for the person at the console."""
+        if self._console:
+            self._console.warn(message)
+
+    def progress(self, what: str) -> Callable[[int, int], None]:
+        """A callback (done, total) that shows beside the bar how far an evaluation is."""
+
+        def show(done: int, total: int) -> None:
+            if self._console:
+                self._console.phase(f"{what} {done}/{total}")
+
+        return show
+
+    # -- inside
+
+    def _complete(self, step: int, started_s: float, loss: Any, values: Mapping[str, Any]) -> None:
+        """Fetch a step's values, which waits for the device, and record it.
+
+        A step lasts until its values are there, counted from its own start or, where the device was still at the step
+        before, from that one's end: so the steps' times add up to the time spent in training, whatever the host ran ahead.
+        """
+        loss = float(loss)
+        fetched_s = self._now_s()
+        dt_s = fetched_s - max(started_s, self._fetched_s)
+        self._fetched_s = fetched_s
+        self.total_training_time_s += dt_s
+        self._pace.update(dt_s)
+        record = self._train_record(step, loss, dt_s, values)
+        self._show(record)
+        if not math.isfinite(loss):
+            self._pending = None  # what came after it says nothing
+            message = f"the loss is {loss} at step {step:,}"
+            self.event(step, "diverged", message)
+            raise Diverged(
+                f"{message}: training has diverged. Checkpoints saved before it are kept. Lower the rates (optimizer.matrix_lr, "
+                "embed_lr, head_lr), lengthen schedule.warmup_steps, set train.grad_clip, or try train.precision=fp32, and resume."
+            )
+
+    def _train_record(self, step: int, loss: float, dt_s: float, values: Mapping[str, Any]) -> dict[str, Any]:
+        plan = self.plan
+        tokens, world_size = plan["total_batch_size"], plan["world_size"]
+        used = mfu(plan["flops_per_token"], tokens, dt_s, plan["peak_flops"], world_size)
+        smooth = self._smoother.update(loss) if math.isfinite(loss) else self._smoother.value
+        record = {
+            "step": step,
+            "kind": "train",
+            "loss": loss,
+            "smooth_loss": smooth,
+            **values,
+            "tokens": tokens,
+            "tok_per_sec": round(tokens / max(dt_s, 1e-9), 1),
+            "mfu": used and round(used, 5),
+            "dt_ms": round(dt_s * 1000, 3),
+            "total_training_time_s": round(self.total_training_time_s, 3),
+            "rank": self.rank,
+            "world_size": world_size,
+        }
+        return self._emit(record)
+
+    def _show(self, record: Mapping[str, Any]) -> None:
+        if not self._console:
+            return
+        done, total = record["step"] + 1, self.plan["num_steps"]
+        eta_s = self._pace.eta_s(total - done)
+        self._console.advance(done, record, eta_s)
+        if done % self.config.logger.log_every == 0 or done == total or record["step"] == self._first_step:
+            self._console.train(record, eta_s)
+
+    def _emit(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Put a record, as strict JSON, into every sink; what it was turned into is returned."""
+        if record["kind"] != "train":
+            self.flush()
+        clean: dict[str, Any] = plain(record)
+        if self._metrics:
+            self._metrics.write(clean)
+            self._say_disk_full(self._metrics.waiting_lines)
+        for tracker in list(self._trackers):
+            self._guard(tracker, lambda tracker=tracker: tracker.log(clean))
+        return clean
+
+    def _guard(self, tracker: Sink, action: Callable[[], None]) -> None:
+        """A tracker that fails is switched off: it must never cost the run."""
+        try:
+            action()
+        except Exception as error:  # third-party code, which may raise anything
+            self._trackers = [other for other in self._trackers if other is not tracker]
+            self.warn(f"WARNING: {type(tracker).__name__} failed and is switched off: {type(error).__name__}: {error}")
+
+    def _say_disk_full(self, waiting_lines: int) -> None:
+        if waiting_lines and not self._disk_full:
+            self.warn(f"WARNING: {METRICS} cannot be written; its lines are kept in memory and written when there is space")
+        self._disk_full = waiting_lines > 0

@@ -1,0 +1,232 @@
+"""Ranks, process groups, DDP and signals: the only module that knows of them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from picotrain.errors import LaunchError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+# A signal to a whole process group reaches a worker twice: directly, and forwarded by its launcher (or by `timeout`).
+# What follows the first within this time is the same request.
+REPEAT_S = 0.3
+
+# How long a rank waits for the others in a collective. Longer than anything one rank does alone while the others wait
+# (compiling, writing a checkpoint to a slow disk), short enough that a hang is noticed within the hour.
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
+
+
+# Whether buffers are sent at every forward: torch 2.13 renamed the option.
+_SEND_BUFFERS = (
+    "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
+)
+_DDP_OPTIONS: dict[str, Any] = {
+    # Gradients live in the buckets that are sent, which saves a copy of them.
+    "gradient_as_bucket_view": True,
+    # Buffers are constants (RoPE).
+    _SEND_BUFFERS: False,
+    # No static_graph: with it the first micro-batch under no_sync fails an assertion in torch's reducer.
+}
+
+
+def exit_at_once(signum: int) -> None:
+    """End this process without saving, with the exit code a shell gives to death by this signal."""
+    os._exit(128 + signum)
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag while it is entered; a second SIGTERM or SIGINT ends at once.
+
+    Python lets only the main thread install handlers; in any other one nothing is installed and nothing requested.
+    `on_first` and `on_second` run inside the handler, with the signal's number.
+    """
+
+    def __init__(self, on_first: Callable[[int], None] | None = None, on_second: Callable[[int], None] = exit_at_once):
+        self.requested = False
+        self.signum: int | None = None  # the first one
+        self._first_at = 0.0
+        self._on_first, self._on_second = on_first, on_second
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {signum: signal.signal(signum, self._handle) for signum in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.requested:
+            self.requested, self.signum, self._first_at = True, signum, now
+            if self._on_first is not None:
+                self._on_first(signum)
+        elif signum != signal.SIGUSR1 and now - self._first_at > REPEAT_S:
+            self._on_second(signum)
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Replicated data parallelism (DDP): every rank holds the whole model and sees its share of each step's rows.
+
+    One process has no process group at all: then every method is the identity, and the loop reads the same.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None  # gloo: what is agreed on over it never waits for a device
+
+    @classmethod
+    def single(cls, device: str = "cpu") -> Parallel:
+        """One process."""
+        return cls(rank=0, world_size=1, local_rank=0, device=torch.device(device))
+
+    @classmethod
+    def setup(cls, device: str) -> Parallel:
+        """Join the ranks that torchrun's environment variables name; without them, be the only one.
+
+        `device` is cpu (gloo), cuda (NCCL, one GPU per local rank) or mps (one process). Raises LaunchError.
+        """
+        rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
+        place = _device(device, local_rank, world_size)
+        if world_size == 1:
+            return cls(rank, world_size, local_rank, place)
+        on_gpu = place.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PROCESS_GROUP_TIMEOUT, device_id=place if on_gpu else None)
+        control = dist.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT) if on_gpu else dist.group.WORLD
+        return cls(rank, world_size, local_rank, place, control)
+
+    def teardown(self) -> None:
+        """Leave together, so that no rank loses a peer it still talks to. Not after an error: that could hang."""
+        if self.world_size > 1:
+            self.barrier()
+            dist.destroy_process_group()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank
+
+    @property
+    def dp_size(self) -> int:
+        return self.world_size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes and prints."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module to train through. Its weights become rank 0's; its gradients are means over the ranks."""
+        if self.world_size == 1:
+            return model
+        devices = [self.local_rank] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, **_DDP_OPTIONS)
+
+    def sync_gradients(self, wrapped: nn.Module, on: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one micro-batch: off accumulates locally, on sends what has accumulated."""
+        if on or not isinstance(wrapped, DistributedDataParallel):
+            return nullcontext()
+        return wrapped.no_sync()
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+        """Scale all gradients so that their total norm is at most max_norm (null: leave them); the norm before, 0-d.
+
+        No host sync: the scale is applied always and is 1 when nothing has to be clipped.
+        """
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        foreach = None if self.device.type == "mps" else True
+        if max_norm is None:
+            return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=foreach)
+        return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=foreach)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; the same answer everywhere, without a device sync."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(int(flag), dtype=torch.int32)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(votes.item())
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over ranks, on the device; on CUDA it is queued and the host does not wait."""
+        return self._sum(value.detach().clone()) / self.world_size
+
+    def sum_fp64(self, value: Tensor) -> Tensor:
+        """The sum over ranks in fp64; on the device, except that mps, which has no fp64, gets it on the CPU."""
+        place = torch.device("cpu") if self.device.type == "mps" else self.device
+        return self._sum(value.detach().to(place).to(torch.float64, copy=True))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in rank order, on every rank. JSON, because torch's own way would unpickle."""
+        text = json.dumps(value).encode()
+        if self.world_size == 1:
+            return [json.loads(text)]
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = len(text)
+        dist.all_reduce(sizes, group=self.control)
+        mine = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine, group=self.control)
+        return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here; without a device sync."""
+        if self.world_size > 1:
+            dist.barrier(group=self.control)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(value)
+        return value
+
+
+_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+STRATEGIES: dict[str, Callable[[str], Parallel]] = {"ddp": Parallel.setup}
+
+
+def build(kind: str, device: str) -> Parallel:
+    """Join the run's ranks under the strategy of `parallel.kind`."""
+    return STRATEGIES[kind](device)
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an error only says that another rank is gone: its own error is the one to read."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _device(device: str, local_rank: int, world_size: int) -> torch.device:
+    """This rank's device, checked and, for CUDA, made the current one."""
+    if device == "mps" and world_size > 1:
+        raise LaunchError(f"hardware.device=mps trains in one process, not in {world_size}; hardware.nproc_per_node=1 would be right")
+    if device != "cuda":
+        return torch.device(device)
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        fits = f"hardware.nproc_per_node={count}" if count else "hardware.device=cpu"
+        raise LaunchError(f"local rank {local_rank} wants a GPU of its own, torch finds {count} here; {fits} would be right")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,359 @@
+"""What a config means: steps, batch arithmetic, memory, time and cost. Nothing is downloaded, built or launched here.
+
+`decide` replaces every `auto` once, from tables and device facts; `make` derives the numbers and finds what does not
+fit together, all of it at once. A run keeps its plan in plan.json and reads it back when it is resumed.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from picotrain import hardware, shape
+from picotrain.config.schema import Config, TrainConfig
+from picotrain.data.corpus import Corpus, default_lanes, default_unit_bytes, units
+from picotrain.errors import ConfigError, Problem
+
+AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
+REPEAT_WARNING_EPOCHS = 4.0  # repeating up to about 4 times costs little (arXiv:2305.16264)
+MEMORY_SHARE = 0.85  # of a device's memory that a prediction may fill
+CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a larger micro-batch no longer raises a CPU's speed, it only takes memory
+ASSUMED_MFU = 0.40  # for the time and cost of hardware whose peak is known; an assumption, shown as one
+
+
+class Plan(BaseModel):
+    """A config's meaning on a corpus and a machine. Tokens and rows are counted over all ranks unless named per rank."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    depth: int
+    width: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    parameters: dict[str, int]  # embedding, matrices, head, total
+    flops_per_token: int
+    device: str
+    hardware_name: str
+    precision: str
+    compile: bool
+    peak_flops: float | None  # per device
+    seq_len: int
+    total_batch_size: int  # tokens per step
+    rows_per_step: int
+    device_batch_size: int  # rows per rank and micro-batch
+    grad_accum_steps: int
+    dp_size: int
+    world_size: int
+    num_steps: int
+    total_tokens: int
+    horizon: str  # the config key that set num_steps
+    epochs: float | None  # passes over the corpus, estimated from its bytes; None: corpus unknown
+    lanes: int | None
+    unit_bytes: int
+    num_units: int | None
+    bytes_per_token: float  # measured on the corpus, or estimated from the vocabulary size
+    eval_rows: int  # at most; the validation shard may have fewer
+    matrix_lr: float
+    embed_lr: float
+    head_lr: float
+    weight_decay: float
+    checkpoint_bytes: int
+    predicted_memory_bytes: int  # per rank, an estimate
+    predicted_hours: float | None
+    predicted_cost: float | None  # dollars
+    notes: list[str] = []
+
+    @property
+    def rates(self) -> shape.Rates:
+        return shape.Rates(self.matrix_lr, self.embed_lr, self.head_lr, self.weight_decay)
+
+    @property
+    def stream(self) -> dict[str, int]:
+        """What makes the data stream, as `picotrain.data.stream.Loader` takes it."""
+        assert self.lanes is not None, "a plan made without a corpus cannot train"
+        return {
+            "seq_len": self.seq_len,
+            "unit_bytes": self.unit_bytes,
+            "lanes": self.lanes,
+            "device_batch_size": self.device_batch_size,
+            "rows_per_step": self.rows_per_step,
+        }
+
+    def save(self, path: Path) -> None:
+        """Write plan.json."""
+        path.write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read plan.json back."""
+        return cls.model_validate_json(path.read_text())
+
+
+def decide(config: Config) -> Config:
+    """Replace every `auto` and null that the machine decides. Only what is left open asks the machine."""
+    hw, train = config.hardware, config.train
+    machine = hardware.cpu() if hw.device == "cpu" else hardware.detect()
+    device = machine.device if hw.device == "auto" else hw.device
+    known = machine if machine.device == device else None  # planning for hardware that is not here
+    nproc = (known.count if known else 1) if hw.nproc_per_node == "auto" else hw.nproc_per_node
+    name = hw.name or (known.name if known else device)
+    fast_bf16 = known.fast_bf16 if known and not hw.name else device == "cuda"
+    use_compile = device == "cuda" if hw.compile == "auto" else hw.compile
+    return config.model_copy(
+        update={
+            "hardware": hw.model_copy(
+                update={
+                    "device": device,
+                    "nproc_per_node": nproc,
+                    "name": name,
+                    "memory_bytes": hw.memory_bytes or (known.memory_bytes if known else None),
+                    "threads": hw.threads or max(1, hardware.cores() // nproc),
+                    "compile": use_compile,
+                }
+            ),
+            "train": train.model_copy(
+                update={
+                    "seq_len": train.seq_len or shape.default_seq_len(config.model.depth),
+                    "precision": ("bf16" if fast_bf16 else "fp32") if train.precision == "auto" else train.precision,
+                }
+            ),
+        }
+    )
+
+
+def estimate_bytes_per_token(vocab_size: int) -> float:
+    """Bytes a token stands for, before a tokenizer is there: 3.85 at 8,192 and 4.31 at 32,768, measured on Python source."""
+    return 3.85 + 0.23 * math.log2(vocab_size / 8192)
+
+
+def choose_data(config: Config, pystdlib_bytes: int) -> tuple[str, str]:
+    """What data=auto means for this horizon: (group choice, the reason in words)."""
+    tokens = _horizon_tokens(config, None)[0]
+    epochs = tokens / (pystdlib_bytes / estimate_bytes_per_token(config.tokenizer.vocab_size))
+    fact = f"the horizon of {tokens:,} tokens is {epochs:.1f} passes over the embedded standard library"
+    if epochs <= AUTO_DATA_EPOCHS:
+        return "pystdlib", f"data=auto is pystdlib: {fact} (at most {AUTO_DATA_EPOCHS:.0f})"
+    return "climbmix", f"data=auto is climbmix: {fact}, more than {AUTO_DATA_EPOCHS:.0f}"
+
+
+def make(config: Config, name: str, corpus: Corpus | None = None, bytes_per_token: float | None = None) -> Plan:
+    """Derive the plan of a decided config; what the corpus or tokenizer would tell stays an estimate without them.
+
+    Raises ConfigError with every problem found: a batch that does not divide, a dp_size that does not divide the
+    lanes, more lanes than units.
+    """
+    train, hw = config.train, config.hardware
+    assert train.seq_len is not None and hw.nproc_per_node != "auto", "plan.make wants a decided config"
+    d, params, windows, flops = _facts(config)
+    per_token = bytes_per_token or estimate_bytes_per_token(config.tokenizer.vocab_size)
+    corpus_tokens = corpus.text_bytes / per_token if corpus else None
+    world_size = hw.nproc_per_node * config.launch.nnodes
+    problems: list[Problem] = []
+
+    batch = _total_batch(config, params)
+    problems += _batch_problems(train, train.seq_len, batch, world_size)
+    rows = max(batch // train.seq_len, 1)
+    device_batch = _device_batch(config, d, params, rows, world_size)
+
+    unit_bytes = config.data.unit_bytes or default_unit_bytes(train.seq_len)
+    num_units = len(units(corpus.shards, unit_bytes)) if corpus else None
+    lanes = config.data.lanes or (default_lanes(num_units) if num_units else None)
+    problems += _lane_problems(config, lanes, num_units, world_size)
+
+    tokens, horizon = _horizon_tokens(config, corpus_tokens)
+    num_steps = max(1, math.ceil(tokens / batch)) if batch > 0 else 1
+    if problems:
+        raise ConfigError(problems)
+
+    total_tokens = num_steps * batch
+    rates = shape.Rates(config.optimizer.matrix_lr, config.optimizer.embed_lr, config.optimizer.head_lr, config.optimizer.weight_decay)
+    if config.optimizer.scale:
+        rates = shape.scale_rates(rates, d.width, batch, total_tokens)
+    peak = hw.peak_flops or hardware.peak_flops(hw.name or "")
+    hours = total_tokens * flops / (peak * world_size * ASSUMED_MFU) / 3600 if peak and hw.device == "cuda" else None
+    memory = predict_memory(config, d, params, device_batch)
+    epochs = total_tokens / corpus_tokens if corpus_tokens else None
+    return Plan(
+        name=name,
+        depth=d.depth,
+        width=d.width,
+        n_heads=d.n_heads,
+        n_kv_heads=d.n_kv_heads,
+        head_dim=d.head_dim,
+        vocab_size=config.tokenizer.vocab_size,
+        parameters={"embedding": params.embedding, "matrices": params.matrices, "head": params.head, "total": params.total},
+        flops_per_token=flops,
+        device=hw.device,
+        hardware_name=hw.name or hw.device,
+        precision=train.precision,
+        compile=bool(hw.compile),
+        peak_flops=peak if hw.device == "cuda" or hw.peak_flops else None,
+        seq_len=train.seq_len,
+        total_batch_size=batch,
+        rows_per_step=rows,
+        device_batch_size=device_batch,
+        grad_accum_steps=rows // (device_batch * world_size),
+        dp_size=world_size,
+        world_size=world_size,
+        num_steps=num_steps,
+        total_tokens=total_tokens,
+        horizon=horizon,
+        epochs=epochs,
+        lanes=lanes,
+        unit_bytes=unit_bytes,
+        num_units=num_units,
+        bytes_per_token=per_token,
+        eval_rows=max(train.eval_tokens // train.seq_len, 1),
+        matrix_lr=rates.matrix_lr,
+        embed_lr=rates.embed_lr,
+        head_lr=rates.head_lr,
+        weight_decay=rates.weight_decay,
+        checkpoint_bytes=12 * params.total,
+        predicted_memory_bytes=memory,
+        predicted_hours=hours,
+        predicted_cost=hours * hw.price_per_hour * config.launch.nnodes if hours and hw.price_per_hour else None,
+        notes=_notes(config, corpus, bytes_per_token, epochs, hours, memory),
+    )
+
+
+def predict_memory(config: Config, d: shape.Dims, params: shape.Parameters, device_batch: int) -> int:
+    """Peak bytes per rank, an estimate: weights, gradients and two moments in fp32 (16 bytes a parameter), the
+    activations the backward needs (about 26 widths a layer and token in the compute precision) and the fp32
+    logits with their gradient (three copies at the peak)."""
+    tokens = device_batch * (config.train.seq_len or 0)
+    bytes_per_value = 2 if config.train.precision == "bf16" else 4
+    activations = tokens * d.depth * d.width * 26 * bytes_per_value
+    logits = tokens * shape.pad_vocab(config.tokenizer.vocab_size) * 4 * 3
+    return 16 * params.total + activations + logits
+
+
+def _facts(config: Config) -> tuple[shape.Dims, shape.Parameters, tuple[int, ...], int]:
+    seq_len = config.train.seq_len or shape.default_seq_len(config.model.depth)
+    d = shape.dims(config.model)
+    params = shape.parameters(d, config.tokenizer.vocab_size)
+    windows = shape.windows(config.model, seq_len)
+    return d, params, windows, shape.flops_per_token(d, params, windows, seq_len)
+
+
+def _total_batch(config: Config, params: shape.Parameters) -> int:
+    seq_len = config.train.seq_len or shape.default_seq_len(config.model.depth)
+    return shape.derive_batch_tokens(params, seq_len) if config.train.total_batch_size == -1 else config.train.total_batch_size
+
+
+def _horizon_tokens(config: Config, corpus_tokens: float | None) -> tuple[int, str]:
+    """Training tokens and the key that set them. Epochs of an unknown corpus count as if it had no end: 0 tokens."""
+    _, params, _, flops = _facts(config)
+    train = config.train
+    batch = _total_batch(config, params)
+    if train.max_steps:
+        return train.max_steps * batch, "train.max_steps"
+    if train.num_train_epochs:
+        return round(train.num_train_epochs * (corpus_tokens or 0)), "train.num_train_epochs"
+    if train.target_tokens:
+        return train.target_tokens, "train.target_tokens"
+    if train.target_flops:
+        return int(train.target_flops / flops), "train.target_flops"
+    ratio = train.target_param_data_ratio or shape.DEFAULT_RATIO
+    return round(ratio * params.scaling), "train.target_param_data_ratio"
+
+
+def nearest(value: float, valid: list[int]) -> str:
+    """The valid values next to one that is not, in words."""
+    below, above = [v for v in valid if v <= value], [v for v in valid if v > value]
+    return " or ".join(f"{v:,}" for v in [*below[-1:], *above[:1]])
+
+
+def _batch_problems(train: TrainConfig, seq_len: int, batch: int, dp_size: int) -> list[Problem]:
+    rows_per_rank = 1 if train.device_batch_size == "auto" else train.device_batch_size
+    quantum = seq_len * dp_size * rows_per_rank
+    if batch > 0 and batch % quantum == 0:
+        return []
+    factors = f"seq_len {seq_len:,} x dp_size {dp_size}" + (f" x device_batch_size {rows_per_rank}" if rows_per_rank > 1 else "")
+    below = batch // quantum * quantum
+    choices = nearest(batch, [v for v in (below, below + quantum) if v > 0])
+    problem = f"{batch:,} tokens are no multiple of {factors} = {quantum:,}"
+    return [Problem("train.total_batch_size", problem, f"nearest that work: {choices}; -1 derives it from the model")]
+
+
+def _lane_problems(config: Config, lanes: int | None, num_units: int | None, dp_size: int) -> list[Problem]:
+    if lanes is None:
+        return []
+    problems = []
+    if num_units is not None and lanes > num_units:
+        problems.append(Problem("data.lanes", f"{lanes} lanes need as many units, the corpus has {num_units}", f"at most {num_units}"))
+    if lanes % dp_size:
+        fitting = [n for n in range(1, lanes + 1) if lanes % n == 0]
+        problems.append(
+            Problem(
+                "hardware.nproc_per_node",
+                f"dp_size {dp_size} does not divide the {lanes} lanes of the data stream",
+                f"valid sizes: {', '.join(map(str, fitting))}; or another data.lanes before the run is created",
+            )
+        )
+    return problems
+
+
+def _device_batch(config: Config, d: shape.Dims, params: shape.Parameters, rows: int, dp_size: int) -> int:
+    """The largest power of two that divides a rank's rows, fits the memory and, on a CPU, still pays."""
+    if config.train.device_batch_size != "auto":
+        return config.train.device_batch_size
+    hw = config.hardware
+    on_gpu = hw.device == "cuda"
+    share = 1 if on_gpu else int(hw.nproc_per_node)  # processes on a CPU share its memory
+    room = (hw.memory_bytes or 80 * 2**30) * MEMORY_SHARE / share
+    best, size = 1, 1
+    while rows % (size * dp_size) == 0:
+        fits = predict_memory(config, d, params, size) <= room
+        pays = on_gpu or size * (config.train.seq_len or 1) <= CPU_MICRO_BATCH_TOKENS
+        if fits and pays:
+            best = size
+        size *= 2
+    return best
+
+
+def _notes(
+    config: Config, corpus: Corpus | None, bytes_per_token: float | None, epochs: float | None, hours: float | None, memory: int
+) -> list[str]:
+    notes = []
+    if corpus is None:
+        notes.append(f"the corpus {config.data.name} is not prepared yet: units, lanes and epochs are not known")
+        if config.train.num_train_epochs:
+            notes.append("num_train_epochs needs the corpus: the number of steps is not known yet and shown as 1")
+    if bytes_per_token is None:
+        notes.append("no tokenizer is trained yet: bytes per token is an estimate from the vocabulary size")
+    if epochs and epochs > REPEAT_WARNING_EPOCHS:
+        notes.append(f"warning: {epochs:.1f} passes over the corpus; beyond {REPEAT_WARNING_EPOCHS:.0f} repeated data teaches less and less")
+    if hours is None and config.hardware.device != "cpu":
+        notes.append("no peak FLOPs are known for this device: no time, no cost, and MFU will be null")
+    elif hours is not None:
+        notes.append(f"time and cost assume an MFU of {ASSUMED_MFU:.0%}, which was not measured")
+    room = config.hardware.memory_bytes
+    if room and memory > room * MEMORY_SHARE:
+        notes.append(f"warning: predicted memory {memory / 2**30:.1f} GiB of {room / 2**30:.1f} GiB; try a smaller train.device_batch_size")
+    return notes
+
+
+def check_machine(config: Config) -> None:
+    """Raise ConfigError when this machine lacks what the config asks for. For commands that train; planning needs no GPU."""
+    hw = config.hardware
+    problems = []
+    machine = hardware.cpu() if hw.device == "cpu" else hardware.detect()
+    if hw.device != machine.device:
+        problems.append(Problem("hardware.device", f"{hw.device} is not here: this machine has {machine.name}", f"hardware={machine.device}"))
+    elif hw.device == "cuda" and int(hw.nproc_per_node) > machine.count:
+        problems.append(
+            Problem("hardware.nproc_per_node", f"{hw.nproc_per_node} processes, but {machine.count} GPUs", f"at most {machine.count}")
+        )
+    elif hw.device == "mps" and int(hw.nproc_per_node) > 1:
+        problems.append(Problem("hardware.nproc_per_node", "several processes cannot share Apple's GPU", "1"))
+    if hw.device == "cpu" and hw.compile and not hardware.has_compiler():
+        problems.append(Problem("hardware.compile", "torch.compile needs a C++ compiler on a CPU and none was found", "false"))
+    if problems:
+        raise ConfigError(problems)
+
+

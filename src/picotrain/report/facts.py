@@ -1,0 +1,235 @@
+"""A run directory read back: everything that is there, nothing that has to be. What cannot be read is said, not raised."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from picotrain.errors import RunError
+from picotrain.metrics import METRICS, read_metrics
+
+Record = dict[str, Any]
+ENDS = ("finished", "stopped", "diverged")  # events after which a run does not go on by itself
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One folder under checkpoints/; it is whole when its manifest, which is written last, is there."""
+
+    name: str
+    step: int
+    bytes: int
+    whole: bool
+    val_bpb: float | None
+    seconds: float | None  # that saving took
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of a run. Lines of metrics.jsonl are ordered by step, one a step and kind; events by time."""
+
+    dir: Path
+    config_text: str
+    config: Record
+    plan: Record
+    data: Record
+    environment: Record
+    overrides: list[str]
+    train: list[Record]
+    val: list[Record]
+    core: list[Record]
+    samples: list[Record]
+    events: list[Record]
+    last_event: str | None  # of those that metrics.jsonl itself holds
+    checkpoints: list[Checkpoint]
+    best: str | None
+    problems: list[str]
+
+
+def read_run(run_dir: Path) -> Run:
+    """Everything a report needs. Raises RunError only where the folder holds no run."""
+    if not (run_dir / "config.yaml").is_file():
+        what = "has no config.yaml, so it holds no run" if run_dir.is_dir() else "does not exist"
+        raise RunError(f"{run_dir} {what}; a run directory is what `picotrain train` writes, runs/<name> by default")
+    problems: list[str] = []
+    config_text = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    lines = _read_lines(run_dir / METRICS, problems)
+    # A resume moves the lines after its checkpoint into a file beside; what happened there happened all the same.
+    cut = [line for path in sorted(run_dir.glob("metrics.cut-*.jsonl")) for line in _read_lines(path, problems)]
+    own_events = _of_kind(lines, "event")
+    seconds = {line.get("path"): line.get("seconds") for line in _of_kind(cut + lines, "checkpoint")}
+    checkpoints = _read_checkpoints(run_dir / "checkpoints", seconds, problems)
+    overrides = run_dir / "overrides.txt"
+    return Run(
+        dir=run_dir,
+        config_text=config_text,
+        config=_parse_yaml(config_text, problems),
+        plan=_read_json(run_dir / "plan.json", problems),
+        data=_read_json(run_dir / "data.json", problems),
+        environment=_read_json(run_dir / "environment.json", problems),
+        overrides=overrides.read_text(encoding="utf-8", errors="replace").splitlines() if overrides.is_file() else [],
+        train=_by_step(lines, "train"),
+        val=_by_step(lines, "val"),
+        core=_by_step(lines, "core"),
+        samples=_by_step(lines, "sample"),
+        events=sorted(_of_kind(cut, "event") + own_events, key=lambda event: str(event.get("time", ""))),
+        last_event=own_events[-1].get("name") if own_events else None,
+        checkpoints=checkpoints,
+        best=_best(run_dir / "checkpoints" / "best", checkpoints),
+        problems=problems,
+    )
+
+
+def summarise(run: Run, running: bool = False) -> dict[str, Any]:
+    """The facts of a run, flat; None where something was not measured or is not known."""
+    plan, last = run.plan, run.train[-1] if run.train else {}
+    steps_done = last["step"] + 1 if last else 0
+    whole = [checkpoint for checkpoint in run.checkpoints if checkpoint.whole]
+    return {
+        "name": plan.get("name") or (run.config.get("run") or {}).get("name") or run.dir.name,
+        "status": _status(run, steps_done, running),
+        "num_steps": plan.get("num_steps"),
+        "steps_done": steps_done,
+        "tokens": steps_done * (plan.get("total_batch_size") or last.get("tokens") or 0),
+        "epochs": last.get("epoch"),
+        **_validation(run.val),
+        "train_loss": last.get("loss"),
+        "smooth_train_loss": last.get("smooth_loss"),
+        "core_metric": run.core[-1].get("core_metric") if run.core else None,
+        **_throughput(run.train),
+        "parameters": (plan.get("parameters") or {}).get("total"),
+        "flops_per_token": plan.get("flops_per_token"),
+        "seq_len": plan.get("seq_len"),
+        "total_batch_size": plan.get("total_batch_size"),
+        "vocab_size": plan.get("vocab_size") or (plan.get("tokenizer") or {}).get("vocab_size"),
+        "data": (run.config.get("data") or {}).get("name"),
+        "hardware_name": plan.get("hardware_name"),
+        "device": plan.get("device"),
+        "precision": plan.get("precision"),
+        "world_size": plan.get("world_size"),
+        "best_checkpoint": run.best,
+        "last_checkpoint": whole[-1].name if whole else None,
+        "checkpoints": len(whole),
+        "resumes": sum(event.get("name") == "resumed" for event in run.events),
+        "report": str(run.dir / "report.md"),
+    }
+
+
+def _status(run: Run, steps_done: int, running: bool) -> str:
+    """finished, stopped, diverged, running or interrupted. A run is finished when it says so, or, silent, when no step is left."""
+    all_done = steps_done >= (run.plan.get("num_steps") or float("inf"))
+    if run.last_event == "finished" or run.last_event is None:
+        return "finished" if all_done else "running" if running else "interrupted"
+    if run.last_event in ENDS:
+        return run.last_event
+    return "running" if running else "interrupted"
+
+
+def _validation(val: Sequence[Record]) -> dict[str, Any]:
+    """First, lowest and last validation BPB with their steps; `val_bpb_ratio` is the last over the first."""
+    measured = [line for line in val if line.get("val_bpb") is not None]
+    first, last = (measured[0], measured[-1]) if measured else ({}, {})
+    best = min(measured, key=lambda line: line["val_bpb"], default={})
+    return {
+        "validations": len(measured),
+        "initial_val_bpb": first.get("val_bpb"),
+        "initial_val_step": first.get("step"),
+        "best_val_bpb": best.get("val_bpb"),
+        "best_val_step": best.get("step"),
+        "final_val_bpb": last.get("val_bpb"),
+        "final_val_step": last.get("step"),
+        "final_val_loss": last.get("val_loss"),
+        "val_bpb_ratio": last["val_bpb"] / first["val_bpb"] if first.get("val_bpb") else None,
+        "improved": best["val_bpb"] < first["val_bpb"] if len(measured) > 1 else None,
+    }
+
+
+def _throughput(train: Sequence[Record]) -> dict[str, Any]:
+    """Medians over the steps but the first, which compiles and warms up, and the share of the time that waited for data."""
+    steady = train[1:] or train
+    dt_ms = sum(line.get("dt_ms") or 0 for line in steady)
+    total_s = train[-1].get("total_training_time_s") if train else 0.0
+    return {
+        "total_training_time_s": sum(line.get("dt_ms") or 0 for line in train) / 1000 if total_s is None else total_s,
+        "median_tok_per_sec": _median(line.get("tok_per_sec") for line in steady),
+        "median_mfu": _median(line.get("mfu") for line in steady),
+        "median_dt_ms": _median(line.get("dt_ms") for line in steady),
+        "data_wait_share": sum(line.get("data_wait_ms") or 0 for line in steady) / dt_ms if dt_ms else None,
+    }
+
+
+def _median(values: Any) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _read_lines(path: Path, problems: list[str]) -> list[Record]:
+    """The lines up to the first damage."""
+    lines: list[Record] = []
+    if not path.is_file():
+        problems.append(f"there is no {path.name}: nothing was recorded yet")
+        return lines
+    try:
+        for line in read_metrics(path):
+            lines.append(line)
+    except RunError as error:
+        problems.append(f"{error}; what follows it is not in this report")
+    return lines
+
+
+def _of_kind(lines: Sequence[Record], kind: str) -> list[Record]:
+    return [line for line in lines if line.get("kind") == kind]
+
+
+def _by_step(lines: Sequence[Record], kind: str) -> list[Record]:
+    """One line a step, the later one where there are two."""
+    found = {line["step"]: line for line in _of_kind(lines, kind) if isinstance(line.get("step"), int)}
+    return [found[step] for step in sorted(found)]
+
+
+def _read_json(path: Path, problems: list[str]) -> Record:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name} cannot be read: {error}")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _parse_yaml(text: str, problems: list[str]) -> Record:
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        problems.append(f"config.yaml is no YAML: {str(error).splitlines()[0]}")
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _read_checkpoints(root: Path, seconds: Mapping[Any, Any], problems: list[str]) -> list[Checkpoint]:
+    found = []
+    for path in sorted(root.glob("step_*")):
+        digits = path.name.removeprefix("step_")
+        if not path.is_dir() or not digits.isdecimal():
+            continue
+        n_bytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        val_bpb = _read_json(path / "metrics.json", problems).get("val_bpb")
+        whole = (path / "manifest.json").is_file()
+        found.append(Checkpoint(path.name, int(digits), n_bytes, whole, val_bpb, seconds.get(f"checkpoints/{path.name}")))
+    return found
+
+
+def _best(pointer: Path, checkpoints: Sequence[Checkpoint]) -> str | None:
+    """What checkpoints/best names; without it the whole checkpoint with the lowest val_bpb."""
+    whole = {checkpoint.name: checkpoint for checkpoint in checkpoints if checkpoint.whole}
+    if pointer.is_file() and (name := pointer.read_text(errors="replace").strip()) in whole:
+        return name
+    scored = [(checkpoint.val_bpb, name) for name, checkpoint in whole.items() if checkpoint.val_bpb is not None]
+    return min(scored)[1] if scored else None

@@ -1,0 +1,204 @@
+"""A run's directory: created from a config, or opened again to go on. Everything the workers read stands in it.
+
+    config.yaml, plan.json, data.json, tokenizer.json    what is trained, on what
+    overrides.txt, environment.json, attempts/0001/      how it came about, once more for every start
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from picotrain import __version__
+from picotrain import plan as planning
+from picotrain.config import Config, dump, load
+from picotrain.config.identity import classify_change, diff, run_name
+from picotrain.data import sources
+from picotrain.data.corpus import Corpus
+from picotrain.errors import ConfigError, Problem, RunError
+from picotrain.plan import Plan
+from picotrain.tokenizer import Tokenizer, load_tokenizer
+
+Say = Callable[[str], None]
+
+# Values derived once: a resumed run reads them back instead of deriving them anew.
+DERIVED_ONCE = ("num_steps", "total_tokens", "horizon", "matrix_lr", "embed_lr", "head_lr", "weight_decay", "bytes_per_token", "epochs")
+PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "tokenizers", "gigatoken", "hydra-core", "pydantic", "huggingface_hub")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a config needs to train: corpus, tokenizer, and the plan that follows from both."""
+
+    config: Config
+    plan: Plan
+    corpus: Corpus
+    tokenizer: Tokenizer
+
+
+def cache_dir(config: Config) -> Path:
+    """Where corpora and tokenizers are kept: run.cache_dir, else $PICOTRAIN_CACHE, else ~/.cache/picotrain."""
+    place = config.run.cache_dir or os.environ.get("PICOTRAIN_CACHE") or "~/.cache/picotrain"
+    return Path(place).expanduser().absolute()
+
+
+def locate(config: Config) -> Config:
+    """Decide a config and name the run's places: name, directory and cache, absolute."""
+    config = planning.decide(config)
+    name = config.run.name or run_name(config)
+    folder = Path(config.run.dir or Path("runs") / name).expanduser().absolute()
+    run = config.run.model_copy(update={"name": name, "dir": str(folder), "cache_dir": str(cache_dir(config))})
+    return config.model_copy(update={"run": run})
+
+
+def gather(config: Config, say: Say) -> Material:
+    """Prepare corpus and tokenizer of a located config, downloading and training what is not in the cache yet."""
+    cache = cache_dir(config)
+    corpus = sources.resolve(config.data, cache, say)
+    path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say)
+    tokenizer = load_tokenizer(path, config.tokenizer.encoder)
+    plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])
+    sources.check_rows(corpus, tokenizer, plan.seq_len, plan.unit_bytes)
+    return Material(config, plan, corpus, tokenizer)
+
+
+def is_finished(run_dir: Path, num_steps: int) -> bool:
+    """Whether the run has reported the end of `num_steps` steps."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text())
+        return summary["status"] == "finished" and summary["steps_done"] >= num_steps
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
+    """Create the run directory of a located config, or open the one that is there; the caller holds its lock.
+    None: the run is finished, and nothing was changed.
+
+    Raises RunError when the directory holds another experiment, naming the keys that differ, or may not be resumed.
+    """
+    run_dir = Path(config.run.dir or "")
+    all_problems(lambda: planning.check_machine(config), lambda: planning.make(config, run_dir.name))
+    if (run_dir / "config.yaml").exists():
+        material = _reopen(run_dir, config, say)
+    else:
+        if run_dir.is_dir() and any(path for path in run_dir.iterdir() if path.name != ".lock"):
+            raise RunError(f"{run_dir} is no run and not empty; another run.dir or run.name would be right")
+        material = gather(config, say)
+    if is_finished(run_dir, material.plan.num_steps):
+        return None
+    _write(run_dir, material, overrides)
+    return material.plan
+
+
+def read_material(run_dir: Path) -> Material:
+    """A run's config, plan, corpus and tokenizer, from its own files."""
+    require_run(run_dir)
+    config, plan = load(run_dir / "config.yaml"), Plan.load(run_dir / "plan.json")
+    data = json.loads((run_dir / "data.json").read_text())
+    return Material(config, plan, Corpus.from_json(data["corpus"]), load_tokenizer(run_dir / "tokenizer.json", config.tokenizer.encoder))
+
+
+def require_run(run_dir: Path) -> None:
+    """Raise RunError unless the folder is a run's, naming the runs beside it."""
+    if (run_dir / "config.yaml").is_file():
+        return
+    there = sorted(path.parent.name for path in run_dir.parent.glob("*/config.yaml"))
+    raise RunError(f"{run_dir} holds no run (no config.yaml)" + (f"; runs there: {', '.join(there[:8])}" if there else ""))
+
+
+def _reopen(run_dir: Path, config: Config, say: Say) -> Material:
+    """The material of an existing run under a config that may differ from its own in what may change."""
+    before, old_plan = load(run_dir / "config.yaml"), Plan.load(run_dir / "plan.json")
+    if config.run.resume == "never":
+        raise RunError(f"{run_dir} holds a run already and run.resume=never; another run.dir or run.name would be right")
+    changes = {key: (old, new) for key, old, new in diff(before, config)}
+    kinds = {key: classify_change(key) for key in changes}
+    if refused := [key for key, kind in kinds.items() if kind == "refused"]:
+        lines = "\n".join(f"  - {key}: {changes[key][0]!r} there, {changes[key][1]!r} asked for" for key in refused)
+        raise RunError(f"{run_dir} holds another experiment; these keys differ:\n{lines}\nanother run.dir or run.name would be right")
+    announced = [key for key, kind in kinds.items() if kind == "announced"]
+    for key in announced:
+        say(f"this continues a changed experiment: {key} was {changes[key][0]!r}, is {changes[key][1]!r}")
+    if rounding := [key for key, kind in kinds.items() if kind == "rounding"]:
+        say(f"the rows stay the same, rounding may differ from before: {', '.join(rounding)} changed")
+
+    pinned = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"total_batch_size": old_plan.total_batch_size}),
+            "data": config.data.model_copy(update={"lanes": old_plan.lanes, "unit_bytes": old_plan.unit_bytes}),
+        }
+    )
+    material = gather(pinned, say)
+    recorded = json.loads((run_dir / "data.json").read_text())
+    for what, now in (("corpus", material.corpus.fingerprint), ("tokenizer", material.tokenizer.fingerprint)):
+        if recorded[what]["fingerprint"] != now:
+            raise RunError(f"{run_dir}: the {what} is not the one this run was started with; a resume would train on something else")
+    kept = {} if announced else {key: getattr(old_plan, key) for key in DERIVED_ONCE}
+    return Material(config, material.plan.model_copy(update=kept), material.corpus, material.tokenizer)
+
+
+def _write(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
+    """Everything the workers and a later reader need; config.yaml last, since it is what makes the folder a run."""
+    try:
+        attempts = run_dir / "attempts"
+        attempts.mkdir(parents=True, exist_ok=True)
+        attempt = attempts / f"{len(list(attempts.iterdir())) + 1:04d}"
+        attempt.mkdir()
+        tokenizer = material.tokenizer
+        if tokenizer.path != run_dir / "tokenizer.json":
+            shutil.copyfile(tokenizer.path, run_dir / "tokenizer.json")
+        described = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "encoder": tokenizer.encoder}
+        _write_json(run_dir / "data.json", {"corpus": material.corpus.to_json(), "tokenizer": described})
+        _write_json(run_dir / "environment.json", environment(material.config))
+        material.plan.save(run_dir / "plan.json")
+        for folder in (attempt, run_dir):
+            (folder / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides))
+            (folder / "config.yaml").write_text(dump(material.config))
+    except OSError as error:
+        raise RunError(f"{run_dir} cannot be written: {error.strerror or error}") from error
+
+
+def environment(config: Config) -> dict[str, Any]:
+    """Versions and hardware, and nothing that could hold a secret (no environment variables)."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "picotrain": __version__,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "hardware": {"name": config.hardware.name, "device": config.hardware.device, "threads": config.hardware.threads},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def all_problems(*checks: Callable[[], object]) -> None:
+    """Run every check and raise the problems of all ConfigErrors as one; any other user error is raised as it is."""
+    problems: list[Problem] = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+

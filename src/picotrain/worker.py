@@ -1,0 +1,158 @@
+"""One rank of a run: `python -m picotrain.worker RUN`, started by `picotrain.launch` or by torchrun.
+
+    torchrun --nproc_per_node 8 -m picotrain.worker runs/d20     # does what `picotrain resume runs/d20` does
+
+Exit codes: 0 finished, 75 stopped by a signal and saved, a user error's own (its message on stderr), 1 with a traceback.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+
+from picotrain import hardware
+from picotrain.config import load
+from picotrain.config.schema import HardwareConfig
+from picotrain.errors import PicotrainError, Stopped
+from picotrain.lock import RunLock
+
+LAUNCHER_PID = "PICOTRAIN_LAUNCHER_PID"  # set by picotrain.launch
+PARENT_POLL_S = 0.5
+
+# Ranks that meet the same error would all print it. Rank 0 speaks first; by the end of this time the launcher has ended
+# the others. A rank that only lost its peer leaves that peer more time to say why.
+OTHERS_WAIT_S = 3.0
+LOST_PEER_WAIT_S = 6.0
+
+
+def main(arguments: list[str]) -> int:
+    """The worker's process, from its arguments to its exit code."""
+    if len(arguments) != 1:
+        print("usage: python -m picotrain.worker RUN", file=sys.stderr)
+        return PicotrainError.exit_code
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens: end without Python's traceback
+    faulthandler.enable()  # a crash in native code shows where
+    watch_parent()
+    if os.environ.get("RANK", "0") != "0":
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # rank 0 prints; of the others errors are shown
+    run_dir = Path(arguments[0])
+    try:
+        load(run_dir / "config.yaml")  # a folder without a run is refused before a lock is put into it
+        with _lock(run_dir):
+            return run(run_dir)
+    except Exception as error:
+        _let_others_speak(error)
+        return _fail(error)
+
+
+def run(run_dir: Path) -> int:
+    """Train the run in this process, as the rank that torchrun's environment names: 0 finished, 75 stopped.
+
+    Raises PicotrainError for what a user can cause.
+    """
+    config = load(run_dir / "config.yaml")
+    set_up_process(config.hardware)
+    from picotrain import parallel
+
+    with parallel.StopSignal() as stop:
+        ranks = parallel.build(config.parallel.kind, config.hardware.device)
+        from picotrain import loop
+
+        outcome = loop.train(run_dir, ranks, stop)
+        ranks.teardown()
+    return 0 if outcome.status == "finished" else Stopped.exit_code
+
+
+def set_up_process(section: HardwareConfig) -> None:
+    """Threads and allocator, before anything large is allocated."""
+    if section.device == "cpu":
+        keep_freed_memory()
+    import torch
+
+    torch.set_num_threads(section.threads or max(1, hardware.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if torch.get_num_interop_threads() != 1:  # the loop runs one operator at a time
+        with suppress(RuntimeError):  # torch refuses once something has run in parallel
+            torch.set_num_interop_threads(1)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep what is freed, so that a training step does not fault in the same gigabyte again at every step.
+
+    Measured on a depth-4 step on two cores: 1.05 to 2 times as many tokens per second, for up to 1.3 GiB of RSS. Other
+    C libraries are left alone. Parameters and values: mallopt(3).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mmap_max, trim_threshold = -4, -1
+    libc = ctypes.CDLL(None)
+    libc.mallopt(mmap_max, 0)  # large blocks come from the heap, too
+    libc.mallopt(trim_threshold, -1)  # and the heap never shrinks
+
+
+def watch_parent() -> None:
+    """End this process within a second of its agent's death, even by SIGKILL, which nothing can pass on.
+
+    Torch starts workers in sessions of their own, so that no signal reaches them when their agent or terminal is gone.
+    A process that no agent has started may outlive its parent (nohup).
+    """
+    launcher = os.environ.get(LAUNCHER_PID)
+    if launcher is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = int(launcher or os.getppid())
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)  # with whatever this worker has started
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+
+
+def _lock(run_dir: Path) -> AbstractContextManager[object]:
+    """The run directory's lock: shared with our launcher; without one, rank 0 takes it for all."""
+    if LAUNCHER_PID in os.environ:
+        return RunLock(run_dir).share()
+    return RunLock(run_dir) if os.environ.get("RANK", "0") == "0" else nullcontext()
+
+
+def _let_others_speak(error: Exception) -> None:
+    """Wait while another rank may have the better message; see OTHERS_WAIT_S. The launcher may end us meanwhile."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    parallel = sys.modules.get("picotrain.parallel")  # not imported just to say that importing it failed
+    if parallel is not None and parallel.lost_a_peer(error):
+        time.sleep(LOST_PEER_WAIT_S)
+    elif os.environ.get("RANK") != "0":
+        time.sleep(OTHERS_WAIT_S)
+
+
+def _fail(error: Exception) -> int:
+    """Say what is wrong: one message for a user's error, the traceback for a bug; the exit code.
+
+    One of several ranks ends right here: leaving the interpreter may wait for peers, which wait for this rank's end.
+    """
+    if isinstance(error, PicotrainError):
+        print(f"picotrain: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    code = error.exit_code if isinstance(error, PicotrainError) else 1
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,296 @@
+"""The launcher with real processes: locks, signals, exit codes, and no worker left behind."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from picotrain.config.schema import LaunchConfig
+from picotrain.errors import DataError, LaunchError, PicotrainError, RunError
+from picotrain.launch import RunLock, launch
+
+SRC = Path(__file__).parents[1] / "src"
+
+# A worker that says it is there, and what to do when a signal comes: each test appends its own `work`.
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+run, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+def note(name, text=""):
+    (run / f"{name}_{rank}.part").write_text(str(text))
+    (run / f"{name}_{rank}.part").rename(run / f"{name}_{rank}")
+"""
+READY = 'note("pid", os.getpid())\n'
+
+# The real worker and real ranks, around a loop that each test writes as `train`.
+REAL_WORKER = """
+import sys, time, types
+import picotrain, picotrain.worker
+from picotrain.config.schema import HardwareConfig, ParallelConfig
+from picotrain.errors import DataError
+section = types.SimpleNamespace(hardware=HardwareConfig(device="cpu", threads=1), parallel=ParallelConfig())
+picotrain.worker.load = lambda path: section
+Outcome = types.SimpleNamespace
+def train(run, ranks, stop):
+{body}
+sys.modules["picotrain.loop"] = picotrain.loop = types.SimpleNamespace(train=train)
+sys.exit(picotrain.worker.main(sys.argv[1:]))
+"""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that ended and was not waited for does not."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+# Each launcher is a process of its own, so that it can be signalled and killed; torch is imported once for all of them.
+LAUNCHERS = multiprocessing.get_context("forkserver")
+LAUNCHERS.set_forkserver_preload(["picotrain.launch.agent"])
+
+
+def run_launcher(folder: Path, nproc: int, section: LaunchConfig) -> None:
+    """launch() as the command line calls it, with its output in files."""
+    for name, number in (("out", 1), ("err", 2)):
+        os.dup2(os.open(folder / f"{name}_{section.node_rank}", os.O_WRONLY | os.O_CREAT), number)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(SRC), os.environ.get("PYTHONPATH", "")])
+    try:
+        code = launch(folder / "run", nproc, section, lambda run: 0, module="fake_worker")
+    except PicotrainError as error:
+        os.write(1, f"told: {error}\n".encode())
+        code = error.exit_code
+    sys.exit(code)
+
+
+class Launched:
+    """A launcher process on a run directory with a worker module of the test's own."""
+
+    def __init__(self, folder: Path, module: str, nproc: int, section: LaunchConfig):
+        self.folder, self.run, self.nproc, self.node_rank = folder, folder / "run", nproc, section.node_rank
+        self.run.mkdir(exist_ok=True)
+        (folder / "fake_worker.py").write_text(module)
+        self.process = LAUNCHERS.Process(target=run_launcher, args=(folder, nproc, section))
+        self.process.start()
+        self.pid = self.process.pid or 0
+
+    def pids(self) -> list[int]:
+        """The workers', once all are ready."""
+        files = [self.run / f"pid_{rank}" for rank in range(self.nproc)]
+        assert eventually(lambda: all(file.exists() for file in files))
+        return [int(file.read_text()) for file in files]
+
+    def end(self, timeout_s: float = 30.0) -> tuple[int | None, str, str]:
+        """Exit code, stdout, stderr; no worker may be left by then."""
+        self.process.join(timeout_s)
+        pids = [int(file.read_text()) for file in self.run.glob("pid_?")]
+        assert not any(is_alive(pid) for pid in pids)
+        out, err = ((self.folder / f"{name}_{self.node_rank}").read_text() for name in ("out", "err"))
+        return self.process.exitcode, out, err
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """Start launchers, and end whatever a failing test leaves."""
+    started: list[Launched] = []
+
+    def begin(module: str, nproc: int = 2, **section: Any) -> Launched:
+        started.append(Launched(tmp_path, module, nproc, LaunchConfig(**section)))
+        return started[-1]
+
+    yield begin
+    for launched in started:
+        launched.process.kill()
+        launched.process.join()
+        for file in launched.run.glob("pid_?"):
+            if is_alive(pid := int(file.read_text())):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_one_process_runs_in_the_callers_own_under_the_lock(tmp_path: Path) -> None:
+    def in_process(run: Path) -> int:
+        holder = json.loads((run / ".lock").read_text())
+        assert (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname())
+        return 75
+
+    with RunLock(tmp_path):  # the command line holds it already while it writes the run's config
+        assert launch(tmp_path, 1, LaunchConfig(), in_process) == 75
+        assert launch(tmp_path, 1, LaunchConfig(), in_process) == 75
+
+
+def python(script: str, *arguments: object) -> subprocess.Popen[str]:
+    """A Python process, once it has printed a line."""
+    process = subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline()
+    return process
+
+
+LOCKER = """
+import sys, time
+from pathlib import Path
+from picotrain.lock import RunLock
+with RunLock(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+SHARER = """
+import sys, time
+from pathlib import Path
+from picotrain.lock import RunLock
+with RunLock(Path(sys.argv[1])).share():
+    print("shared", flush=True)
+    time.sleep(1.5)
+    Path(sys.argv[1], "orphan_ended").touch()
+"""
+
+
+def test_a_second_start_is_refused_with_pid_and_host_until_the_first_is_gone(tmp_path: Path) -> None:
+    first = python(LOCKER, tmp_path)
+    try:
+        with pytest.raises(RunError, match=rf"pid {first.pid} on {socket.gethostname()}"):
+            launch(tmp_path, 1, LaunchConfig(), lambda run: 0)
+    finally:
+        first.kill()
+        first.communicate()
+    assert launch(tmp_path, 1, LaunchConfig(), lambda run: 0) == 0
+
+
+def test_a_start_waits_for_the_workers_of_one_that_was_killed(tmp_path: Path) -> None:
+    first = python(LOCKER, tmp_path)
+    orphan = python(SHARER, tmp_path)
+    first.kill()
+    first.communicate()
+    assert not (tmp_path / "orphan_ended").exists()
+    with RunLock(tmp_path):
+        assert (tmp_path / "orphan_ended").exists()
+    orphan.communicate()
+
+
+def test_workers_that_finish_give_0_and_leave_the_directory_free(start: Callable[..., Launched]) -> None:
+    work = READY + 'note("env", os.environ["OMP_NUM_THREADS"] + os.environ["WORLD_SIZE"])\nsys.stdout.write(f"by {rank}\\n")'
+    launched = start(WORKER + work)
+    code, out, err = launched.end()
+    assert (code, sorted(out.split()), err) == (0, ["0", "1", "by", "by"], "")  # and torch says nothing
+    assert (launched.run / "env_1").read_text()[-1] == "2"
+    with RunLock(launched.run):
+        pass
+
+
+SAVING = """
+def stop(signum, frame):
+    time.sleep(rank)  # ranks need not end together
+    note("saved", signum)
+    sys.exit(75)
+for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(signum, stop)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_reaches_the_workers_which_save_and_the_exit_code_says_resumable(
+    start: Callable[..., Launched], signum: signal.Signals
+) -> None:
+    launched = start(WORKER + SAVING + READY + "time.sleep(60)")
+    launched.pids()
+    os.kill(launched.pid, signum)
+    assert launched.end() == (75, "", "")
+    assert [(launched.run / f"saved_{rank}").read_text() for rank in range(2)] == [str(int(signum))] * 2
+
+
+def test_workers_that_do_not_stop_are_killed_after_the_grace(start: Callable[..., Launched]) -> None:
+    ignoring = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY + "time.sleep(60)"
+    launched = start(WORKER + ignoring, grace_s=1)
+    launched.pids()
+    os.kill(launched.pid, signal.SIGTERM)
+    code, out, _ = launched.end(timeout_s=10)
+    assert code == LaunchError.exit_code and "launch.grace_s=1" in out
+
+
+def test_a_second_signal_ends_everything_at_once(start: Callable[..., Launched]) -> None:
+    ignoring = "signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + READY + "time.sleep(60)"
+    launched = start(WORKER + ignoring)
+    launched.pids()
+    os.kill(launched.pid, signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(launched.pid, signal.SIGINT)
+    assert launched.end(timeout_s=5)[0] == 128 + signal.SIGINT
+
+
+def test_a_launcher_that_is_killed_leaves_no_worker_behind(start: Callable[..., Launched]) -> None:
+    child = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nnote('child', child.pid)\n"
+    launched = start(WORKER + "from picotrain.worker import watch_parent\nwatch_parent()\n" + child + READY + "time.sleep(60)")
+    pids = launched.pids() + [int((launched.run / f"child_{rank}").read_text()) for rank in range(2)]
+    launched.process.kill()
+    assert eventually(lambda: not any(is_alive(pid) for pid in pids), timeout_s=3)
+
+
+def test_a_rank_that_crashes_takes_the_others_down_and_is_named_once(start: Callable[..., Launched]) -> None:
+    launched = start(WORKER + READY + "while not (run / 'pid_0').exists() or rank == 0: time.sleep(0.05)\nraise ValueError('boom')")
+    code, out, err = launched.end(timeout_s=20)
+    assert code == LaunchError.exit_code
+    assert out.startswith("told: rank 1 (pid ") and out.count("\n") == 1
+    assert err.count("ValueError: boom") == 1 and "ChildFailedError" not in err
+
+
+def test_a_rank_that_is_killed_is_named_with_its_signal(start: Callable[..., Launched]) -> None:
+    launched = start(WORKER + READY + "time.sleep(60)")
+    os.kill(launched.pids()[0], signal.SIGKILL)
+    code, out, _ = launched.end(timeout_s=20)
+    assert code == LaunchError.exit_code and "rank 0" in out and "SIGKILL" in out and "rank 1" not in out
+
+
+def test_ranks_on_two_nodes_follow_node_rank(start: Callable[..., Launched]) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        endpoint = f"localhost:{probe.getsockname()[1]}"
+    module = WORKER + READY + 'note("node", os.environ["OMP_NUM_THREADS"] and os.getppid())\n'
+    nodes = [start(module, nproc=1, nnodes=2, node_rank=rank, rdzv_endpoint=endpoint) for rank in (1, 0)]
+    assert [node.end()[0] for node in nodes] == [0, 0]
+    assert [(nodes[0].run / f"node_{rank}").read_text() for rank in (1, 0)] == [str(node.pid) for node in nodes]
+
+
+def test_an_error_that_every_rank_meets_is_told_once_with_its_own_code(start: Callable[..., Launched]) -> None:
+    launched = start(REAL_WORKER.format(body="    raise DataError('no such shard')"))
+    code, out, err = launched.end()
+    assert (code, out, err) == (DataError.exit_code, "", "picotrain: no such shard\n")
+
+
+def test_a_bug_on_one_rank_keeps_its_traceback_and_the_others_stay_silent(start: Callable[..., Launched]) -> None:
+    body = "    print('by', ranks.rank, flush=True)\n    if ranks.rank == 1: raise ZeroDivisionError\n    ranks.barrier()"
+    code, out, err = start(REAL_WORKER.format(body=body)).end()
+    assert code == LaunchError.exit_code
+    assert out.startswith("by 0\ntold: rank 1 (pid ")
+    assert err.count("Traceback") == 1 and "ZeroDivisionError" in err
+
+
+def test_a_stop_seen_by_one_rank_is_agreed_on_by_all(start: Callable[..., Launched]) -> None:
+    body = """
+    import os
+    (run / f"pid_{ranks.rank}").write_text(str(os.getpid()))
+    while not ranks.agree(stop.requested):
+        time.sleep(0.05)
+    return Outcome(status="stopped")"""
+    launched = start(REAL_WORKER.format(body=body))
+    assert eventually(lambda: all((launched.run / f"pid_{rank}").exists() for rank in range(2)))
+    os.kill(int((launched.run / "pid_1").read_text()), signal.SIGUSR1)  # one worker, not the launcher
+    assert launched.end() == (75, "", "")

@@ -1,0 +1,166 @@
+"""The loop as a user meets it: what is written when, and that a run that was stopped goes on as if it had not been."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lines, losses, picotrain, start
+
+from picotrain import checkpoint
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load_tensors(checkpoint.find(run_dir / "checkpoints", "last"), "model")
+
+
+def wait_for(path: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """To the bit: losses, validation and weights."""
+    assert losses(a) == losses(b)
+    assert [(r["step"], r["val_bpb"]) for r in lines(a, "val")] == [(r["step"], r["val_bpb"]) for r in lines(b, "val")]
+    ours, theirs = weights(a), weights(b)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny) -> Path:
+    """One undisturbed run of 12 steps, with samples and a permanent checkpoint at step 8."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    done = picotrain("train", *tiny(run_dir, "train.sample_every=6", "train.save_every=8"))
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def test_every_step_is_logged_once_and_the_loss_falls(finished: Path):
+    values = losses(finished)
+    assert len(values) == 12
+    assert sum(values[-3:]) < 0.9 * sum(values[:3])
+
+
+def test_a_train_line_has_what_the_design_promises(finished: Path):
+    line = lines(finished, "train")[5]
+    promised = "step kind loss smooth_loss lr grad_norm tokens tok_per_sec mfu dt_ms data_wait_ms epoch rank world_size pq rg"
+    assert set(promised.split()) <= line.keys()
+    assert line["mfu"] is None  # no peak is known for a CPU
+    assert line["tokens"] == 6 * 256
+
+
+def test_validation_comes_at_the_first_step_by_cadence_and_at_the_last(finished: Path):
+    assert [record["step"] for record in lines(finished, "val")] == [0, 6, 12]
+    bpb = [record["val_bpb"] for record in lines(finished, "val")]
+    assert bpb[-1] < bpb[0]
+
+
+def test_samples_come_by_cadence_and_at_the_last_step_but_not_at_the_first(finished: Path):
+    assert [record["step"] for record in lines(finished, "sample")] == [6, 12]
+
+
+def test_checkpoints_come_by_cadence_and_at_the_end_with_what_was_measured_there(finished: Path):
+    root = finished / "checkpoints"
+    assert [path.name for path in checkpoint.complete(root)] == ["step_00000008", "step_00000012"]
+    assert (root / "latest").read_text().strip() == "step_00000012"
+    assert checkpoint.read_metrics(root / "step_00000012")["val_bpb"] == lines(finished, "val")[-1]["val_bpb"]
+    assert (root / "best").read_text().strip() == "step_00000012"
+    assert checkpoint.read_state(root / "step_00000008")["dataloader_state_dict"]["row"] == 8 * 8
+
+
+def test_a_run_directory_tells_how_it_came_about(finished: Path):
+    for name in ("config.yaml", "plan.json", "data.json", "tokenizer.json", "environment.json", "overrides.txt", "report.md", "summary.json"):
+        assert (finished / name).stat().st_size > 0, name
+    assert (finished / "attempts/0001/config.yaml").read_text() == (finished / "config.yaml").read_text()
+
+
+def test_training_a_finished_run_again_says_so_and_changes_nothing(finished: Path, tiny):
+    before = (finished / "metrics.jsonl").read_bytes()
+    again = picotrain("resume", str(finished))
+    assert again.returncode == 0
+    assert "finished" in again.stderr
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_saved_config_reproduces_the_losses(finished: Path, tmp_path: Path):
+    done = picotrain("train", "--config", str(finished / "config.yaml"), f"run.dir={tmp_path / 'again'}")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(finished, tmp_path / "again")
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished: Path, tmp_path: Path, tiny):
+    other = picotrain("train", *tiny(tmp_path / "other", "run.seed=2"))
+    assert other.returncode == 0, other.stderr
+    assert losses(tmp_path / "other") != losses(finished)
+
+
+def test_forty_steps_straight_equal_twenty_a_kill_and_twenty_more(tmp_path: Path, tiny):
+    # Batches large enough that the kill comes before the end, on any machine.
+    more = ("train.max_steps=40", "train.save_every=20", "train.eval_every=10", "train.total_batch_size=4096")
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert picotrain("train", *tiny(straight, *more)).returncode == 0
+    process = start("train", *tiny(broken, *more))
+    wait_for(broken / "checkpoints/step_00000020")
+    process.kill()
+    process.communicate()
+    assert not (broken / "summary.json").exists()
+    resumed = picotrain("resume", str(broken))
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(straight, broken)
+    assert any(record["name"] == "resumed" for record in lines(broken, "event"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_ends_as_resumable_and_the_rest_is_as_if_undisturbed(tmp_path: Path, tiny, signum: signal.Signals):
+    more = ("train.max_steps=30", "train.eval_every=10", "train.total_batch_size=4096")
+    run_dir = tmp_path / "run"
+    process = start("train", *tiny(run_dir, *more))
+    deadline = time.monotonic() + 60
+    while not (run_dir / "metrics.jsonl").exists() or len(lines(run_dir, "train")) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    stopped_at = int(checkpoint.find(run_dir / "checkpoints", "last").name[5:])
+    assert 5 <= stopped_at < 30
+    if signum == signal.SIGTERM:
+        assert picotrain("resume", str(run_dir)).returncode == 0
+        assert picotrain("train", *tiny(tmp_path / "straight", *more)).returncode == 0
+        assert_same_run(tmp_path / "straight", run_dir)
+
+
+def test_one_two_and_one_process_train_on_the_same_rows(tmp_path: Path, tiny):
+    """Extending the horizon stops a run at an exact step; the constant schedule keeps the rates the same."""
+    straight, mixed = tmp_path / "straight", tmp_path / "mixed"
+    assert picotrain("train", *tiny(straight)).returncode == 0
+    assert picotrain("train", *tiny(mixed, "train.max_steps=4")).returncode == 0
+    two = picotrain("resume", str(mixed), "train.max_steps=8", "hardware.nproc_per_node=2")
+    assert two.returncode == 0, two.stdout + two.stderr
+    one = picotrain("resume", str(mixed), "train.max_steps=12", "hardware.nproc_per_node=1")
+    assert one.returncode == 0, one.stderr
+    assert losses(mixed) == pytest.approx(losses(straight), rel=1e-4)
+    state = [checkpoint.read_state(checkpoint.find(run / "checkpoints", "last"))["dataloader_state_dict"] for run in (straight, mixed)]
+    assert state[0] == state[1]
+    assert [record["world_size"] for record in lines(mixed, "train")] == [1] * 4 + [2] * 4 + [1] * 4
+
+
+def test_accumulation_and_micro_batches_change_only_the_rounding(tmp_path: Path, tiny):
+    for rows in (8, 2):
+        assert picotrain("train", *tiny(tmp_path / str(rows), f"train.device_batch_size={rows}", "train.max_steps=6")).returncode == 0
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "8"), rel=1e-4)
+
+
+def test_a_diverged_run_says_so_and_never_saves_the_broken_weights(tmp_path: Path, tiny):
+    run_dir = tmp_path / "run"
+    done = picotrain("train", *tiny(run_dir, "train.grad_clip=null", "optimizer.matrix_lr=1e30", "optimizer.embed_lr=1e30", "train.save_every=1"))
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    for path in checkpoint.complete(run_dir / "checkpoints"):
+        assert all(tensor.isfinite().all() for tensor in checkpoint.load_tensors(path, "model").values())
