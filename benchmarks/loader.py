@@ -5,11 +5,11 @@
 Without --path the text is data=pystdlib. --short cuts it into documents of 1,500 characters (median). Each setting starts
 with a freshly loaded tokenizer; nothing but the loader runs, so that its rate is what two cores can do.
 
-tokens_per_s: emitted tokens (B x T a batch) after the first batch. first_batch_s: from the making of the loader.
-tokens_per_cpu_s: the same per second of
-CPU time, for a busy machine. tokenized_per_s: tokens that came out of the tokenizer in the same time. dropped_percent: text tokens that are read and in
-no row. The usual method: tokenize 128 documents at a time, keep a buffer of 1,000, fill each row with the longest
-that fits and, where none does, crop the shortest (as nanochat's loader does, on the training thread).
+tokens_per_s: emitted tokens (B x T a batch) after the first batch; tokens_per_cpu_s: per second of CPU time, for a busy
+machine. first_batch_s: from the making of the loader. tokenized_per_s: tokens that came out of the tokenizer in the same
+time. dropped_percent: text tokens that are read and in no row. The usual method: tokenize 128 documents at a time, keep
+a buffer of 1,000, fill each row with the longest that fits and, where none does, crop the shortest (as nanochat's loader
+does, on the training thread).
 """
 
 from __future__ import annotations

@@ -337,9 +337,9 @@ def test_a_short_run_needs_no_field_left_out_at_120_columns() -> None:
 def test_model_text_is_neither_markup_nor_terminal_escape(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal() if terminal else io.StringIO()
-    Console(10, stream, width=120).sample(5, [{"prompt": "A [b", "text": "old]x[/bold] [red]y \x1b[2J\n  end"}])
+    Console(10, stream, width=120).sample(5, [{"prompt": "A [b", "text": "[bold]x[/bold] [red]y \x1b[2J\n  end"}])
     shown = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
-    assert "    > A [bold]x[/bold] [red]y ␛[2J" in shown
+    assert "    [A [b][bold]x[/bold] [red]y ␛[2J" in shown
     assert re.search(r"^      end\s*$", shown, re.MULTILINE)
     assert "\x1b[2J" not in shown
 
@@ -382,7 +382,7 @@ def test_a_stream_that_cannot_hold_a_character_shows_a_question_mark() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     Console(10, stream).sample(5, [{"prompt": "naïve", "text": " 日本"}])
-    assert b"> na?ve ??" in raw.getvalue()
+    assert b"[na?ve] ??" in raw.getvalue()
     stream.detach()
 
 

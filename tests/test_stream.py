@@ -7,7 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from itertools import chain, count, islice
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +90,9 @@ def steps(loaders: list[Loader], num_steps: int, rows_per_step: int = 16) -> lis
     """The rows of each step in the order of the whole run: of all ranks, row i is the next of rank i mod W."""
     out = []
     for _ in range(num_steps):
-        per_rank = [[row for _ in range(rows_per_step // len(loaders) // each._batch_rows) for row in rows_of(next(each))] for each in loaders]
+        per_rank = [
+            [row for _ in range(rows_per_step // len(loaders) // each._batch_rows) for row in rows_of(next(each))] for each in loaders
+        ]
         out.append([row for at_once in zip(*per_rank, strict=True) for row in at_once])
     return out
 
@@ -167,7 +169,7 @@ def test_an_epoch_of_one_unit_a_lane_shows_every_text_once(tmp_path):
     with loader(corpus, device_batch_size=8, rows_per_step=8, lanes=8) as batches:
         epoch = [next(batches) for _ in range(20)]
         assert epoch[-1].epoch == pytest.approx(1.0)
-        assert all(a.epoch < b.epoch for a, b in zip(epoch, epoch[1:], strict=False))
+        assert all(a.epoch < b.epoch for a, b in pairwise(epoch))
         assert next(batches).epoch == pytest.approx(1.0 + 1 / 20)
     spoken = [id for batch in epoch for row in rows_of(batch) for id in row if id != BOS]
     everything = np.bincount(np.frombuffer("".join(texts).encode(), np.uint8), minlength=256)

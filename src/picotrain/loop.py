@@ -47,6 +47,8 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             last = step == plan.num_steps
             stopping = parallel.agree(stop.requested)
 
+            if stopping:
+                run.monitor.event(step, "stopped", "asked to by a signal; saving")
             if step != saved_step and (last or stopping or _every(cadence.save_every, step, first=False)):
                 run.save()
                 saved_step = step
@@ -192,7 +194,8 @@ class _Run:
 
     def end(self, status: Literal["finished", "stopped"]) -> Outcome:
         """Close the books: the last lines, the report."""
-        self.monitor.event(self.state.step, status)
+        if status == "finished":
+            self.monitor.event(self.state.step, status)
         self.monitor.close()
         if self.parallel.is_main:
             summary = report.write_report(self.dir)

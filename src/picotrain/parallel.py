@@ -32,18 +32,10 @@ REPEAT_S = 0.3
 # (compiling, writing a checkpoint to a slow disk), short enough that a hang is noticed within the hour.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
 
-
-# Whether buffers are sent at every forward: torch 2.13 renamed the option.
-_SEND_BUFFERS = (
-    "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters else "broadcast_buffers"
-)
-_DDP_OPTIONS: dict[str, Any] = {
-    # Gradients live in the buckets that are sent, which saves a copy of them.
-    "gradient_as_bucket_view": True,
-    # Buffers are constants (RoPE).
-    _SEND_BUFFERS: False,
-    # No static_graph: with it the first micro-batch under no_sync fails an assertion in torch's reducer.
-}
+# Gradients live in the buckets that are sent, which saves a copy of them. Buffers are constants (RoPE), so they are not sent
+# at every forward; torch 2.13 renamed that option. No static_graph: a first micro-batch under no_sync fails an assertion.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 def exit_at_once(signum: int) -> None:
@@ -96,7 +88,7 @@ class Parallel:
     world_size: int
     local_rank: int
     device: torch.device
-    control: dist.ProcessGroup | None = None  # gloo: what is agreed on over it never waits for a device
+    control: Any = None  # a gloo process group: what is agreed on over it never waits for a device
 
     @classmethod
     def single(cls, device: str = "cpu") -> Parallel:

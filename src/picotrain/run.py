@@ -87,7 +87,11 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
     Raises RunError when the directory holds another experiment, naming the keys that differ, or may not be resumed.
     """
     run_dir = Path(config.run.dir or "")
-    all_problems(lambda: planning.check_machine(config), lambda: planning.make(config, run_dir.name))
+    all_problems(
+        lambda: planning.check_machine(config),
+        lambda: planning.make(config, run_dir.name),
+        lambda: _check_trackers(config.logger.trackers),
+    )
     if (run_dir / "config.yaml").exists():
         material = _reopen(run_dir, config, say)
     else:
@@ -114,6 +118,13 @@ def require_run(run_dir: Path) -> None:
         return
     there = sorted(path.parent.name for path in run_dir.parent.glob("*/config.yaml"))
     raise RunError(f"{run_dir} holds no run (no config.yaml)" + (f"; runs there: {', '.join(there[:8])}" if there else ""))
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    from picotrain.monitor import missing_trackers
+
+    if problems := missing_trackers(names):
+        raise ConfigError(problems)
 
 
 def _reopen(run_dir: Path, config: Config, say: Say) -> Material:

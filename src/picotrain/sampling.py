@@ -60,9 +60,7 @@ def generate(
 
 
 @torch.no_grad()
-def generate_rows(
-    model: GPT, prompt_ids: Tensor, max_tokens: int, temperature: float, top_k: int | None, seed: int
-) -> Iterator[Tensor]:
+def generate_rows(model: GPT, prompt_ids: Tensor, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> Iterator[Tensor]:
     """Yield `max_tokens` times the next id of each row, int64 (B,).
 
     prompt_ids: int64 (B, T), T >= 1. temperature 0 takes the likeliest id; top_k None draws among all.

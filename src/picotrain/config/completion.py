@@ -47,7 +47,8 @@ def complete(words: Sequence[str], current: str) -> list[str]:
         none = ["null"] if key == "experiment" else []
         found = [f"{key}={choice}" for choice in choices(key, _config_dir(words)) + none]
     else:
-        found = [f"{key}={word}" for word in leaves()[key].words] if key in leaves() else []
+        leaf = leaves().get(key)
+        found = [f"{key}={word}" for word in leaf.words] if leaf and not leaf.is_text else []  # a text may be a path
     return [word for word in dict.fromkeys(found) if word.startswith(current)]
 
 

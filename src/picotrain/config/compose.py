@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from picotrain.config.groups import check_config_dir, conf_dir
+from picotrain.config.groups import GROUPS, check_config_dir, conf_dir, unknown_choice
 from picotrain.config.overrides import Overrides, interpolation, parse
 from picotrain.config.saved import read, yaml_reason
 from picotrain.config.schema import HORIZONS, Config, DataConfig
@@ -112,7 +112,7 @@ def _grouped_tree(groups: dict[str, str], config_dir: Path | None) -> dict[str, 
         raise ConfigError(problems)
     tree = _hydra(groups, config_dir)
     beside = {group: choice for group, choice in groups.items() if group != "experiment"}
-    if beside and groups.get("experiment", "null") != "null":
+    if beside and "experiment" in groups:
         _choices_beat_preset(tree, _hydra(beside, config_dir), beside)
     return tree
 
@@ -130,25 +130,33 @@ def _choices_beat_preset(tree: dict[str, Any], without_preset: dict[str, Any], g
 
 def _hydra(groups: dict[str, str], config_dir: Path | None) -> dict[str, Any]:
     from hydra import compose as hydra_compose
-    from hydra.errors import HydraException
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    words = [f"{group}={'null' if choice == 'null' else _quoted(choice)}" for group, choice in groups.items()]
+    words = [f"{group}={_quoted(choice)}" for group, choice in groups.items()]
     if config_dir:
         words.append(f"hydra.searchpath=[{_quoted(f'file://{config_dir.resolve()}')}]")
     try:
         with _hydra_at(conf_dir()), _no_environment():
-            composed = hydra_compose("config", words)
-            tree = OmegaConf.to_container(composed, resolve=False)
-    except (HydraException, OmegaConfBaseException) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError([Problem(str(config_dir or ""), "; ".join(lines[:2]))]) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ConfigError([Problem(mark.name if mark else str(config_dir), f"is not YAML: {yaml_reason(error)}")]) from None
+            tree = OmegaConf.to_container(hydra_compose("config", words), resolve=False)
+    except Exception as error:  # of many kinds, all for what a user's files hold
+        if config_dir is None:
+            raise
+        raise ConfigError([_hydra_problem(error, config_dir)]) from None
     assert isinstance(tree, dict)
     return tree  # type: ignore[return-value]
+
+
+def _hydra_problem(error: Exception, config_dir: Path) -> Problem:
+    text = " ".join(str(error).split())
+    if isinstance(error, yaml.YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        return Problem(mark.name if mark else str(config_dir), f"is not YAML: {yaml_reason(error)}")
+    if "oc.env" in text:
+        return Problem(str(config_dir), "a defaults list is never taken from the environment", "write the choice itself, not ${oc.env:...}")
+    absent = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if absent and absent[1] in GROUPS:
+        return unknown_choice(absent[1], absent[2], config_dir)
+    return Problem(str(config_dir), f"cannot be composed: {text[:300]}")
 
 
 def _quoted(text: str) -> str:

@@ -162,6 +162,8 @@ def unknown_key(key: str, groups: Iterable[str] = ()) -> Problem:
     inside = [leaf for leaf in leaves() if leaf.startswith(f"{key}." if key in sections() else f"{section}.")]
     if key in sections():
         return Problem(key, "is a section and takes no value of its own", f"set one of its keys: {', '.join(inside)}")
+    if package := {"experiment": "_global_", "cadence": "train"}.get(key):
+        return Problem(key, "is a group and no section", f"a file in {key}/ begins with the line '# @package {package}'")
     if meant := _meant(key, groups):
         return Problem(key, "there is no such key", f"did you mean {' or '.join(meant)}?")
     return Problem(key, "there is no such key", f"{section} has {', '.join(inside)}" if inside else f"sections: {', '.join(sections())}")

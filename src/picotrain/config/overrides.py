@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from picotrain.config.groups import GROUPS, choices, unknown_choice
-from picotrain.config.keys import Leaf, leaves, nearest, unknown_key
+from picotrain.config.keys import Leaf, leaves, nearest, shown, unknown_key
 from picotrain.config.schema import HORIZONS, two_horizons
 from picotrain.errors import Problem
 
 _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)")
-_INT = re.compile(r"[+-]?\d[\d_]*")
-_FLOAT = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+_INT = re.compile(r"[+-]?[0-9][0-9_]*")
+_FLOAT = re.compile(r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
 @dataclass
@@ -41,7 +41,7 @@ def parse(words: Sequence[str], config_dir: Path | None = None) -> Overrides:
         _parse_word(word, config_dir, result)
     horizons = [f"train.{key}" for key in HORIZONS if result.values.get(f"train.{key}") is not None]
     if len(horizons) > 1:
-        result.problems.append(two_horizons(horizons))
+        result.refuse(two_horizons(horizons), "train")
     return result
 
 
@@ -85,7 +85,9 @@ def _refused(word: str, key: str, equals: str) -> Problem | None:
 def _parse_choice(group: str, choice: str, config_dir: Path | None, result: Overrides) -> None:
     if _is_sweep(choice):
         result.refuse(_sweep(group, choice), group)
-    elif choice in choices(group, config_dir) or (group == "experiment" and choice == "null"):
+    elif group == "experiment" and choice == "null":
+        result.groups.pop(group, None)  # no preset is the default
+    elif choice in choices(group, config_dir):
         result.groups[group] = choice
     else:
         result.refuse(unknown_choice(group, choice, config_dir), group)
@@ -137,10 +139,10 @@ def _parse_list(leaf: Leaf, value: str) -> Any:
     hint = f"""{leaf.key}='["one", "two"]', with quotes around each element that is more than a word"""
     try:
         elements = yaml.load(value, Loader=yaml.BaseLoader)  # yields nothing but text
-    except yaml.YAMLError:
-        return Problem(leaf.key, f"is not a list: {value!r}", hint)
+    except (yaml.YAMLError, RecursionError):
+        return Problem(leaf.key, f"is not a list: {shown(value)}", hint)
     if not isinstance(elements, list) or not all(isinstance(element, str) for element in elements):
-        return Problem(leaf.key, f"is not a list of texts: {value!r}", hint)
+        return Problem(leaf.key, f"is not a list of texts: {shown(value)}", hint)
     return elements
 
 
@@ -151,13 +153,13 @@ def _is_sweep(value: str) -> bool:
 def _sweep(key: str, value: str) -> Problem:
     leaf = leaves().get(key)
     if leaf and leaf.is_list:
-        return Problem(key, f"takes a list, and {value!r} is none", f"{key}=[{value}]")
+        return Problem(key, f"takes a list, and {shown(value)} is none", f"{key}=[{value}]")
     first = value.partition(",")[0].partition("(")[2] or value.partition(",")[0]
-    return Problem(key, f"takes one value, and {value!r} looks like a sweep", f"start one run for each, the first with {key}={first}")
+    return Problem(key, f"takes one value, and {shown(value)} looks like a sweep", f"start one run for each, the first with {key}={first}")
 
 
 def interpolation(key: str, value: str) -> Problem:
     """The problem of a value that points elsewhere instead of being one."""
     if "env" in value:
-        return Problem(key, f"values are never taken from the environment: {value!r}", "config.yaml would keep them, secrets too")
-    return Problem(key, f"is an interpolation: {value!r}", "write the value itself")
+        return Problem(key, f"values are never taken from the environment: {shown(value)}", "config.yaml would keep them, secrets too")
+    return Problem(key, f"is an interpolation: {shown(value)}", "write the value itself")

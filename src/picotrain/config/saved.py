@@ -24,9 +24,8 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for (key, _), count in zip(node.value, map(names.count, names), strict=True):
-            if count > 1:
+        for place, (key, _) in enumerate(node.value):
+            if any(key.value == earlier.value for earlier, _ in node.value[:place]):
                 raise ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
         return super().construct_mapping(node, deep)
 

@@ -72,11 +72,10 @@ class Stream:
             yield from self._unit_slices(position, first)
             first = 0
 
-    def progress(self, lane: int, cursor: Cursor) -> float:
-        """How many units a lane has used up, the present one counted by its share."""
-        num_slices = max(1, math.ceil(self.unit(cursor.position).text_bytes / self.slice_bytes))
-        share = (cursor.slice + cursor.row / max(1, cursor.rows)) / num_slices
-        return (cursor.position - lane) // self.lanes + min(1.0, share)
+    def slice_share(self, position: int, number: int) -> tuple[float, float]:
+        """Where a slice begins and ends, as shares of its unit; estimated from the footer's bytes."""
+        num_slices = max(1, math.ceil(self.unit(position).text_bytes / self.slice_bytes))
+        return min(1.0, number / num_slices), min(1.0, (number + 1) / num_slices)
 
     def _unit_slices(self, position: int, first: int) -> Iterator[SliceRows]:
         epoch, index = self.at(position)
@@ -102,11 +101,16 @@ class Lane:
     """One reader of a stream. `pool` prepares its next slice when the share `prefetch_at` of the present one is used."""
 
     def __init__(self, stream: Stream, cursor: Cursor, pool: Executor, prefetch_at: float):
-        self.cursor = cursor
+        self._stream, self._pool, self._prefetch_at = stream, pool, prefetch_at
         self._slices = stream.slices_from(cursor)
         self._rows: NDArray | None = None  # (n, seq_len + 1), of the slice at the cursor
         self._ahead: Future[SliceRows] | None = None
-        self._pool, self._prefetch_at = pool, prefetch_at
+        self._stand_at(cursor)
+
+    @property
+    def progress(self) -> float:
+        """How many units the lane has used up, the present one counted by its share."""
+        return self._before + self.cursor.row * self._per_row
 
     def open(self) -> None:
         """Have the first slice prepared, without waiting for it."""
@@ -123,6 +127,12 @@ class Lane:
             self._request()
         return self._rows[row]
 
+    def _stand_at(self, cursor: Cursor) -> None:
+        self.cursor = cursor
+        start, end = self._stream.slice_share(cursor.position, cursor.slice)
+        self._before = cursor.position // self._stream.lanes + start
+        self._per_row = (end - start) / max(1, cursor.rows)
+
     def _request(self) -> None:
         if self._ahead is None:
             self._ahead = self._pool.submit(next, self._slices)
@@ -134,7 +144,7 @@ class Lane:
         self._ahead = None
         at = self.cursor
         if at.row == at.rows:
-            self.cursor = Cursor(position, number, 0, len(rows))
+            self._stand_at(Cursor(position, number, 0, len(rows)))
         elif (position, number, len(rows)) != (at.position, at.slice, at.rows):  # resumed in the middle of a slice
             raise DataError(
                 f"the checkpoint goes on at row {at.row} of {at.rows} in slice {at.slice} of position {at.position}, but "

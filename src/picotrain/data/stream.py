@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -183,7 +182,7 @@ class Loader(Iterator[Batch]):
         """Row j of this rank comes from its lane j mod (lanes / dp_size)."""
         at, stream, lanes = self._position, self._stream, self._lanes
         done = at.row // at.dp_size  # rows of this rank
-        progress = [stream.progress(self._number(i), lane.cursor) for i, lane in enumerate(lanes)]
+        progress = [lane.progress for lane in lanes]
         while True:
             turns = [(done + k) % len(lanes) for k in range(self._batch_rows)]
             for i in turns:
@@ -191,24 +190,21 @@ class Loader(Iterator[Batch]):
             ids = self._tensor([lanes[i].next_row() for i in turns])
             done += len(turns)
             for i in set(turns):
-                progress[i] = stream.progress(self._number(i), lanes[i].cursor)
+                progress[i] = lanes[i].progress
             epoch = sum(progress) * at.dp_size / len(stream.units)
             unit = stream.unit(lanes[turns[-1]].cursor.position)
             position = at._replace(row=done * at.dp_size, cursors=tuple(lane.cursor for lane in lanes))
             yield _Prepared(ids, epoch, unit.shard, unit.rg_start, position)
 
-    def _number(self, i: int) -> int:
-        """The number among all lanes of this rank's lane i."""
-        return self._position.dp_rank + i * self._position.dp_size
-
     def _tensor(self, rows: list[NDArray]) -> torch.Tensor:
         """(2, B, T): inputs and targets of rows of T + 1 ids."""
-        stacked = np.stack(rows)  # (B, T + 1)
-        on_cpu, on_cuda = (self._device.type == name for name in ("cpu", "cuda"))
-        dtype = torch.int64 if on_cpu else torch.int32
-        ids = torch.empty((2, len(rows), stacked.shape[1] - 1), dtype=dtype, pin_memory=on_cuda)
-        ids.numpy()[0] = stacked[:, :-1]
-        ids.numpy()[1] = stacked[:, 1:]
+        kind = self._device.type
+        dtype = torch.int64 if kind == "cpu" else torch.int32
+        ids = torch.empty((2, len(rows), len(rows[0]) - 1), dtype=dtype, pin_memory=kind == "cuda")
+        inputs, targets = ids.numpy()
+        for i, row in enumerate(rows):
+            inputs[i] = row[:-1]
+            targets[i] = row[1:]
         return ids
 
 

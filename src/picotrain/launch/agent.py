@@ -1,8 +1,8 @@
 """The workers of one node under torch's elastic agent, with our rules for signals, exit codes and noise.
 
-Torch's agent ends workers at once on a signal, calls every exit code but 0 a failure, and gives the others 30 s to react
-to it. Here a signal is passed on and the workers get launch.grace_s to save; exit code 75 means "stopped, saved"; and
-once a rank has failed the others are killed, since they can only wait for it in a collective.
+Torch's agent ends workers at once on a signal, calls every exit code but 0 a failure, and gives the other ranks 30 s to
+react to one. Here a signal is passed on and the workers get launch.grace_s to save; exit code 75 means "stopped, saved";
+and once a rank has failed the others are killed, since they can only wait for it in a collective.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def run_workers(command: Sequence[str], nproc: int, launch: LaunchConfig, run_id
             return agent.train()
         except RendezvousError as error:
             where = launch.rdzv_endpoint or "this machine"
-            raise LaunchError(f"{launch.nnodes} nodes did not meet at {where}: {error.__cause__ or error}") from error
+            raise LaunchError(f"this node could not meet the others at {where}, or lost them: {error.__cause__ or error}") from error
 
 
 class Agent(LocalElasticAgent):
@@ -57,7 +57,8 @@ class Agent(LocalElasticAgent):
         super().__init__(spec, logs_specs=_PassThrough())
         self._node_rank, self._grace_s = launch.node_rank, launch.grace_s
         self._deadline: float | None = None  # when workers that were asked to stop are killed
-        self._late = False
+        self._late = False  # they were
+        self._stopped = False  # a worker has ended with 75
         self._failed: dict[int, tuple[int, int]] = {}  # global rank -> pid, exit code; not those that were killed for it
 
     def train(self) -> int:
@@ -68,8 +69,8 @@ class Agent(LocalElasticAgent):
                 result = self.run()
             except SystemExit as ended:
                 return int(ended.code or 0)
-            except SignalException as quit:
-                return 128 + quit.sigval
+            except SignalException as ended:  # SIGQUIT
+                return 128 + ended.sigval
             finally:
                 self._kill()
                 handler.shutdown()
@@ -77,16 +78,16 @@ class Agent(LocalElasticAgent):
                     signal.signal(signal.SIGQUIT, quit_handler)
         if result is None:
             raise LaunchError("the other nodes have started without this one; launch.nnodes or launch.node_rank must be wrong")
-        return self._exit_code(result, stop.signum)
+        return self._exit_code(stop.signum)
 
-    def _exit_code(self, result: RunResult, signum: int | None) -> int:
+    def _exit_code(self, signum: int | None) -> int:
         if self._late:
             within = f"launch.grace_s={self._grace_s:g}"
             raise LaunchError(f"the workers did not stop within {within} and were killed; a resume goes on from the last save")
         # A worker that dies of the signal that was passed on had not begun, or had ended: nothing is lost.
         failed = {rank: end for rank, end in self._failed.items() if signum is None or end[1] != -signum}
         if not failed:
-            return Stopped.exit_code if result.is_failed() else 0
+            return Stopped.exit_code if self._stopped or self._failed else 0
         spoken = [code for _, code in failed.values() if code in SPOKEN]
         if spoken:
             return spoken[0]
@@ -120,25 +121,29 @@ class Agent(LocalElasticAgent):
                 process.wait(max(0.0, deadline - time.monotonic()))
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        """One look at the workers: torch's, except that ranks which stop are waited for and ranks that fail are not."""
+        """One look at the workers: running, all done (finished or stopped), or failed, and then the rest is killed."""
         processes = self._processes()
         codes = {rank: process.poll() for rank, process in processes.items()}
         failed = {rank: code for rank, code in codes.items() if code not in (None, 0, Stopped.exit_code)}
-        if failed and not self._failed and not self._late:
-            self._failed = {worker_group.workers[rank].global_rank: (processes[rank].pid, code or 0) for rank, code in failed.items()}
+        self._stopped = Stopped.exit_code in codes.values()
+        if failed:
+            if not self._failed and not self._late:
+                self._failed = {worker_group.workers[rank].global_rank: (processes[rank].pid, code or 0) for rank, code in failed.items()}
             self._kill()
-        elif None in codes.values():
-            if Stopped.exit_code in codes.values() and self._deadline is None:
-                self._deadline = time.monotonic() + self._grace_s  # stopped by another node, or by a signal of its own
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self._late = True
-                self._kill()
-            return RunResult(state=WorkerState.HEALTHY)
-        return super()._monitor_workers(worker_group)
+            return RunResult(state=WorkerState.FAILED)
+        if None not in codes.values():
+            # Torch then waits for the other nodes, so that the store of node 0 outlives them.
+            return RunResult(state=WorkerState.SUCCEEDED, return_values={worker.global_rank: None for worker in worker_group.workers})
+        if self._stopped and self._deadline is None:  # by another node, or by a signal of its own
+            self._deadline = time.monotonic() + self._grace_s
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._late = True
+            self._kill()
+        return RunResult(state=WorkerState.HEALTHY)
 
     def _assign_worker_ranks(self, store, group_rank: int, group_world_size: int, spec: WorkerSpec):
         """Ranks in the order of launch.node_rank; the rendezvous alone would order nodes by name."""
-        return super()._assign_worker_ranks(store, self._node_rank, group_world_size, spec)
+        return super()._assign_worker_ranks(store, self._node_rank, group_world_size, spec)  # pyright: ignore  (@prof)
 
 
 class _PassThrough(LogsSpecs):

@@ -71,10 +71,10 @@ class Console:
         self._print(line)
 
     def sample(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
-        """What the model writes: each prompt, then its continuation, indented."""
+        """What the model writes: each prompt, in brackets, then its continuation."""
         self._print(Text.assemble(self._step(step), ("  samples", LABEL)))
         for sample in samples:
-            text = Text.assemble(("> ", LABEL), (printable(sample["prompt"]), STRONG), printable(sample["text"]))
+            text = Text.assemble(("[", LABEL), (printable(sample["prompt"]), STRONG), ("]", LABEL), printable(sample["text"]))
             self._print(text, indent=4)
 
     def checkpoint(self, step: int, path: str, n_bytes: int, seconds: float) -> None:
