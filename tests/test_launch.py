@@ -39,7 +39,7 @@ import sys, time, types
 import picotrain, picotrain.worker
 from picotrain.config.schema import HardwareConfig, ParallelConfig
 from picotrain.errors import DataError
-section = types.SimpleNamespace(hardware=HardwareConfig(device="cpu", threads=1), parallel=ParallelConfig())
+section = types.SimpleNamespace(hardware=HardwareConfig(device="cpu", threads=2), parallel=ParallelConfig())
 picotrain.worker.load = lambda path: section
 Outcome = types.SimpleNamespace
 def train(run, ranks, stop):
@@ -285,7 +285,8 @@ def test_a_bug_on_one_rank_keeps_its_traceback_and_the_others_stay_silent(start:
 
 def test_a_stop_seen_by_one_rank_is_agreed_on_by_all(start: Callable[..., Launched]) -> None:
     body = """
-    import os
+    import os, torch
+    (run / f"threads_{ranks.rank}").write_text(f"{torch.get_num_threads()} {torch.get_num_interop_threads()}")
     (run / f"pid_{ranks.rank}").write_text(str(os.getpid()))
     while not ranks.agree(stop.requested):
         time.sleep(0.05)
@@ -294,3 +295,12 @@ def test_a_stop_seen_by_one_rank_is_agreed_on_by_all(start: Callable[..., Launch
     assert eventually(lambda: all((launched.run / f"pid_{rank}").exists() for rank in range(2)))
     os.kill(int((launched.run / "pid_1").read_text()), signal.SIGUSR1)  # one worker, not the launcher
     assert launched.end() == (75, "", "")
+    assert (launched.run / "threads_0").read_text() == "2 1"  # as configured, whatever the launcher's environment said
+
+
+def test_a_worker_without_a_run_says_so_and_creates_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "picotrain.worker", str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == PicotrainError.exit_code and "Traceback" not in done.stderr
+    assert str(tmp_path / "nothing") in done.stderr
+    assert not (tmp_path / "nothing").exists()

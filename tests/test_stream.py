@@ -441,6 +441,15 @@ def test_a_validation_shard_without_a_full_row_is_an_error(tmp_path):
         validation_rows(corpus, ByteTokenizer(), SEQ_LEN, 5, UNIT_BYTES)
 
 
+def test_batches_for_another_device_are_widened_there(corpus):
+    with loader(corpus, device="meta", device_batch_size=4) as batches:
+        batch = next(batches)
+        assert batches._ready.get().ids.dtype == torch.int32  # half the bytes over the bus
+    assert batch.inputs.device.type == batch.targets.device.type == "meta"
+    assert batch.inputs.dtype == torch.int64
+    assert batch.targets.shape == (4, SEQ_LEN)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_cuda_are_those_of_the_cpu(corpus):

@@ -13,10 +13,9 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from picotrain import __version__
 from picotrain import plan as planning
@@ -26,7 +25,9 @@ from picotrain.data import sources
 from picotrain.data.corpus import Corpus
 from picotrain.errors import ConfigError, Problem, RunError
 from picotrain.plan import Plan
-from picotrain.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from picotrain.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 
@@ -35,8 +36,7 @@ DERIVED_ONCE = ("num_steps", "total_tokens", "horizon", "matrix_lr", "embed_lr",
 PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "tokenizers", "gigatoken", "hydra-core", "pydantic", "huggingface_hub")
 
 
-@dataclass(frozen=True)
-class Material:
+class Material(NamedTuple):
     """What a config needs to train: corpus, tokenizer, and the plan that follows from both."""
 
     config: Config
@@ -62,6 +62,8 @@ def locate(config: Config) -> Config:
 
 def gather(config: Config, say: Say) -> Material:
     """Prepare corpus and tokenizer of a located config, downloading and training what is not in the cache yet."""
+    from picotrain.tokenizer import load_tokenizer  # brings numpy, which a plan does not need
+
     cache = cache_dir(config)
     corpus = sources.resolve(config.data, cache, say)
     path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say)
@@ -106,6 +108,8 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
 
 def read_material(run_dir: Path) -> Material:
     """A run's config, plan, corpus and tokenizer, from its own files."""
+    from picotrain.tokenizer import load_tokenizer
+
     require_run(run_dir)
     config, plan = load(run_dir / "config.yaml"), Plan.load(run_dir / "plan.json")
     data = json.loads((run_dir / "data.json").read_text())

@@ -38,7 +38,7 @@ def train(overrides: Sequence[str], config_file: Path | None, config_dir: Path |
 def resume(run: Path, overrides: Sequence[str]) -> int:
     """Go on with an existing run, its own config under a few overrides."""
     runs.require_run(run)
-    config = compose(overrides, config_file=run / "config.yaml")
+    config = compose(overrides, config_file=run / "config.yaml", same_run=True)
     place = config.run.model_copy(update={"dir": str(run.absolute()), "name": run.name})
     return _start(runs.locate(config.model_copy(update={"run": place})), overrides)
 

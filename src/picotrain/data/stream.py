@@ -91,10 +91,10 @@ class Loader(Iterator[Batch]):
     state: None for the start, else a state merged of all ranks'; any dp_size that divides lanes and rows_per_step goes
     on exactly. The rows of a step are the same for any device_batch_size.
 
-    Memory, at most, beside READY_BATCHES batches: with S = max(8 MiB, unit_bytes), t the bytes of an id in rows (2, or 4
-    above 65,536 ids) and at most one token a byte (mostly one in four): (lanes / dp_size) x 2 x S x t for the present
-    and the prepared slice of each lane, and WORKERS x (S x (2 + 4 + t) + 3 x the longest document) for the slices in the
-    making. A unit below S counts with its own size.
+    Memory, at most, beside READY_BATCHES batches: let S be max(8 MiB, unit_bytes), t the bytes of an id in rows (2, or 4
+    above 65,536 ids), and count a token a byte of text (mostly it is one in four). Each of lanes / dp_size lanes holds
+    its present and its prepared slice, 2 x S x t; each of WORKERS slices in the making takes S x (5 + 4 + t) for text, ids
+    and rows, and up to 10 x its longest document while that is cut. A unit below S counts with its own size.
     Raises DataError where lanes, corpus, dp_size, rows_per_step and state do not go together; what fails in the
     background is raised by `next`.
     """
@@ -119,6 +119,8 @@ class Loader(Iterator[Batch]):
         check_lanes(lanes, len(self._stream.units), dp_size, rows_per_step)
         self._position = Position.of(state or start_state(lanes), lanes, dp_rank, dp_size)
         self._batch_rows, self._device = device_batch_size, torch.device(device)
+        if self._device.type == "cuda" and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="picotrain-data")
         cursors = self._position.cursors
         # Lanes run dry at about the same time, so each has its next slice prepared at another share of its present one.
@@ -145,8 +147,8 @@ class Loader(Iterator[Batch]):
         if isinstance(item, BaseException):
             self._failed = item
             raise item
-        # On CUDA: 4 bytes an id over the bus, from pinned memory and without waiting, widened there. On the CPU: as it is.
-        inputs, targets = item.ids.to(self._device, non_blocking=True).long()  # (B, T) each
+        # To a GPU go 4 bytes an id, to CUDA from pinned memory and without waiting; they are widened there. On the CPU nothing is copied.
+        inputs, targets = item.ids.to(self._device, non_blocking=self._device.type == "cuda").long()  # (B, T) each
         self._position = item.position
         return Batch(inputs, targets, item.epoch, item.pq, item.rg, wait_ms, item.position)
 
