@@ -88,6 +88,7 @@ def measure_stream(corpus: Corpus, path: Path, rows: int, seq_len: int, seconds:
     unit_bytes = default_unit_bytes(seq_len)
     lanes = default_lanes(len(units(corpus.shards, unit_bytes)))
     tokenizer = load_tokenizer(path)
+    tokenizer.encode_flat([""])  # imports what the encoder needs: a part of loading it
     counted = Counted(tokenizer)
 
     def start() -> Loader:

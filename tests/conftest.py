@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-SUBJECTS = "the cat|a grey dog|our neighbour|the old ship|every student|the loop|Ümit|a small model".split("|")
-VERBS = "sees|follows|paints|counts|forgets|carries|measures|reads".split("|")
-OBJECTS = "the river|two apples|a long letter|the gradient|seven tokens|the naïve café|its own shadow|日本の本".split("|")
+SUBJECTS = ["the cat", "a grey dog", "our neighbour", "the old ship", "every student", "the loop", "Ümit", "a small model"]
+VERBS = ["sees", "follows", "paints", "counts", "forgets", "carries", "measures", "reads"]
+OBJECTS = ["the river", "two apples", "a long letter", "the gradient", "seven tokens", "the naïve café", "its own shadow", "日本の本"]
 
 
 def sentence(rng: random.Random) -> str:

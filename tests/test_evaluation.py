@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -33,7 +34,7 @@ class Table(nn.Module):
 
 def by_hand(model: Table) -> tuple[float, float]:
     log_p = model.logits.detach().double().log_softmax(-1)
-    pairs = [(int(a), int(b)) for row in ROWS for a, b in zip(row[:-1], row[1:], strict=True) if TOKEN_BYTES[b] > 0]
+    pairs = [(int(a), int(b)) for row in ROWS for a, b in itertools.pairwise(row) if TOKEN_BYTES[b] > 0]
     nats = -sum(float(log_p[a, b]) for a, b in pairs)
     return nats / math.log(2) / sum(int(TOKEN_BYTES[b]) for _, b in pairs), nats / len(pairs)
 

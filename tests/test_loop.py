@@ -75,7 +75,16 @@ def test_checkpoints_come_by_cadence_and_at_the_end_with_what_was_measured_there
 
 
 def test_a_run_directory_tells_how_it_came_about(finished: Path):
-    for name in ("config.yaml", "plan.json", "data.json", "tokenizer.json", "environment.json", "overrides.txt", "report.md", "summary.json"):
+    for name in (
+        "config.yaml",
+        "plan.json",
+        "data.json",
+        "tokenizer.json",
+        "environment.json",
+        "overrides.txt",
+        "report.md",
+        "summary.json",
+    ):
         assert (finished / name).stat().st_size > 0, name
     assert (finished / "attempts/0001/config.yaml").read_text() == (finished / "config.yaml").read_text()
 
@@ -159,7 +168,9 @@ def test_accumulation_and_micro_batches_change_only_the_rounding(tmp_path: Path,
 
 def test_a_diverged_run_says_so_and_never_saves_the_broken_weights(tmp_path: Path, tiny):
     run_dir = tmp_path / "run"
-    done = picotrain("train", *tiny(run_dir, "train.grad_clip=null", "optimizer.matrix_lr=1e30", "optimizer.embed_lr=1e30", "train.save_every=1"))
+    done = picotrain(
+        "train", *tiny(run_dir, "train.grad_clip=null", "optimizer.matrix_lr=1e30", "optimizer.embed_lr=1e30", "train.save_every=1")
+    )
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
     for path in checkpoint.complete(run_dir / "checkpoints"):

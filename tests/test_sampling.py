@@ -174,6 +174,8 @@ def test_samples_do_not_depend_on_the_prompts_beside_them(model):
     both = complete(model, Bytes(), ("first", "second"), options, seed=3)
     assert complete(model, Bytes(), ("other", "second"), options, seed=3)[1] == both[1]
     assert complete(model, Bytes(), ("first",), options, seed=3) == both[:1]
+    first, second = complete(model, Bytes(), ("", ""), options, seed=3)
+    assert first != second  # the same prompt twice gives two samples
     assert complete(model, Bytes(), (), options, seed=3) == []
 
 

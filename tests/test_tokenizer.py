@@ -228,3 +228,14 @@ def test_a_split_pattern_unknown_to_gigatoken_falls_back(path: Path, tmp_path: P
 def test_importing_costs_no_torch_and_no_encoder() -> None:
     code = "import sys, picotrain.tokenizer; print([m for m in ('torch', 'tokenizers', 'gigatoken', 'awkward') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_the_fast_encoder_starts_afresh_before_its_memory_of_words_grows(path: Path, plain: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr(tokenizer_module, "FORGET_AFTER_TOKENS", 50)
+    tokenizer = load_tokenizer(path, "gigatoken")
+    first = tokenizer._fast
+    for text in SAMPLE:
+        ids, _ = tokenizer.encode_flat([text])
+        assert ids.tolist() == plain.encode(text)
+    assert tokenizer._fast is not first

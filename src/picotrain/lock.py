@@ -82,6 +82,15 @@ class RunLock:
         self._held.add(self.path)
 
 
+def is_locked(run_dir: Path) -> bool:
+    """Whether a start or one of its workers has the directory now."""
+    try:
+        with (run_dir.absolute() / LOCK_FILE).open("a+") as file:
+            return not _flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+
+
 def _flock(file: TextIO, kind: int) -> bool:
     """Whether the lock was got; True with a warning where the file system knows no locks."""
     try:

@@ -161,9 +161,7 @@ class _Run:
     def evaluate(self) -> bool:
         """Measure bits per byte on the validation shard; False when a stop was asked for meanwhile."""
         if self._val_rows is None:
-            self._val_rows = validation_rows(
-                self.corpus, self.tokenizer, self.plan.seq_len, self.plan.eval_rows, self.plan.unit_bytes
-            ).rows
+            self._val_rows = validation_rows(self.corpus, self.tokenizer, self.plan.seq_len, self.plan.eval_rows, self.plan.unit_bytes).rows
         result = evaluation.bits_per_byte(
             self.model,
             self._val_rows,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -73,7 +74,7 @@ class Plan(BaseModel):
         return shape.Rates(self.matrix_lr, self.embed_lr, self.head_lr, self.weight_decay)
 
     @property
-    def stream(self) -> dict[str, int]:
+    def stream(self) -> dict[str, Any]:
         """What makes the data stream, as `picotrain.data.stream.Loader` takes it."""
         assert self.lanes is not None, "a plan made without a corpus cannot train"
         return {
@@ -149,7 +150,7 @@ def make(config: Config, name: str, corpus: Corpus | None = None, bytes_per_toke
     """
     train, hw = config.train, config.hardware
     assert train.seq_len is not None and hw.nproc_per_node != "auto", "plan.make wants a decided config"
-    d, params, windows, flops = _facts(config)
+    d, params, _windows, flops = _facts(config)
     per_token = bytes_per_token or estimate_bytes_per_token(config.tokenizer.vocab_size)
     corpus_tokens = corpus.text_bytes / per_token if corpus else None
     world_size = hw.nproc_per_node * config.launch.nnodes
@@ -327,7 +328,9 @@ def _notes(
     if bytes_per_token is None:
         notes.append("no tokenizer is trained yet: bytes per token is an estimate from the vocabulary size")
     if epochs and epochs > REPEAT_WARNING_EPOCHS:
-        notes.append(f"warning: {epochs:.1f} passes over the corpus; beyond {REPEAT_WARNING_EPOCHS:.0f} repeated data teaches less and less")
+        notes.append(
+            f"warning: {epochs:.1f} passes over the corpus; beyond {REPEAT_WARNING_EPOCHS:.0f} repeated data teaches less and less"
+        )
     if hours is None and config.hardware.device != "cpu":
         notes.append("no peak FLOPs are known for this device: no time, no cost, and MFU will be null")
     elif hours is not None:
@@ -344,7 +347,9 @@ def check_machine(config: Config) -> None:
     problems = []
     machine = hardware.cpu() if hw.device == "cpu" else hardware.detect()
     if hw.device != machine.device:
-        problems.append(Problem("hardware.device", f"{hw.device} is not here: this machine has {machine.name}", f"hardware={machine.device}"))
+        problems.append(
+            Problem("hardware.device", f"{hw.device} is not here: this machine has {machine.name}", f"hardware={machine.device}")
+        )
     elif hw.device == "cuda" and int(hw.nproc_per_node) > machine.count:
         problems.append(
             Problem("hardware.nproc_per_node", f"{hw.nproc_per_node} processes, but {machine.count} GPUs", f"at most {machine.count}")
@@ -355,5 +360,3 @@ def check_machine(config: Config) -> None:
         problems.append(Problem("hardware.compile", "torch.compile needs a C++ compiler on a CPU and none was found", "false"))
     if problems:
         raise ConfigError(problems)
-
-

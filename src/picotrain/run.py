@@ -1,7 +1,7 @@
 """A run's directory: created from a config, or opened again to go on. Everything the workers read stands in it.
 
-    config.yaml, plan.json, data.json, tokenizer.json    what is trained, on what
-    overrides.txt, environment.json, attempts/0001/      how it came about, once more for every start
+config.yaml, plan.json, data.json, tokenizer.json    what is trained, on what
+overrides.txt, environment.json, attempts/0001/      how it came about, once more for every start
 """
 
 from __future__ import annotations
@@ -216,4 +216,3 @@ def all_problems(*checks: Callable[[], object]) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-

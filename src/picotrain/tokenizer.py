@@ -45,6 +45,9 @@ SAMPLE = (
     "",
 )
 
+# gigatoken remembers every distinct word it has met, about 95 bytes each, for ever; after so many tokens it starts afresh.
+FORGET_AFTER_TOKENS = 100_000_000
+
 ADDED_TOKENS = re.compile(r'(?<!\\)"added_tokens"\s*:\s*(?=\[)')
 
 
@@ -72,6 +75,7 @@ class Tokenizer:
             raise TokenizerError(f"{path} has no special token {BOS!r} (its special tokens: {has}); train one with `picotrain tokenizer`")
         self.bos_id = next(id for id, content in self._specials.items() if content == BOS)
         self.vocab_size = max(self._plain.get_vocab_size(), 1 + max(self._specials))
+        self._json, self._encoded_tokens = plain, 0
         self._fast, self.note = (None, "") if encoder == "tokenizers" else _load_gigatoken(plain, self._plain)
         if encoder == "gigatoken" and self._fast is None:
             raise TokenizerError(f"tokenizer.encoder=gigatoken: {self.note}; tokenizer.encoder=tokenizers or auto works without it")
@@ -95,6 +99,7 @@ class Tokenizer:
         if self._fast is not None:
             layout = self._fast.encode_batch(list(texts), parallel=use_threads).layout.to_ListOffsetArray64(True)
             offsets = np.asarray(layout.offsets.data)
+            self._count(int(offsets[-1]))
             return np.asarray(layout.content.data)[: offsets[-1]], offsets
         if use_threads:
             encoded = [item.ids for item in self._plain.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -104,6 +109,14 @@ class Tokenizer:
         np.cumsum([len(ids) for ids in encoded], out=offsets[1:])
         ids = np.fromiter((id for ids in encoded for id in ids), dtype=np.uint32, count=int(offsets[-1]))
         return ids, offsets
+
+    def _count(self, tokens: int) -> None:
+        """Replace an encoder that has seen FORGET_AFTER_TOKENS; calls under way in other threads keep the old one."""
+        self._encoded_tokens += tokens
+        if self._encoded_tokens > FORGET_AFTER_TOKENS:
+            import gigatoken
+
+            self._fast, self._encoded_tokens = gigatoken.Tokenizer.from_json(self._json), 0
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 bytes of these ids; one id may be a part of a character. A special token shows as its name."""

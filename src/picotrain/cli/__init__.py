@@ -32,7 +32,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[OVERRIDE]...", help="Group choices (model=d6) and dotted keys (train.max_steps=100); the last of a key wins."),
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="Take everything but run.* from a saved config.yaml; dotted overrides may follow.")]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="Take everything but run.* from a saved config.yaml; dotted overrides may follow.")
+]
 ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="A folder with groups of your own (model/mine.yaml), searched too.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", help="last, best or a step.")]

@@ -45,8 +45,11 @@ def resume(run: Path, overrides: Sequence[str]) -> int:
 
 def _start(config: Config, overrides: Sequence[str]) -> int:
     from picotrain.launch import RunLock, launch
+    from picotrain.worker import run as in_process
 
     run_dir = Path(config.run.dir or "")
+    if config.launch.node_rank > 0:  # node 0 prepares the shared run directory and holds its lock
+        return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
     with RunLock(run_dir):
         plan = runs.open_run(config, overrides, say)
         if plan is None:
@@ -54,8 +57,6 @@ def _start(config: Config, overrides: Sequence[str]) -> int:
             return 0
         for note in plan.notes:
             say(note)
-        from picotrain.worker import run as in_process
-
         return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
 
 
@@ -94,15 +95,18 @@ def load_model(run: Path, which: str) -> tuple[runs.Material, GPT, Path]:
     from picotrain import checkpoint, hardware
     from picotrain.model import DTYPES, GPT
     from picotrain.state import load_model_tensors
+    from picotrain.worker import set_up_process
 
     material = runs.read_material(run)
+    plan = material.plan
+    here = plan.device in ("cpu", hardware.detect().device)  # a run of a GPU node can be looked at on a laptop
+    device = plan.device if here else "cpu"
+    set_up_process(material.config.hardware.model_copy(update={"device": device, "threads": hardware.cores() if device == "cpu" else None}))
     path = checkpoint.find(run / "checkpoints", which)
     checkpoint.verify(path)
-    plan, machine = material.plan, hardware.detect()
-    model = GPT(material.config.model, plan.vocab_size, plan.seq_len, DTYPES[plan.precision if machine.device == plan.device else "fp32"])
+    model = GPT(material.config.model, plan.vocab_size, plan.seq_len, DTYPES[plan.precision if here else "fp32"])
     load_model_tensors(model, checkpoint.load_tensors(path, "model"))
-    device = torch.device(plan.device if machine.device == plan.device else "cpu")
-    return material, model.to(device).eval(), path
+    return material, model.to(torch.device(device)).eval(), path
 
 
 def sample(run: Path, prompt: str, which: str, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
@@ -124,8 +128,10 @@ def report(run: Path) -> None:
     """Write the report of a run again and print its summary."""
     from picotrain import report as reports
 
+    from picotrain.lock import is_locked
+
     runs.require_run(run)
-    reports.console_summary(reports.write_report(run))
+    reports.console_summary(reports.write_report(run, running=is_locked(run)))
 
 
 def data_show(overrides: Sequence[str], config_dir: Path | None) -> None:

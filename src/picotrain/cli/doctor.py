@@ -51,14 +51,18 @@ def run(overrides: Sequence[str], config_file: Path | None, config_dir: Path | N
     checks = _Checks()
     config = resolved(overrides, config_file, config_dir)
     checks.check("device", lambda: _device(config))
-    checks.check("precision", lambda: (f"{config.train.precision}, blocks {'compiled' if config.hardware.compile else 'not compiled'}", None))
+    checks.check(
+        "precision", lambda: (f"{config.train.precision}, blocks {'compiled' if config.hardware.compile else 'not compiled'}", None)
+    )
     plan = checks.check("plan", lambda: _plan(config))
     if plan:
         checks.check("disk", lambda: _disk(Path(config.run.dir or ""), plan.checkpoint_bytes))
     material = checks.check("data", lambda: _data(config, checks.console))
     if material:
         encoder = material.tokenizer.encoder
-        checks.check("tokenizer", lambda: (f"{material.tokenizer.vocab_size:,} tokens, encoded by {encoder}, ids equal on the sample", None))
+        checks.check(
+            "tokenizer", lambda: (f"{material.tokenizer.vocab_size:,} tokens, encoded by {encoder}, ids equal on the sample", None)
+        )
         for note in material.plan.notes:
             checks.console.print(f"note  {note}", style="yellow", markup=False)
         checks.check("two steps", lambda: _two_steps(material))

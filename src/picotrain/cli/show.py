@@ -35,6 +35,7 @@ def plan_table(plan: Plan) -> None:
     epochs = UNKNOWN if plan.epochs is None else f"{plan.epochs:.2f}"
     time = UNKNOWN if plan.predicted_hours is None else f"about {plan.predicted_hours:.1f} h"
     cost = "" if plan.predicted_cost is None else f", about ${plan.predicted_cost:,.0f}"
+    rates = f"matrices {plan.matrix_lr:.2g}, embedding {plan.embed_lr:.2g}, head {plan.head_lr:.2g}; weight decay {plan.weight_decay:.2g}"
     rows = {
         "model": f"depth {plan.depth}, width {plan.width}, {plan.n_heads} heads of {plan.head_dim}{kv}, vocabulary {plan.vocab_size:,}",
         "parameters": f"{p['total']:,} = {p['matrices']:,} matrices + {p['embedding']:,} embedding + {p['head']:,} head",
@@ -44,7 +45,7 @@ def plan_table(plan: Plan) -> None:
         "horizon": f"{plan.num_steps:,} steps, {plan.total_tokens:,} tokens (set by {plan.horizon})",
         "epochs": epochs,
         "data stream": units_text,
-        "peak rates": f"matrices {plan.matrix_lr:.2g}, embedding {plan.embed_lr:.2g}, head {plan.head_lr:.2g}; decay {plan.weight_decay:.2g}",
+        "peak rates": rates,
         "checkpoint": size(plan.checkpoint_bytes),
         "memory per rank": f"about {size(plan.predicted_memory_bytes)}",
         "time and cost": time + cost,

@@ -113,7 +113,7 @@ class Monitor:
     ) -> None:
         """Record step `step`, begun at `started_s` (time.perf_counter). `loss`, `grad_norm` and `more` may be scalars on a device.
 
-        Raises Diverged, on every rank alike, at the first fetched loss that is not finite.
+        Raises Diverged, on every rank alike, at the first fetched loss or gradient norm that is not finite.
         """
         previous = self._pending
         position = {"epoch": epoch, "pq": pq, "rg": rg}
@@ -189,9 +189,10 @@ class Monitor:
         self._pace.update(dt_s)
         record = self._train_record(step, loss, dt_s, values)
         self._show(record)
-        if not math.isfinite(loss):
+        norm = float(values["grad_norm"])
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             self._pending = None  # what came after it says nothing
-            message = f"the loss is {loss} at step {step:,}"
+            message = f"the loss is {loss} and the gradient norm {norm} at step {step:,}"
             self.event(step, "diverged", message)
             raise Diverged(
                 f"{message}: training has diverged. Checkpoints saved before it are kept. Lower the rates (optimizer.matrix_lr, "

@@ -1,0 +1,253 @@
+"""The command line: what it prints, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import picotrain as in_a_process
+
+from picotrain.cli import main
+from picotrain.tokenizer import train_tokenizer
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run the command in this process: the same `main`, without the seconds that importing torch takes."""
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["picotrain", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "trained"
+    done = in_a_process("train", *tiny(run_dir, "train.max_steps=6", "train.sample_every=6"))
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def refused(result: Result, *parts: str) -> None:
+    """Exit code 2, one message with these parts, no traceback."""
+    assert result.code == 2, result.out + result.err
+    assert result.err.count("error:") == 1 and "Traceback" not in result.err
+    for part in parts:
+        assert part in result.err
+
+
+def test_help_teaches_and_answers_at_once():
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = in_a_process("--help")
+        times.append(time.perf_counter() - started)
+        assert done.returncode == 0
+        assert all(name in done.stdout for name in "train plan config resume eval sample report data tokenizer doctor".split())
+    assert min(times) < 1.0  # 0.3 s on a quiet machine; the bound leaves room for a busy one
+
+
+def test_help_and_plan_import_no_torch():
+    for line in ("['picotrain', '--help']", "['picotrain', 'plan', 'model=d2', 'data=pystdlib']"):
+        code = (
+            f"import sys; sys.argv = {line}\nfrom picotrain.cli import main\ntry: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+        )
+        import subprocess
+
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_command_has_help(command):
+    for name in "train plan config resume eval sample report doctor completion".split():
+        assert "Usage" in command(name, "--help").out
+
+
+def test_plan_prints_what_a_rented_node_would_do_without_it(command):
+    result = command("plan", "model=d20", "hardware=8xh100")
+    assert result.code == 0
+    assert "8 x NVIDIA H100" in result.out and "1,048,576 tokens" in result.out and "$" in result.out
+
+
+def test_plan_as_json_is_the_plan(command):
+    plan = json.loads(command("plan", "--json", "model=d20", "hardware=8xh100").out)
+    assert plan["dp_size"] == 8
+    assert plan["total_batch_size"] == plan["device_batch_size"] * plan["seq_len"] * plan["dp_size"] * plan["grad_accum_steps"]
+
+
+def test_config_prints_yaml_that_trains_the_same(command, tmp_path: Path):
+    first = command("config", "model=d2", "data=pystdlib", "train.max_steps=5").out
+    (tmp_path / "config.yaml").write_text(first)
+    second = command("config", "--config", str(tmp_path / "config.yaml")).out
+    without_run = [re.sub(r"(?s)^run:\n(  .*\n)+", "", text, flags=re.M) for text in (first, second)]
+    assert without_run[0] == without_run[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["model=d5"], ["model=d5", "d4", "d6"]),
+        (["model=2"], ["model=2", "d2"]),
+        (["model=null"], ["model=null"]),
+        (["train.seqlen=5"], ["train.seqlen", "train.seq_len"]),
+        (["+train.foo=5"], ["train.foo"]),
+        (["train.seq_len=true"], ["train.seq_len"]),
+        (["train.max_steps=0"], ["train.max_steps"]),
+        (["train.max_steps=-3"], ["train.max_steps"]),
+        (["train.max_steps=3", "train.num_train_epochs=1"], ["max_steps", "num_train_epochs"]),
+        (["data=pystdlib", "train.total_batch_size=5000", "train.seq_len=512"], ["5,000", "4,608 or 5,120"]),
+        (["model.width=300"], ["model.width", "320"]),
+        (["hydra.run.dir=x"], ["hydra"]),
+        (["model=d4,d6"], ["sweep"]),
+        (["run.name=${oc.env:HOME}"], ["environment"]),
+        (["data=files"], ["data.path"]),
+        (["data=files", "data.path=/nowhere/at/all"], ["/nowhere/at/all"]),
+    ],
+)
+def test_a_mistake_ends_in_one_message_before_anything_starts(command, tmp_path: Path, monkeypatch, overrides, parts):
+    monkeypatch.chdir(tmp_path)
+    refused(command("train", *overrides), *parts)
+    assert not list(tmp_path.rglob("config.yaml"))
+
+
+def test_all_mistakes_come_at_once(command):
+    result = command("train", "model=d5", "train.seqlen=512", "train.max_steps=-1")
+    refused(result, "3 problems", "model=d5", "train.seqlen", "train.max_steps")
+
+
+def test_a_dp_size_that_does_not_divide_the_lanes_is_refused(command, tiny, tmp_path: Path):
+    refused(command("train", *tiny(tmp_path / "run", "hardware.nproc_per_node=3", "train.total_batch_size=384")), "dp_size 3", "1, 2, 4")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(command, tiny, tmp_path: Path, corpus_dir: Path):
+    texts = pq.read_table(corpus_dir / "shard_00000.parquet").column("text").to_pylist()
+    train_tokenizer(texts, 280, tmp_path / "tokenizer.json")
+    refused(command("train", *tiny(tmp_path / "run", f"tokenizer.path={tmp_path / 'tokenizer.json'}")), "280", "300", "tokenizer.vocab_size=280")
+
+
+def test_a_corpus_without_a_full_row_is_refused(command, tiny, tmp_path: Path):
+    (tmp_path / "small").mkdir()
+    for shard in range(2):
+        pq.write_table(pa.table({"text": ["a b c d"]}), tmp_path / f"small/shard_{shard}.parquet")
+    refused(
+        command("train", *tiny(tmp_path / "run", f"data.path={tmp_path / 'small'}", "tokenizer.vocab_size=257", "data.lanes=null")), "row"
+    )
+
+
+def test_a_folder_without_a_text_column_names_those_it_has(command, tiny, tmp_path: Path):
+    (tmp_path / "other").mkdir()
+    for shard in range(2):
+        pq.write_table(pa.table({"content": ["a"], "id": [1]}), tmp_path / f"other/shard_{shard}.parquet")
+    refused(command("train", *tiny(tmp_path / "run", f"data.path={tmp_path / 'other'}")), "text", "content, id")
+
+
+def test_a_run_directory_of_another_experiment_is_refused_with_the_keys_that_differ(command, tiny, trained: Path):
+    before = (trained / "config.yaml").read_bytes()
+    refused(command("train", *tiny(trained, "run.seed=5", "train.seq_len=64")), "another experiment", "run.seed", "train.seq_len")
+    assert (trained / "config.yaml").read_bytes() == before
+
+
+def test_resume_never_refuses_a_run_that_is_there(command, tiny, trained: Path):
+    refused(command("train", *tiny(trained, "run.resume=never")), "run.resume=never")
+
+
+def test_a_folder_that_is_no_run_is_not_trained_into(command, tiny, tmp_path: Path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    refused(command("train", *tiny(tmp_path)), "no run and not empty")
+    assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_a_saved_config_with_interpolation_or_an_object_is_refused(command, trained: Path, tmp_path: Path):
+    text = (trained / "config.yaml").read_text()
+    for bad in ("seed: ${oc.env:HOME}", "seed: !!python/object/apply:os.system ['touch owned']"):
+        (tmp_path / "config.yaml").write_text(re.sub(r"seed: \d+", lambda _, bad=bad: bad, text))
+        refused(command("train", "--config", str(tmp_path / "config.yaml")))
+    assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize("name", ["eval", "sample", "report", "resume"])
+def test_a_folder_that_is_no_run_names_the_runs_beside_it(command, trained: Path, name: str):
+    refused(command(name, str(trained.parent / "typo")), "holds no run", "trained")
+
+
+def test_sample_continues_a_prompt_and_the_same_seed_gives_the_same_text(command, trained: Path):
+    first, again, other = (command("sample", str(trained), "the cat", "--seed", seed, "--max-tokens", "20") for seed in ("1", "1", "2"))
+    assert first.code == 0
+    assert first.out.startswith("the cat") and len(first.out) > len("the cat\n")
+    assert first.out == again.out != other.out
+
+
+def test_sample_of_a_checkpoint_that_is_not_there_names_those_that_are(command, trained: Path):
+    refused(command("sample", str(trained), "x", "--checkpoint", "5"), "complete steps: 6")
+
+
+def test_eval_measures_both_splits_and_writes_them_down(command, trained: Path):
+    result = command("eval", str(trained), "--checkpoint", "best")
+    assert result.code == 0
+    written = json.loads((trained / "eval/step_00000006/results.json").read_text())
+    last = [json.loads(line) for line in (trained / "metrics.jsonl").open() if '"kind": "val"' in line][-1]
+    assert written["bpb"]["val"] == pytest.approx(last["val_bpb"], rel=0.05)  # the loop measures 2,048 tokens of the shard
+    assert written["samples"][0]["prompt"] == "The capital of France is"
+    assert f"{written['bpb']['train']:.4f}" in (trained / "eval/step_00000006/results.md").read_text()
+
+
+def test_report_can_be_written_again(command, trained: Path):
+    (trained / "report.md").unlink()
+    assert command("report", str(trained)).code == 0
+    assert "bits per byte" in (trained / "report.md").read_text()
+
+
+def test_doctor_runs_two_steps_and_says_what_is_fine(command, tiny, tmp_path: Path):
+    result = command("doctor", *tiny(tmp_path / "run"))
+    assert result.code == 0, result.out
+    assert "two steps" in result.out and "FAIL" not in result.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_names_what_to_fix_and_ends_with_2(command, tiny, tmp_path: Path):
+    result = command("doctor", *tiny(tmp_path / "run", "data.path=/nowhere"))
+    assert result.code == 2
+    assert "FAIL" in result.out and "/nowhere" in result.out
+
+
+def test_doctor_verifies_the_checkpoints_of_a_run(command, trained: Path, tmp_path: Path):
+    import shutil
+
+    assert command("doctor", str(trained)).code == 0
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    weights = next(copy.glob("checkpoints/step_*/model-*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    result = command("doctor", str(copy))
+    assert result.code == 2 and "does not match its hash" in result.out
+
+
+def test_data_show_and_tokenizer_train_tell_what_they_made(command, tiny, tmp_path: Path):
+    assert "400 documents" in command("data", "show", *tiny(tmp_path / "x")).out
+    made = json.loads(command("tokenizer", "train", *tiny(tmp_path / "x")).out)
+    assert Path(made["path"]).is_file() and made["bytes_per_token"] > 1
+
+
+def test_completion_scripts_come_from_the_command(command):
+    assert "complete" in command("completion", "bash").out
+    refused(command("completion", "fish"), "bash or zsh")
+    assert "model=d20" in command("__complete", "train", "model=d2").out
