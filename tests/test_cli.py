@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,10 +14,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import lines
 from conftest import picotrain as in_a_process
 
 from picotrain.cli import main
 from picotrain.tokenizer import train_tokenizer
+
+COMMANDS = ["train", "plan", "config", "resume", "eval", "sample", "report", "data", "tokenizer", "doctor", "completion"]
 
 
 class Result:
@@ -61,23 +66,22 @@ def test_help_teaches_and_answers_at_once():
         done = in_a_process("--help")
         times.append(time.perf_counter() - started)
         assert done.returncode == 0
-        assert all(name in done.stdout for name in "train plan config resume eval sample report data tokenizer doctor".split())
+        assert all(
+            name in done.stdout for name in ["train", "plan", "config", "resume", "eval", "sample", "report", "data", "tokenizer", "doctor"]
+        )
     assert min(times) < 1.0  # 0.3 s on a quiet machine; the bound leaves room for a busy one
 
 
 def test_help_and_plan_import_no_torch():
     for line in ("['picotrain', '--help']", "['picotrain', 'plan', 'model=d2', 'data=pystdlib']"):
-        code = (
-            f"import sys; sys.argv = {line}\nfrom picotrain.cli import main\ntry: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
-        )
-        import subprocess
-
+        code = f"import sys; sys.argv = {line}\nfrom picotrain.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+        code += "assert 'torch' not in sys.modules"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 
 
 def test_every_command_has_help(command):
-    for name in "train plan config resume eval sample report doctor completion".split():
+    for name in COMMANDS:
         assert "Usage" in command(name, "--help").out
 
 
@@ -140,7 +144,9 @@ def test_a_dp_size_that_does_not_divide_the_lanes_is_refused(command, tiny, tmp_
 def test_a_tokenizer_of_another_vocabulary_is_refused(command, tiny, tmp_path: Path, corpus_dir: Path):
     texts = pq.read_table(corpus_dir / "shard_00000.parquet").column("text").to_pylist()
     train_tokenizer(texts, 280, tmp_path / "tokenizer.json")
-    refused(command("train", *tiny(tmp_path / "run", f"tokenizer.path={tmp_path / 'tokenizer.json'}")), "280", "300", "tokenizer.vocab_size=280")
+    refused(
+        command("train", *tiny(tmp_path / "run", f"tokenizer.path={tmp_path / 'tokenizer.json'}")), "280", "300", "tokenizer.vocab_size=280"
+    )
 
 
 def test_a_corpus_without_a_full_row_is_refused(command, tiny, tmp_path: Path):
@@ -203,7 +209,7 @@ def test_eval_measures_both_splits_and_writes_them_down(command, trained: Path):
     result = command("eval", str(trained), "--checkpoint", "best")
     assert result.code == 0
     written = json.loads((trained / "eval/step_00000006/results.json").read_text())
-    last = [json.loads(line) for line in (trained / "metrics.jsonl").open() if '"kind": "val"' in line][-1]
+    last = lines(trained, "val")[-1]
     assert written["bpb"]["val"] == pytest.approx(last["val_bpb"], rel=0.05)  # the loop measures 2,048 tokens of the shard
     assert written["samples"][0]["prompt"] == "The capital of France is"
     assert f"{written['bpb']['train']:.4f}" in (trained / "eval/step_00000006/results.md").read_text()
@@ -229,8 +235,6 @@ def test_doctor_names_what_to_fix_and_ends_with_2(command, tiny, tmp_path: Path)
 
 
 def test_doctor_verifies_the_checkpoints_of_a_run(command, trained: Path, tmp_path: Path):
-    import shutil
-
     assert command("doctor", str(trained)).code == 0
     copy = shutil.copytree(trained, tmp_path / "copy")
     weights = next(copy.glob("checkpoints/step_*/model-*.safetensors"))

@@ -121,15 +121,15 @@ def report(run: RunDir) -> None:
     commands.report(run)
 
 
-@app.command()
-def doctor(overrides: Overrides = None, config: ConfigFile = None, config_dir: ConfigDir = None) -> None:
+@app.command("doctor")
+def doctor_(overrides: Overrides = None, config: ConfigFile = None, config_dir: ConfigDir = None) -> None:
     """Preflight: devices, precision, disk, data, tokenizer, and two steps of the real config; says what to fix.
 
     With a run directory instead of overrides: verify all of its checkpoints.
     """
-    from picotrain.cli import doctor as checks
+    from picotrain.cli.doctor import run
 
-    raise typer.Exit(checks.run(overrides or [], config, config_dir))
+    raise typer.Exit(run(overrides or [], config, config_dir))
 
 
 @data_app.command("show")

@@ -127,7 +127,6 @@ def sample(run: Path, prompt: str, which: str, max_tokens: int, temperature: flo
 def report(run: Path) -> None:
     """Write the report of a run again and print its summary."""
     from picotrain import report as reports
-
     from picotrain.lock import is_locked
 
     runs.require_run(run)

@@ -14,6 +14,7 @@ from rich.console import Console
 from picotrain import plan as planning
 from picotrain import run as runs
 from picotrain.cli.commands import resolved
+from picotrain.cli.show import console
 from picotrain.config import Config
 from picotrain.errors import CheckpointError, PicotrainError
 from picotrain.text import size
@@ -27,7 +28,7 @@ class _Checks:
     """Prints a line a check and remembers whether any failed."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        self.console = console()
         self.failed = 0
 
     def check(self, name: str, probe: Callable[[], tuple[str, T]]) -> T | None:
@@ -36,10 +37,10 @@ class _Checks:
             found, value = probe()
         except PicotrainError as error:
             self.failed += 1
-            self.console.print(f"[red]FAIL[/red]  {name:<12}", end="")
+            self.console.print(f"[red]FAIL[/red]  {name:<15}", end="")
             self.console.print(str(error), markup=False)
             return None
-        self.console.print(f"[green]ok[/green]    {name:<12}", end="")
+        self.console.print(f"[green]ok[/green]    {name:<15}", end="")
         self.console.print(found, markup=False)
         return value
 
@@ -96,8 +97,8 @@ def _disk(run_dir: Path, checkpoint_bytes: int) -> tuple[str, None]:
     return f"{size(free)} free, a checkpoint takes {size(checkpoint_bytes)}", None
 
 
-def _data(config: Config, console: Console) -> tuple[str, runs.Material]:
-    material = runs.gather(config, lambda message: console.print(f"      {message}", style="dim", markup=False))
+def _data(config: Config, out: Console) -> tuple[str, runs.Material]:
+    material = runs.gather(config, lambda message: out.print(f"      {message}", style="dim", markup=False))
     corpus = material.corpus
     return f"{corpus.name}: {corpus.documents:,} documents, {size(corpus.text_bytes)} of text, {material.plan.lanes} lanes", material
 

@@ -14,9 +14,10 @@ UNKNOWN = "not known yet"
 PIPE_WIDTH = 200  # columns where there is no terminal: nobody wants lines broken for a pager or a log
 
 
-def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
+def console() -> Console:
+    """For standard output: as wide as the terminal, or as PIPE_WIDTH."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
 
 
 def _grid(title: str) -> Table:
@@ -53,10 +54,10 @@ def plan_table(plan: Plan) -> None:
     table = _grid(plan.name)
     for key, value in rows.items():
         table.add_row(key, value)
-    console = _console()
-    console.print(table)
+    out = console()
+    out.print(table)
     for note in plan.notes:
-        console.print(f"note: {note}", style="yellow" if note.startswith("warning") else "dim", markup=False)
+        out.print(f"note: {note}", style="yellow" if note.startswith("warning") else "dim", markup=False)
 
 
 def corpus_table(corpus: Corpus, config: Config) -> None:
@@ -68,4 +69,4 @@ def corpus_table(corpus: Corpus, config: Config) -> None:
     table.add_row("validation", f"{corpus.val.name}, {corpus.val.rows:,} documents, {size(corpus.val.text_bytes)} of text")
     table.add_row("units", f"{len(found)} at seq_len {config.train.seq_len}")
     table.add_row("fingerprint", corpus.fingerprint)
-    _console().print(table)
+    console().print(table)
