@@ -58,6 +58,8 @@ class Tokenizer:
     fingerprint: hash of the file. encoder: "gigatoken" or "tokenizers", the one in use; note: why it is not the fast one.
     """
 
+    _fast: Any  # gigatoken's Tokenizer, or None
+
     def __init__(self, path: Path, data: bytes, encoder: Encoder = "auto"):
         import tokenizers
 
