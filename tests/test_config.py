@@ -667,3 +667,9 @@ def test_importing_the_config_imports_neither_hydra_nor_torch():
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={"PYTHONPATH": SOURCE})
     assert out.stdout.strip() == "[]"
+
+
+def test_a_name_with_an_exotic_line_break_survives_a_saved_config(tmp_path: Path):
+    config = compose(["model=d2", "data=pystdlib", "run.name=a\x85b\u2028c é"])
+    (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
+    assert load(tmp_path / "config.yaml").run.name == "a\x85b\u2028c é"

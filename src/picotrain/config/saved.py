@@ -32,7 +32,11 @@ class _PlainLoader(yaml.SafeLoader):
 
 def dump(config: Config) -> str:
     """The config as YAML, keys in the schema's order; `load` gives back an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    tree = config.model_dump(mode="json")
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+    if any(mark in text for mark in "\x85\u2028\u2029"):  # PyYAML writes these line breaks as they are and reads them as blanks
+        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=False, width=120)
+    return text
 
 
 def load(path: Path) -> Config:
