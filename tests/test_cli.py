@@ -255,3 +255,9 @@ def test_completion_scripts_come_from_the_command(command):
     assert "complete" in command("completion", "bash").out
     refused(command("completion", "fish"), "bash or zsh")
     assert "model=d20" in command("__complete", "train", "model=d2").out
+
+
+def test_a_relative_path_is_saved_as_an_absolute_one(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    assert f"path: {tmp_path / 'texts'}\n" in command("config", "data=files", "data.path=texts").out

@@ -160,7 +160,7 @@ def test_a_preset_overrides_groups_and_values():
     assert (config.model.depth, config.hardware.nproc_per_node, config.data.name) == (24, 8, "climbmix")
     assert config.train.target_param_data_ratio == 8
     small = compose(["experiment=cpu_speedrun"])
-    assert (small.tokenizer.vocab_size, small.hardware.device, small.data.kind) == (4096, "cpu", "pystdlib")
+    assert (small.tokenizer.vocab_size, small.hardware.device, small.data.kind) == (2048, "cpu", "pystdlib")
 
 
 def test_the_command_line_beats_a_preset_by_value_and_by_group():

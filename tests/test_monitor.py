@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank(
     monitor.start(0)
     step(monitor, 0, 2.0)
     step(monitor, 1, Scalar(bad))
-    with pytest.raises(Diverged, match=rf"the loss is {bad} at step 1: .*optimizer\.matrix_lr"):
+    with pytest.raises(Diverged, match=rf"the loss is {bad} and the gradient norm 1.0 at step 1: .*optimizer\.matrix_lr"):
         step(monitor, 2, 2.0)
     monitor.close()
     if is_main:
@@ -480,3 +480,11 @@ def test_monitor_and_report_import_neither_torch_nor_matplotlib() -> None:
     code = "import sys, picotrain.monitor, picotrain.report; print([m for m in ('torch', 'matplotlib', 'wandb') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_gradient_norm_that_is_not_finite_ends_the_run_before_its_weights_can_be_saved(make: Callable[..., Monitor]) -> None:
+    monitor = make()
+    monitor.start(0)
+    with pytest.raises(Diverged, match="the loss is 2.0 and the gradient norm nan at step 0"):
+        step(monitor, 0, 2.0, grad_norm=math.nan)
+    monitor.close()

@@ -52,12 +52,23 @@ def cache_dir(config: Config) -> Path:
 
 
 def locate(config: Config) -> Config:
-    """Decide a config and name the run's places: name, directory and cache, absolute."""
+    """Decide a config and name the run's places: name, directory and cache, and every path absolute."""
     config = planning.decide(config)
+    config = config.model_copy(
+        update={
+            name: section.model_copy(update={"path": _absolute(section.path)})
+            for name, section in (("data", config.data), ("tokenizer", config.tokenizer))
+        }
+    )
     name = config.run.name or run_name(config)
     folder = Path(config.run.dir or Path("runs") / name).expanduser().absolute()
     run = config.run.model_copy(update={"name": name, "dir": str(folder), "cache_dir": str(cache_dir(config))})
     return config.model_copy(update={"run": run})
+
+
+def _absolute(path: str | None) -> str | None:
+    """A path that means the same from every folder: a resume may come from another one."""
+    return str(Path(path).expanduser().absolute()) if path else path
 
 
 def gather(config: Config, say: Say) -> Material:
