@@ -6,6 +6,7 @@ fit together, all of it at once. A run keeps its plan in plan.json and reads it 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -175,32 +176,19 @@ def make(config: Config, name: str, corpus: Corpus | None = None, bytes_per_toke
     rates = shape.Rates(config.optimizer.matrix_lr, config.optimizer.embed_lr, config.optimizer.head_lr, config.optimizer.weight_decay)
     if config.optimizer.scale:
         rates = shape.scale_rates(rates, d.width, batch, total_tokens)
-    peak = hw.peak_flops or hardware.peak_flops(hw.name or "")
-    hours = total_tokens * flops / (peak * world_size * ASSUMED_MFU) / 3600 if peak and hw.device == "cuda" else None
+    hours = _hours(config, total_tokens * flops, world_size)
     memory = predict_memory(config, d, params, device_batch)
     epochs = total_tokens / corpus_tokens if corpus_tokens else None
     return Plan(
         name=name,
-        depth=d.depth,
-        width=d.width,
-        n_heads=d.n_heads,
-        n_kv_heads=d.n_kv_heads,
-        head_dim=d.head_dim,
-        vocab_size=config.tokenizer.vocab_size,
-        parameters={"embedding": params.embedding, "matrices": params.matrices, "head": params.head, "total": params.total},
+        **_model_facts(config, d, params),
+        **_machine_facts(config, world_size),
         flops_per_token=flops,
-        device=hw.device,
-        hardware_name=hw.name or hw.device,
-        precision=train.precision,
-        compile=bool(hw.compile),
-        peak_flops=peak if hw.device == "cuda" or hw.peak_flops else None,
         seq_len=train.seq_len,
         total_batch_size=batch,
         rows_per_step=rows,
         device_batch_size=device_batch,
         grad_accum_steps=rows // (device_batch * world_size),
-        dp_size=world_size,
-        world_size=world_size,
         num_steps=num_steps,
         total_tokens=total_tokens,
         horizon=horizon,
@@ -210,16 +198,49 @@ def make(config: Config, name: str, corpus: Corpus | None = None, bytes_per_toke
         num_units=num_units,
         bytes_per_token=per_token,
         eval_rows=max(train.eval_tokens // train.seq_len, 1),
-        matrix_lr=rates.matrix_lr,
-        embed_lr=rates.embed_lr,
-        head_lr=rates.head_lr,
-        weight_decay=rates.weight_decay,
+        **dataclasses.asdict(rates),
         checkpoint_bytes=12 * params.total,
         predicted_memory_bytes=memory,
         predicted_hours=hours,
         predicted_cost=hours * hw.price_per_hour * config.launch.nnodes if hours and hw.price_per_hour else None,
         notes=_notes(config, corpus, bytes_per_token, epochs, hours, memory),
     )
+
+
+def _model_facts(config: Config, d: shape.Dims, params: shape.Parameters) -> dict[str, Any]:
+    return {
+        "depth": d.depth,
+        "width": d.width,
+        "n_heads": d.n_heads,
+        "n_kv_heads": d.n_kv_heads,
+        "head_dim": d.head_dim,
+        "vocab_size": config.tokenizer.vocab_size,
+        "parameters": {"embedding": params.embedding, "matrices": params.matrices, "head": params.head, "total": params.total},
+    }
+
+
+def _machine_facts(config: Config, world_size: int) -> dict[str, Any]:
+    hw = config.hardware
+    return {
+        "device": hw.device,
+        "hardware_name": hw.name or hw.device,
+        "precision": config.train.precision,
+        "compile": bool(hw.compile),
+        "peak_flops": _peak(config),
+        "dp_size": world_size,
+        "world_size": world_size,
+    }
+
+
+def _peak(config: Config) -> float | None:
+    """Peak dense bf16 FLOPs per second and device; a CPU has one only when the config says so."""
+    hw = config.hardware
+    return hw.peak_flops or (hardware.peak_flops(hw.name or "") if hw.device == "cuda" else None)
+
+
+def _hours(config: Config, flops: int, world_size: int) -> float | None:
+    peak = _peak(config)
+    return flops / (peak * world_size * ASSUMED_MFU) / 3600 if peak and config.hardware.device == "cuda" else None
 
 
 def predict_memory(config: Config, d: shape.Dims, params: shape.Parameters, device_batch: int) -> int:
