@@ -119,7 +119,7 @@ def dropped_percent(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, unit_byt
     """Of one epoch."""
     dropped = total = 0
     for index, unit in enumerate(units(corpus.shards, unit_bytes)):
-        for tokens in tokenized(corpus.root, corpus.shards[unit.shard], unit, tokenizer, slice_bytes(unit_bytes)):
+        for tokens in tokenized(corpus.files, corpus.shards[unit.shard], unit, tokenizer, slice_bytes(unit_bytes)):
             dropped += tokens.pack(tokenizer, seq_len, (0, 0, index, 0)).dropped_tokens
             total += int(tokens.offsets[-1])
     return 100 * dropped / total

@@ -88,10 +88,10 @@ def test_the_defaults_are_those_of_the_design():
 
 
 def test_every_choice_of_every_group_composes():
+    needed = {("data", "files"): ["data.path=texts"], ("data", "mixture"): ["data.mixture=[{source: pystdlib}]"]}
     for group in GROUPS:
         for choice in choices(group):
-            more = ["data.path=texts"] if (group, choice) == ("data", "files") else []
-            compose([f"{group}={choice}", *more])
+            compose([f"{group}={choice}", *needed.get((group, choice), [])])
 
 
 def test_the_groups_hold_the_choices_of_the_design():
@@ -100,7 +100,7 @@ def test_the_groups_hold_the_choices_of_the_design():
     assert set(choices("schedule")) == {"trapezoid", "cosine", "constant"}
     assert set(choices("cadence")) == {"default", "smoke", "none"}
     assert set(choices("experiment")) == {"speedrun", "cpu_speedrun"}
-    assert set(choices("data")) == {"auto", "pystdlib", "files", "climbmix", "fineweb_edu"}
+    assert set(choices("data")) == {"auto", "pystdlib", "files", "climbmix", "fineweb_edu", "mixture"}
 
 
 @pytest.mark.parametrize("choice", choices("model"))
@@ -673,3 +673,54 @@ def test_a_name_with_an_exotic_line_break_survives_a_saved_config(tmp_path: Path
     config = compose(["model=d2", "data=pystdlib", "run.name=a\x85b\u2028c é"])
     (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
     assert load(tmp_path / "config.yaml").run.name == "a\x85b\u2028c é"
+
+
+# -- mixtures
+
+
+MIXTURE = "data.mixture=[{source: pystdlib, weight: 0.7}, {source: s3://bucket/books, weight: 0.3, at_end: stop}]"
+
+
+def test_a_mixture_is_a_list_of_sources_and_survives_a_saved_config(tmp_path):
+    config = compose(["data=mixture", MIXTURE])
+    assert [(entry.name, entry.weight, entry.at_end) for entry in config.data.mixture] == [
+        ("pystdlib", 0.7, "wrap"),
+        ("books", 0.3, "stop"),
+    ]
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump(config))
+    assert load(saved) == config
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("data.mixture=[{sorce: a}]", r"data.mixture\[0\].sorce: there is no such key \(did you mean source\?\)"),
+        ("data.mixture=[{sorce: a}]", r"data.mixture\[0\].source: is missing"),
+        ("data.mixture=[{source: a}, {source: b, weight: -1}]", r"data.mixture\[1\].weight: .*greater than 0, not -1"),
+        ("data.mixture=[{source: a, at_end: never}]", r"data.mixture\[0\].at_end: .*'wrap' or 'stop'"),
+        ("data.mixture=[a, b]", "data.mixture: is not a list of sections"),
+        ("data.mixture=a", "data.mixture: is not a list of sections"),
+        ("data.mixture=[{source: x/a}, {source: y/a}]", "several sources called a"),
+        ("data.mixture=[{source: a, at_end: stop}]", "would run dry"),
+        ("data.mixture=[]", "must be given for data.kind=mixture"),
+    ],
+)
+def test_a_mistake_in_a_mixture_is_named_with_its_place(word, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(["data=mixture", word])
+
+
+def test_a_mixture_wants_the_group_mixture():
+    with pytest.raises(ConfigError, match=r"data.mixture: is read for data.kind=mixture only, and this is auto \(add data=mixture\)"):
+        compose([MIXTURE])
+
+
+def test_credentials_in_a_data_url_are_refused():
+    with pytest.raises(ConfigError, match="data.path: holds credentials") as error:
+        compose(["data=files", "data.path=https://me:hunter2@example.org/corpus"])
+    assert "hunter2" not in str(error.value)
+    with pytest.raises(ConfigError, match="data.path: holds credentials"):
+        compose(["data=files", "data.path=https://example.org/corpus?X-Amz-Signature=hunter2"])
+    with pytest.raises(ConfigError, match="data.mixture: holds credentials"):
+        compose(["data=mixture", "data.mixture=[{source: 'https://me:hunter2@example.org/corpus'}]"])

@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from picotrain import checkpoint, evaluation, optim, report, sampling, schedule
 from picotrain.config import Config, load
-from picotrain.data.corpus import Corpus
 from picotrain.data.lanes import merge_states
+from picotrain.data.mixture import Mixture
 from picotrain.data.stream import Loader, validation_rows
+from picotrain.errors import DataError
 from picotrain.model import DTYPES, GPT
 from picotrain.monitor import Monitor
 from picotrain.parallel import Parallel, StopSignal
 from picotrain.plan import Plan
 from picotrain.state import TrainState
 from picotrain.tokenizer import Tokenizer, load_tokenizer
+
+AFTER_BAD_DATA = "everything up to here is saved: put the shard right and resume, or resume with data.on_bad_shard=skip to pass over it"
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,11 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
         while True:
             step = state.step
             last = step == plan.num_steps
-            stopping = parallel.agree(stop.requested)
+            failed = None if last else run.loader.look_ahead(plan.grad_accum_steps, lambda: stop.requested)
+            stopping = parallel.agree(stop.requested or failed is not None)
 
             if stopping:
-                run.monitor.event(step, "stopped", "asked to by a signal; saving")
+                run.say_why(failed)
             if step != saved_step and (last or stopping or _every(cadence.save_every, step, first=False)):
                 run.save()
                 saved_step = step
@@ -62,9 +68,9 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             if last:
                 return run.end("finished")
 
-            started_s = time.perf_counter()
+            started_s = time.perf_counter() - run.loader.waited_ms / 1000
             loss = torch.zeros((), device=parallel.device)
-            wait_ms = 0.0
+            wait_ms, source_rows = 0.0, torch.zeros(len(run.corpus.sources))
             for micro in range(plan.grad_accum_steps):
                 batch = next(run.loader)
                 with parallel.sync_gradients(run.wrapped, on=micro == plan.grad_accum_steps - 1):
@@ -72,6 +78,7 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
                     micro_loss.backward()
                 loss += micro_loss.detach()
                 wait_ms += batch.wait_ms
+                source_rows += torch.tensor(batch.source_rows)
 
             grad_norm = parallel.clip(run.model.parameters(), cadence.grad_clip)
             lr_factor = run.schedule(step)
@@ -92,6 +99,7 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
                 epoch=batch.epoch,
                 pq=batch.pq,
                 rg=batch.rg,
+                **run.by_source(source_rows, batch.source_epochs),
             )
 
 
@@ -112,7 +120,7 @@ class _Run:
         self.plan = Plan.load(run_dir / "plan.json")
         self.checkpoints = run_dir / "checkpoints"
         data = json.loads((run_dir / "data.json").read_text())
-        self.corpus = Corpus.from_json(data["corpus"])
+        self.corpus = Mixture.from_json(data["corpus"])
         self.tokenizer: Tokenizer = load_tokenizer(run_dir / "tokenizer.json", self.config.tokenizer.encoder)
 
         if self.config.train.deterministic:
@@ -136,7 +144,9 @@ class _Run:
             dp_size=parallel.dp_size,
             device=parallel.device,
             state=self.state.loader,
+            on_bad_shard=self.config.data.on_bad_shard,
         )
+        self._failure: DataError | None = None  # what ends the run, the same on every rank
         self._val_rows = None  # tokenized when the first evaluation wants them
 
     def __enter__(self) -> _Run:
@@ -151,12 +161,31 @@ class _Run:
         started = time.perf_counter()
         self.monitor.flush()  # no line of a step that the checkpoint holds may be missing from metrics.jsonl
         self.state.loader = merge_states(self.parallel.gather(self.state.loader or self.loader.state))
+        for text in sorted(set(chain.from_iterable(self.parallel.gather(self.loader.skipped())))):
+            self.monitor.event(self.state.step, "skipped_data", text)
         if self.parallel.is_main:
             self.state.loop.smoother = self.monitor.smoother_state()
             self.state.loop.total_training_time_s = self.monitor.total_training_time_s
             path = checkpoint.save(self.checkpoints, self.state, self.monitor.metrics_bytes())
             self.monitor.checkpoint(self.state.step, path, time.perf_counter() - started)
         self.parallel.barrier()
+
+    def say_why(self, failed: BaseException | None) -> None:
+        """Record why the run stops here: a signal, or what some rank could not read. A bug in the loader is raised at once."""
+        if failed is not None and not isinstance(failed, DataError):
+            raise failed
+        reasons = [text for text in self.parallel.gather(str(failed) if failed else None) if text]
+        self._failure = DataError(f"{reasons[0]}\n{AFTER_BAD_DATA}") if reasons else None
+        name, message = ("bad_data", reasons[0]) if reasons else ("stopped", "asked to by a signal")
+        self.monitor.event(self.state.step, name, f"{message}; saving")
+
+    def by_source(self, rows: torch.Tensor, epochs: Sequence[float]) -> dict[str, Any]:
+        """What a mixture's train lines say beside: tokens of the step (all ranks) and epochs (this rank's lanes) by source."""
+        if len(epochs) == 1:
+            return {}
+        tokens = self.parallel.sum_fp64(rows.to(self.parallel.device) * self.plan.seq_len).long()
+        names = self.corpus.names
+        return {"source_tokens": dict(zip(names, tokens, strict=True)), "source_epochs": dict(zip(names, epochs, strict=True))}
 
     def evaluate(self) -> bool:
         """Measure bits per byte on the validation shard; False when a stop was asked for meanwhile."""
@@ -194,10 +223,13 @@ class _Run:
         """Close the books: the last lines, the report."""
         if status == "finished":
             self.monitor.event(self.state.step, status)
+        self.loader.close()
         self.monitor.close()
         if self.parallel.is_main:
             summary = report.write_report(self.dir)
             report.console_summary(summary)
+        if self._failure:
+            raise self._failure
         return Outcome(status, self.state.step)
 
     def _restore(self) -> int | None:

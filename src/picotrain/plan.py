@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict
 
 from picotrain import hardware, shape
 from picotrain.config.schema import Config, TrainConfig
-from picotrain.data.corpus import Corpus, default_lanes, default_unit_bytes, units
+from picotrain.data.corpus import Corpus
+from picotrain.data.mixture import Mixture
+from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
 from picotrain.errors import ConfigError, Problem
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
@@ -57,7 +59,8 @@ class Plan(BaseModel):
     epochs: float | None  # passes over the corpus, estimated from its bytes; None: corpus unknown
     lanes: int | None
     unit_bytes: int
-    num_units: int | None
+    num_units: int | None  # of all sources
+    sources: dict[str, float] = {}  # of a mixture: expected passes over each source, by its name
     bytes_per_token: float  # measured on the corpus, or estimated from the vocabulary size
     eval_rows: int  # at most; the validation shard may have fewer
     matrix_lr: float
@@ -143,12 +146,13 @@ def choose_data(config: Config, pystdlib_bytes: int) -> tuple[str, str]:
     return "climbmix", f"data=auto is climbmix: {fact}, more than {AUTO_DATA_EPOCHS:.0f}"
 
 
-def make(config: Config, name: str, corpus: Corpus | None = None, bytes_per_token: float | None = None) -> Plan:
+def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_per_token: float | None = None) -> Plan:
     """Derive the plan of a decided config; what the corpus or tokenizer would tell stays an estimate without them.
 
     Raises ConfigError with every problem found: a batch that does not divide, a dp_size that does not divide the
     lanes, more lanes than units.
     """
+    corpus = Mixture.of(data) if data else None
     train, hw = config.train, config.hardware
     assert train.seq_len is not None and hw.nproc_per_node != "auto", "plan.make wants a decided config"
     d, params, _windows, flops = _facts(config)
@@ -163,9 +167,10 @@ def make(config: Config, name: str, corpus: Corpus | None = None, bytes_per_toke
     device_batch = _device_batch(config, d, params, rows, world_size)
 
     unit_bytes = config.data.unit_bytes or default_unit_bytes(train.seq_len)
-    num_units = len(units(corpus.shards, unit_bytes)) if corpus else None
-    lanes = config.data.lanes or (default_lanes(num_units) if num_units else None)
-    problems += _lane_problems(config, lanes, num_units, world_size)
+    units = [len(found) for found in corpus.units(unit_bytes)] if corpus else []
+    num_units = sum(units) or None
+    lanes = config.data.lanes or (default_lanes(max(units)) if num_units else None)
+    problems += _lane_problems(config, lanes, max(units, default=None), world_size)
 
     tokens, horizon = _horizon_tokens(config, corpus_tokens)
     num_steps = max(1, math.ceil(tokens / batch)) if batch > 0 else 1
@@ -196,6 +201,7 @@ def make(config: Config, name: str, corpus: Corpus | None = None, bytes_per_toke
         lanes=lanes,
         unit_bytes=unit_bytes,
         num_units=num_units,
+        sources=_source_epochs(corpus, total_tokens, per_token) if corpus else {},
         bytes_per_token=per_token,
         eval_rows=max(train.eval_tokens // train.seq_len, 1),
         **dataclasses.asdict(rates),
@@ -205,6 +211,14 @@ def make(config: Config, name: str, corpus: Corpus | None = None, bytes_per_toke
         predicted_cost=hours * hw.price_per_hour * config.launch.nnodes if hours and hw.price_per_hour else None,
         notes=_notes(config, corpus, bytes_per_token, epochs, hours, memory),
     )
+
+
+def _source_epochs(mixture: Mixture, total_tokens: int, per_token: float) -> dict[str, float]:
+    """Passes over each source of a mixture, were all of the same bytes per token and none to leave; {} for a single corpus."""
+    if len(mixture.sources) == 1:
+        return {}
+    pairs = zip(mixture.corpora, mixture.shares, strict=True)
+    return {corpus.name: total_tokens * share / (corpus.text_bytes / per_token) for corpus, share in pairs}
 
 
 def _model_facts(config: Config, d: shape.Dims, params: shape.Parameters) -> dict[str, Any]:
@@ -339,13 +353,24 @@ def _device_batch(config: Config, d: shape.Dims, params: shape.Parameters, rows:
 
 
 def _notes(
-    config: Config, corpus: Corpus | None, bytes_per_token: float | None, epochs: float | None, hours: float | None, memory: int
+    config: Config, corpus: Mixture | None, bytes_per_token: float | None, epochs: float | None, hours: float | None, memory: int
 ) -> list[str]:
     notes = []
     if corpus is None:
         notes.append(f"the corpus {config.data.name} is not prepared yet: units, lanes and epochs are not known")
         if config.train.num_train_epochs:
             notes.append("num_train_epochs needs the corpus: the number of steps is not known yet and shown as 1")
+    for source in corpus.corpora if corpus else ():
+        working_set = 2 * WINDOW_SHARDS * sum(shard.bytes for shard in source.shards) // max(1, len(source.shards))
+        if (
+            source.remote
+            and source.remote.cache_bytes
+            and source.remote.cache_bytes < min(working_set, sum(s.bytes for s in source.shards))
+        ):
+            notes.append(
+                f"warning: data.cache_bytes={source.remote.cache_bytes:,} holds less than the {2 * WINDOW_SHARDS} shards of {source.name} "
+                f"that are in use at a time (about {working_set:,} bytes): shards will be fetched more than once an epoch"
+            )
     if bytes_per_token is None:
         notes.append("no tokenizer is trained yet: bytes per token is an estimate from the vocabulary size")
     if epochs and epochs > REPEAT_WARNING_EPOCHS:

@@ -22,7 +22,8 @@ from picotrain import plan as planning
 from picotrain.config import Config, dump, load
 from picotrain.config.identity import classify_change, diff, run_name
 from picotrain.data import sources
-from picotrain.data.corpus import Corpus
+from picotrain.data.mixture import Mixture
+from picotrain.data.remote import is_url
 from picotrain.errors import ConfigError, Problem, RunError
 from picotrain.plan import Plan
 
@@ -41,7 +42,7 @@ class Material(NamedTuple):
 
     config: Config
     plan: Plan
-    corpus: Corpus
+    corpus: Mixture
     tokenizer: Tokenizer
 
 
@@ -54,12 +55,10 @@ def cache_dir(config: Config) -> Path:
 def locate(config: Config) -> Config:
     """Decide a config and name the run's places: name, directory and cache, and every path absolute."""
     config = planning.decide(config)
-    config = config.model_copy(
-        update={
-            name: section.model_copy(update={"path": _absolute(section.path)})
-            for name, section in (("data", config.data), ("tokenizer", config.tokenizer))
-        }
-    )
+    mixture = tuple(entry.model_copy(update={"source": _absolute_source(entry.source)}) for entry in config.data.mixture)
+    data = config.data.model_copy(update={"path": _absolute(config.data.path), "mixture": mixture})
+    tokenizer = config.tokenizer.model_copy(update={"path": _absolute(config.tokenizer.path)})
+    config = config.model_copy(update={"data": data, "tokenizer": tokenizer})
     name = config.run.name or run_name(config)
     folder = Path(config.run.dir or Path("runs") / name).expanduser().absolute()
     run = config.run.model_copy(update={"name": name, "dir": str(folder), "cache_dir": str(cache_dir(config))})
@@ -68,7 +67,11 @@ def locate(config: Config) -> Config:
 
 def _absolute(path: str | None) -> str | None:
     """A path that means the same from every folder: a resume may come from another one."""
-    return str(Path(path).expanduser().absolute()) if path else path
+    return str(Path(path).expanduser().absolute()) if path and not is_url(path) else path
+
+
+def _absolute_source(source: str) -> str:
+    return source if source in sources.PRESETS else _absolute(source) or source
 
 
 def gather(config: Config, say: Say) -> Material:
@@ -76,7 +79,7 @@ def gather(config: Config, say: Say) -> Material:
     from picotrain.tokenizer import load_tokenizer  # brings numpy, which a plan does not need
 
     cache = cache_dir(config)
-    corpus = sources.resolve(config.data, cache, say)
+    corpus = sources.gather(config.data, cache, say)
     path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say)
     tokenizer = load_tokenizer(path, config.tokenizer.encoder)
     plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])
@@ -124,7 +127,7 @@ def read_material(run_dir: Path) -> Material:
     require_run(run_dir)
     config, plan = load(run_dir / "config.yaml"), Plan.load(run_dir / "plan.json")
     data = json.loads((run_dir / "data.json").read_text())
-    return Material(config, plan, Corpus.from_json(data["corpus"]), load_tokenizer(run_dir / "tokenizer.json", config.tokenizer.encoder))
+    return Material(config, plan, Mixture.from_json(data["corpus"]), load_tokenizer(run_dir / "tokenizer.json", config.tokenizer.encoder))
 
 
 def require_run(run_dir: Path) -> None:
@@ -164,13 +167,26 @@ def _reopen(run_dir: Path, config: Config, say: Say) -> Material:
             "data": config.data.model_copy(update={"lanes": old_plan.lanes, "unit_bytes": old_plan.unit_bytes}),
         }
     )
-    material = gather(pinned, say)
+    corpus, tokenizer = _same_data(run_dir, pinned, config.tokenizer.path != before.tokenizer.path, say)
+    plan = planning.make(pinned, config.run.name or "", corpus, old_plan.bytes_per_token)
+    kept = {} if announced else {key: getattr(old_plan, key) for key in DERIVED_ONCE}
+    return Material(config, plan.model_copy(update=kept), corpus, tokenizer)
+
+
+def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -> tuple[Mixture, Tokenizer]:
+    """The corpus as it is now and the run's own tokenizer. Raises RunError where either is not what the run began with."""
+    from picotrain.tokenizer import load_tokenizer
+
     recorded = json.loads((run_dir / "data.json").read_text())
-    for what, now in (("corpus", material.corpus.fingerprint), ("tokenizer", material.tokenizer.fingerprint)):
+    corpus = sources.gather(config.data, cache_dir(config), say)
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json", config.tokenizer.encoder)
+    named = tokenizer
+    if other_tokenizer and config.tokenizer.path:
+        named = load_tokenizer(Path(config.tokenizer.path), config.tokenizer.encoder)
+    for what, now in (("corpus", corpus.fingerprint), ("tokenizer", tokenizer.fingerprint), ("tokenizer", named.fingerprint)):
         if recorded[what]["fingerprint"] != now:
             raise RunError(f"{run_dir}: the {what} is not the one this run was started with; a resume would train on something else")
-    kept = {} if announced else {key: getattr(old_plan, key) for key in DERIVED_ONCE}
-    return Material(config, material.plan.model_copy(update=kept), material.corpus, material.tokenizer)
+    return corpus, tokenizer
 
 
 def _write(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:

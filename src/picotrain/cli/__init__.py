@@ -141,17 +141,78 @@ def data_show(overrides: Overrides = None, config_dir: ConfigDir = None) -> None
     commands.data_show(overrides or [], config_dir)
 
 
+CorpusFolder = Annotated[str, typer.Argument(metavar="CORPUS", help="A folder of Parquet shards.")]
+
+
+@data_app.command("prepare")
+def data_prepare(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUTS...", help="Files, folders (searched) and globs.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    seed: Annotated[int, typer.Option(help="Of the order; validation documents stay the same.")] = 0,
+    min_chars: Annotated[int, typer.Option(min=0, help="Leave out documents of fewer characters.")] = 0,
+    keep_duplicates: Annotated[bool, typer.Option("--keep-duplicates", help="Do not leave out exact copies.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core from 64 MB of text.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Make the first thing that cannot be used an error.")] = False,
+) -> None:
+    """Make a corpus of text, Markdown, source code, JSON lines and CSV (.gz, .zst) and Parquet files.
+
+    Example: `picotrain data prepare notes/ 'web/*.jsonl.zst' --out corpora/mine`, then
+    `picotrain train data=files data.path=corpora/mine`.
+
+    JSON lines need a field `text`, CSV and Parquet files a column `text`. Documents are shuffled and exact copies left
+    out; about 5 % validate, in the last shard. What cannot be used is skipped and listed, with the reason, in
+    DIR/skipped.jsonl. After an interruption the same command goes on where it was.
+    """
+    from picotrain.cli import data
+
+    options = {"seed": seed, "min_chars": min_chars, "keep_duplicates": keep_duplicates, "workers": workers, "strict": strict}
+    raise typer.Exit(data.prepare(inputs, out, **options))
+
+
+@data_app.command("inspect")
+def data_inspect(
+    corpus: CorpusFolder,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="A tokenizer.json, or its folder, to count tokens with.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(min=1, help="Read about so much text, spread evenly; default: all.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to show the beginning of.")] = 3,
+    seed: Annotated[int, typer.Option(help="Which documents are shown.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print what is in a corpus: sizes, lengths, duplicates, special-token text, invalid UTF-8, sample documents.
+
+    Example: `picotrain data inspect corpora/mine --tokenizer tokenizer.json --max-bytes 100000000`.
+    """
+    from picotrain.cli import data
+
+    data.inspect(corpus, tokenizer, max_bytes, samples, seed, json)
+
+
+@data_app.command("verify")
+def data_verify(corpus: CorpusFolder) -> None:
+    """Read every shard wholly and compare it with what is known of it; exit code 2 when anything is bad.
+
+    Example: `picotrain data verify corpora/mine` after copying it to another disk. All bad shards are listed at once.
+    """
+    from picotrain.cli import data
+
+    raise typer.Exit(data.verify(corpus))
+
+
 @data_app.command("download")
 def data_download(
-    corpus: Annotated[str, typer.Argument(help="A choice of the data group: climbmix, fineweb_edu, or your own.")],
-    shards: Annotated[int | None, typer.Option(min=1, help="Training shards to fetch.")] = None,
+    corpus: Annotated[str, typer.Argument(metavar="NAME", help="climbmix, fineweb_edu, or a choice of your own.")],
+    shards: Annotated[int | None, typer.Option(min=1, help="Training shards to fetch; default: as the config says.")] = None,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Fetch shards of a corpus from the Hugging Face Hub into the cache; goes on where it was interrupted."""
-    from picotrain.cli import commands
+    """Fetch shards of a data set from the Hugging Face Hub into the cache; goes on where it was interrupted.
 
-    extra = [] if shards is None else [f"data.num_shards={shards}"]
-    commands.data_show([f"data={corpus}", *extra], config_dir)
+    Example: `picotrain data download climbmix --shards 170`, then `picotrain train data=climbmix data.num_shards=170`.
+
+    The validation shard comes too. $PICOTRAIN_CACHE names the cache folder, $HF_ENDPOINT a mirror of the Hub.
+    """
+    from picotrain.cli import data
+
+    data.download(corpus, shards, config_dir)
 
 
 @tokenizer_app.command("train")
@@ -160,6 +221,26 @@ def tokenizer_train(overrides: Overrides = None, config_dir: ConfigDir = None) -
     from picotrain.cli import commands
 
     commands.tokenizer_train(overrides or [], config_dir)
+
+
+@tokenizer_app.command("eval")
+def tokenizer_eval(
+    overrides: Overrides = None,
+    path: Annotated[Path | None, typer.Option("--path", help="A tokenizer.json, or its folder, instead of the config's tokenizer.")] = None,
+    config_dir: ConfigDir = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure how well a tokenizer compresses: bytes per token on validation text, code, languages and scripts.
+
+    Examples: `picotrain tokenizer eval data=files data.path=corpora/mine tokenizer.vocab_size=16384`,
+    `picotrain tokenizer eval --path other/tokenizer.json data=climbmix`.
+
+    GPT-2's and o200k's figures stand beside it where tiktoken has them on this machine; corpus and tokenizer are prepared
+    if need be. Every text is decoded again; the exit code is 2 when one does not come back as it was.
+    """
+    from picotrain.cli import tokenizer
+
+    raise typer.Exit(tokenizer.evaluate_tokenizer(overrides or [], path, config_dir, json))
 
 
 @app.command()

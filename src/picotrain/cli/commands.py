@@ -64,7 +64,7 @@ def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Pa
     """Print the plan as far as it is known without preparing anything."""
     config = resolved(overrides, config_file, config_dir)
     cache = runs.cache_dir(config)
-    corpus = sources.known(config.data, cache)
+    corpus = sources.known_mixture(config.data, cache)
     measured = sources.known_tokenizer(config.tokenizer, corpus, cache) if corpus else None
     plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"] if measured else None)
     if as_json:
@@ -138,13 +138,14 @@ def data_show(overrides: Sequence[str], config_dir: Path | None) -> None:
     from picotrain.cli.show import corpus_table
 
     config = resolved(overrides, None, config_dir)
-    corpus_table(sources.resolve(config.data, runs.cache_dir(config), say), config)
+    for corpus in sources.gather(config.data, runs.cache_dir(config), say).corpora:
+        corpus_table(corpus, config)
 
 
 def tokenizer_train(overrides: Sequence[str], config_dir: Path | None) -> None:
     """Train a config's tokenizer unless the cache has it, and print its facts as JSON."""
     config = resolved(overrides, None, config_dir)
     cache = runs.cache_dir(config)
-    corpus = sources.resolve(config.data, cache, say)
+    corpus = sources.gather(config.data, cache, say)
     path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say)
     print(json.dumps({"path": str(path), **measured}, indent=2))

@@ -29,7 +29,7 @@ def evaluate_checkpoint(run: Path, which: str) -> int:
     parallel = dataclasses.replace(Parallel.single(), device=next(model.parameters()).device)
     batch = material.config.evaluation.bpb.device_batch_size or plan.device_batch_size
     val = validation_rows(corpus, tokenizer, plan.seq_len, None, plan.unit_bytes).rows
-    first_shard = dataclasses.replace(corpus, val=corpus.shards[0])
+    first_shard = corpus.with_val_from_training()
     train = validation_rows(first_shard, tokenizer, plan.seq_len, len(val), plan.unit_bytes).rows
 
     scores = {}

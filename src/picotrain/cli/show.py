@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from picotrain.config import Config
-from picotrain.data.corpus import Corpus, default_unit_bytes, units
+from picotrain.data.corpus import Corpus
+from picotrain.data.units import default_unit_bytes, units
 from picotrain.plan import Plan
 from picotrain.text import size
 
@@ -45,6 +46,7 @@ def plan_table(plan: Plan) -> None:
         "batch": f"{plan.total_batch_size:,} tokens = {batch}",
         "horizon": f"{plan.num_steps:,} steps, {plan.total_tokens:,} tokens (set by {plan.horizon})",
         "epochs": epochs,
+        "sources": ", ".join(f"{name} {passes:.2f} passes" for name, passes in plan.sources.items()) or "one corpus",
         "data stream": units_text,
         "peak rates": rates,
         "checkpoint": size(plan.checkpoint_bytes),

@@ -22,6 +22,8 @@ _CHANGES: dict[str, Change] = {
     "model": "refused",
     "data": "refused",
     "data.path": "free",  # a corpus that has moved; its fingerprint tells another one
+    "data.on_bad_shard": "free",
+    "data.cache_bytes": "free",
     "tokenizer": "refused",
     "tokenizer.path": "free",  # as above
     "tokenizer.encoder": "free",  # identical ids
@@ -58,14 +60,14 @@ def classify_change(key: str) -> Change:
 
 def flatten(config: Config) -> dict[str, Any]:
     """Every value by its dotted key, in the schema's order."""
-    return {key: _value(config, key) for key in leaves()}
+    tree = config.model_dump()
+    return {key: _value(tree, key) for key in leaves()}
 
 
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
+def _value(tree: Any, key: str) -> Any:
     for name in key.split("."):
-        value = getattr(value, name)
-    return value
+        tree = tree[name]
+    return tree
 
 
 def diff(a: Config, b: Config) -> list[tuple[str, Any, Any]]:

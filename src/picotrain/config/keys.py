@@ -21,6 +21,7 @@ class Leaf:
     key: str  # dotted
     kinds: tuple[type, ...]  # the types it may hold, None's and that of its words aside
     words: tuple[str, ...]  # the fixed words it may hold, as they are typed: "auto", "true", "null"
+    element: type[Section] | None = None  # what a list of sections holds
 
     @property
     def is_text(self) -> bool:
@@ -33,7 +34,7 @@ class Leaf:
 
     @property
     def is_text_list(self) -> bool:
-        return self.is_list and not self.words
+        return self.is_list and not self.words and self.element is None
 
 
 @cache
@@ -63,8 +64,10 @@ def _is_section(annotation: Any) -> bool:
 def _leaf(key: str, annotation: Any) -> Leaf:
     kinds: list[type] = []
     words: list[str] = []
+    element: type[Section] | None = None
 
     def visit(part: Any) -> None:
+        nonlocal element
         origin = get_origin(part)
         if origin is Annotated:
             visit(get_args(part)[0])
@@ -79,13 +82,15 @@ def _leaf(key: str, annotation: Any) -> Leaf:
             words.append("null")
         elif origin is tuple:
             kinds.append(tuple)
-            if get_origin(get_args(part)[0]) is Literal:
-                visit(get_args(part)[0])
+            inner = get_args(part)[0]
+            if get_origin(inner) is Literal:
+                visit(inner)
+            element = inner if _is_section(inner) else None
         else:
             kinds.append(part)
 
     visit(annotation)
-    return Leaf(key, tuple(kinds), tuple(words))
+    return Leaf(key, tuple(kinds), tuple(words), element)
 
 
 # The rule of a key, in words ------------------------------------------------------------------------------
@@ -120,6 +125,9 @@ def _words(node: dict[str, Any]) -> str:
             return "a number" + _bounds(node)
         case "string":
             return f"text that matches {node['pattern']}" if "pattern" in node else "text"
+        case "array" if "$ref" in node["items"]:
+            fields = _json_schema()["$defs"][node["items"]["$ref"].rpartition("/")[2]]["properties"]
+            return f"a list of sections with {', '.join(fields)}"
         case "array":
             inner = _words(node["items"])
             return "a list of texts" if inner == "text" else f"a list, each {inner}"

@@ -134,8 +134,12 @@ def _number(kind: type, text: str) -> Any:
 
 def _parse_list(leaf: Leaf, value: str) -> Any:
     """`[a, b]`, or one element as it was typed."""
+    if leaf.element and not value.startswith("["):
+        return _parse_sections(leaf, value)
     if not value.startswith("["):
         return _sweep(leaf.key, value) if not leaf.is_text_list and _is_sweep(value) else [value]
+    if leaf.element:
+        return _parse_sections(leaf, value)
     hint = f"""{leaf.key}='["one", "two"]', with quotes around each element that is more than a word"""
     try:
         elements = yaml.load(value, Loader=yaml.BaseLoader)  # yields nothing but text
@@ -144,6 +148,19 @@ def _parse_list(leaf: Leaf, value: str) -> Any:
     if not isinstance(elements, list) or not all(isinstance(element, str) for element in elements):
         return Problem(leaf.key, f"is not a list of texts: {shown(value)}", hint)
     return elements
+
+
+def _parse_sections(leaf: Leaf, value: str) -> Any:
+    """`[{key: value, ...}, ...]`; what the keys may hold is the schema's to judge."""
+    assert leaf.element
+    hint = f"{leaf.key}='[{{{next(iter(leaf.element.model_fields))}: ...}}, ...]', with quotes around the whole"
+    try:
+        elements = yaml.load(value, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError):
+        elements = None
+    if not isinstance(elements, list) or not all(isinstance(element, dict) for element in elements):
+        return Problem(leaf.key, f"is not a list of sections: {shown(value)}", hint)
+    return [{key: parse_scalar(text) if isinstance(text, str) else text for key, text in element.items()} for element in elements]
 
 
 def _is_sweep(value: str) -> bool:

@@ -8,6 +8,7 @@ is checked by that section's `_check`, so that no object of these classes contra
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
@@ -16,6 +17,7 @@ from pydantic_core import PydanticCustomError
 from picotrain.errors import Problem
 
 SCHEMA_VERSION = 1
+_CREDENTIALS = re.compile(r"\w+://([^/?]*@|.*[?&][^=&]*(token|key|sig|secret|password|credential)[^=&]*=)", re.IGNORECASE)
 HORIZONS = ("max_steps", "num_train_epochs", "target_tokens", "target_flops", "target_param_data_ratio")
 
 
@@ -91,12 +93,28 @@ def _nearest_multiples(value: int, unit: int) -> str:
     return f"{below} or {below + unit}" if below else str(unit)
 
 
+class MixtureSource(Section):
+    """One source of data.kind=mixture."""
+
+    source: Text  # pystdlib, climbmix, fineweb_edu, or a path or URL as data.path takes it
+    weight: PositiveFloat = 1.0  # its share of the rows, relative to the others'
+    at_end: Literal["wrap", "stop"] = "wrap"  # read once: begin anew, or leave the mixture
+    num_shards: Positive | None = None  # of a Hugging Face Hub source: training shards to fetch
+    val_shard: Text | None = None  # file name of its validation shard; null: the last one
+
+    @property
+    def name(self) -> str:
+        """What it is called in metrics."""
+        return self.source.rstrip("/").rpartition("/")[2] or self.source
+
+
 class DataConfig(Section):
     """A corpus: Parquet shards with a `text` column."""
 
-    kind: Literal["auto", "pystdlib", "files", "hub"]
+    kind: Literal["auto", "pystdlib", "files", "hub", "mixture"]
     name: Text  # shown in run names and reports
-    path: Text | None = None  # kind=files: a folder, a file or a glob
+    path: Text | None = None  # kind=files: a folder, a file or a glob; or the URL of a folder of shards
+    mixture: tuple[MixtureSource, ...] = ()  # kind=mixture
     repo_id: Text | None = None  # kind=hub: data set on the Hugging Face Hub
     file_pattern: Text | None = None  # kind=hub: e.g. "shard_{index:05d}.parquet"
     num_shards: Positive | None = None  # kind=hub: training shards to fetch
@@ -104,19 +122,38 @@ class DataConfig(Section):
     val_shard: Text | None = None  # file name of the validation shard; null: the last one
     lanes: Positive | None = None  # null: the largest power of two <= min(64, units)
     unit_bytes: Positive | None = None  # null: max(1 MiB, 400 x (seq_len + 1))
+    on_bad_shard: Literal["stop", "skip"] = "stop"  # what cannot be read: save and end, or pass over it and note an event
+    cache_bytes: Positive | None = 100_000_000_000  # of shards fetched from a URL that are kept; null: all
 
     def _problems(self) -> list[Problem]:
-        needed = {"files": ("path",), "hub": ("repo_id", "file_pattern", "num_shards", "max_shards")}
+        needed = {"files": ("path",), "hub": ("repo_id", "file_pattern", "num_shards", "max_shards"), "mixture": ("mixture",)}
         problems = []
         for kind, keys in needed.items():
             for key in keys:
-                given = getattr(self, key) is not None
+                given = getattr(self, key) not in (None, ())
                 if kind == self.kind and not given:
                     problems.append(Problem(f"data.{key}", f"must be given for data.kind={kind}", f"data.{key}=..."))
                 if kind != self.kind and given and (self.kind, key) != ("auto", "num_shards"):  # auto may become a hub corpus
                     rule = f"is read for data.kind={kind} only, and this is {self.kind}"
-                    problems.append(Problem(f"data.{key}", rule, "add data=files" if kind == "files" else "e.g. data=climbmix"))
-        return problems or (self._shard_problems() if self.kind == "hub" else [])
+                    problems.append(Problem(f"data.{key}", rule, "e.g. data=climbmix" if kind == "hub" else f"add data={kind}"))
+        urls = {"data.path": [self.path or ""], "data.mixture": [entry.source for entry in self.mixture]}
+        for key, texts in urls.items():
+            if any(_CREDENTIALS.match(text) for text in texts):
+                rule = "holds credentials, which config.yaml would keep for everybody to read"
+                problems.append(Problem(key, rule, "the protocol's own environment variables or files, e.g. ~/.netrc, AWS_ACCESS_KEY_ID"))
+        if problems:
+            return problems
+        return {"hub": self._shard_problems, "mixture": self._mixture_problems}.get(self.kind, list)()
+
+    def _mixture_problems(self) -> list[Problem]:
+        problems = []
+        names = [entry.name for entry in self.mixture]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            rule = f"has several sources called {', '.join(twice)}, which metrics could not tell apart"
+            problems.append(Problem("data.mixture", rule, "folders with different names"))
+        if all(entry.at_end == "stop" for entry in self.mixture):
+            problems.append(Problem("data.mixture", "would run dry: every source has at_end=stop", "at_end=wrap for at least one"))
+        return problems
 
     def _shard_problems(self) -> list[Problem]:
         assert self.file_pattern and self.num_shards and self.max_shards

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from picotrain.config.keys import leaves, nearest, rule, sections, shown, unknown_key
-from picotrain.config.schema import Config
+from picotrain.config.schema import Config, Section
 from picotrain.errors import ConfigError, Problem
 
 
@@ -45,6 +45,9 @@ def explain(error: ValidationError, doubtful: Collection[str] = ()) -> list[Prob
 
 def _problem(found: Any) -> Problem:
     key, value = _key(found["loc"]), found["input"]
+    inside = found["loc"][key.count(".") + 1 :]
+    if key in leaves() and (element := leaves()[key].element) and len(inside) > 1:
+        return _element_problem(key, element, inside, found)
     if found["type"] in ("extra_forbidden", "invalid_key"):
         return unknown_key(key)
     if key in sections() or not key:
@@ -54,6 +57,18 @@ def _problem(found: Any) -> Problem:
     words = leaves()[key].words
     meant = nearest(value, words, 1) if isinstance(value, str) else []
     return Problem(key, f"must be {rule(key)}, not {shown(value)}", f"did you mean {meant[0]}?" if meant else "")
+
+
+def _element_problem(key: str, element: type[Section], inside: tuple[Any, ...], found: Any) -> Problem:
+    """What is wrong within one section of a list of sections."""
+    name = str(inside[1])
+    path = f"{key}[{inside[0]}].{name}"
+    if found["type"] == "extra_forbidden":
+        meant = nearest(name, element.model_fields, 1)
+        return Problem(path, "there is no such key", f"did you mean {meant[0]}?" if meant else f"it has {', '.join(element.model_fields)}")
+    if found["type"] == "missing":
+        return Problem(path, "is missing", f"each has {', '.join(element.model_fields)}")
+    return Problem(path, f"{found['msg'][0].lower()}{found['msg'][1:]}, not {shown(found['input'])}")
 
 
 def _key(loc: tuple[Any, ...]) -> str:

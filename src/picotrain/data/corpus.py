@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from picotrain.data.files import Files, LocalFiles
+from picotrain.data.units import Unit, Units, default_lanes, default_unit_bytes, units  # noqa: F401
 from picotrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,9 +30,7 @@ if TYPE_CHECKING:
 TEXT = "text"  # the column that is trained on
 MANIFEST = "data.json"  # the footers, kept beside the shards
 ORIGIN = "origin.json"  # what `picotrain.data.prepare` made the shards from
-MAX_LANES = 64
-MIN_UNIT_BYTES = 1 << 20
-UNIT_ROWS = 400  # a unit holds text for at least this many rows, so that packing has a choice
+SAMPLED_SHARDS = 4  # at least, of a remote corpus
 READERS = 8  # threads that read footers: they wait for the disk or the network, not for a core
 
 
@@ -65,6 +67,13 @@ class Shard:
         return cls(data["name"], data["bytes"], tuple(map(RowGroup._make, data["row_groups"])), data["fingerprint"])
 
 
+class Remote(NamedTuple):
+    """Where shards are that are not on this machine, and how many bytes of them may be here at a time (None: all)."""
+
+    url: str
+    cache_bytes: int | None
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Training shards, sorted by name, and the shard that validates."""
@@ -74,6 +83,7 @@ class Corpus:
     shards: tuple[Shard, ...]
     val: Shard
     origin: dict[str, Any] | None = None  # where the shards come from, when picotrain made or fetched them
+    remote: Remote | None = None  # the shards are elsewhere, and `root` is the cache they are fetched into
 
     @property
     def text_bytes(self) -> int:
@@ -91,6 +101,15 @@ class Corpus:
         identity = [[shard.name, shard.fingerprint] for shard in (*self.shards, self.val)]
         return hash_bytes(json.dumps(identity).encode())
 
+    @cached_property
+    def files(self) -> Files:
+        """The shards as local files; what is remote is fetched when it is needed."""
+        if self.remote is None:
+            return LocalFiles(self.root)
+        from picotrain.data.remote import RemoteFiles
+
+        return RemoteFiles(self.remote.url, self.root, self.remote.cache_bytes, say=lambda text: print(text, file=sys.stderr, flush=True))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
@@ -99,52 +118,14 @@ class Corpus:
             "shards": [shard.to_json() for shard in self.shards],
             "val": self.val.to_json(),
             "origin": self.origin,
+            "remote": self.remote,
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Corpus:
         shards = tuple(map(Shard.from_json, data["shards"]))
-        return cls(data["name"], Path(data["root"]), shards, Shard.from_json(data["val"]), data.get("origin"))
-
-
-class Unit(NamedTuple):
-    """Row groups [rg_start, rg_end) of training shard `shard`: read, tokenized and packed as a whole."""
-
-    shard: int
-    rg_start: int
-    rg_end: int
-    text_bytes: int
-
-
-def units(shards: Sequence[Shard], unit_bytes: int) -> list[Unit]:
-    """Cut each shard into runs of consecutive row groups with at least `unit_bytes` of text; a shard's last short
-    run joins the one before, and a shard that is one short run stays one unit."""
-    found: list[Unit] = []
-    for index, shard in enumerate(shards):
-        runs: list[Unit] = []
-        start = size = 0
-        for end, group in enumerate(shard.row_groups, 1):
-            size += group.text_bytes
-            if size >= unit_bytes or end == len(shard.row_groups):
-                runs.append(Unit(index, start, end, size))
-                start, size = end, 0
-        if len(runs) > 1 and runs[-1].text_bytes < unit_bytes:
-            short, before = runs.pop(), runs.pop()
-            runs.append(Unit(index, before.rg_start, short.rg_end, before.text_bytes + short.text_bytes))
-        found += runs
-    return found
-
-
-def default_unit_bytes(seq_len: int) -> int:
-    """max(1 MiB, 400 x (seq_len + 1)) bytes of text."""
-    return max(MIN_UNIT_BYTES, UNIT_ROWS * (seq_len + 1))
-
-
-def default_lanes(num_units: int) -> int:
-    """The largest power of two <= min(64, num_units)."""
-    if num_units < 1:
-        raise ValueError("a corpus without units has no lanes")
-    return 1 << (min(MAX_LANES, num_units).bit_length() - 1)
+        remote = Remote(*data["remote"]) if data.get("remote") else None
+        return cls(data["name"], Path(data["root"]), shards, Shard.from_json(data["val"]), data.get("origin"), remote)
 
 
 def scan(root: Path, name: str, val_shard: str | None = None, *, cache: Path | None = None, only: Iterable[str] | None = None) -> Corpus:
@@ -161,23 +142,34 @@ def scan(root: Path, name: str, val_shard: str | None = None, *, cache: Path | N
     files = sorted(path for path in root.glob("*.parquet") if path.is_file() and (wanted is None or path.name in wanted))
     if not files:
         raise DataError(f"{root} holds no *.parquet file; a corpus is a folder of Parquet shards with a `{TEXT}` column")
-    names = [path.name for path in files]
+    val_name = validating([path.name for path in files], str(root), val_shard)
+    return assemble(name, root, _read_footers(root, files, cache), val_name, read_json(root / ORIGIN))
+
+
+def validating(names: Sequence[str], where: str, val_shard: str | None) -> str:
+    """Which of a corpus' shards validates: `val_shard`, else the last. Raises DataError; `where` is the folder or URL for it."""
     val_name = names[-1] if val_shard is None else val_shard
     if val_name not in names:
         close = difflib.get_close_matches(val_name, names, n=1, cutoff=0)
-        raise DataError(f"data.val_shard: {root} holds no shard {val_name!r}; the nearest is {close[0] if close else names[-1]!r}")
+        raise DataError(f"data.val_shard: {where} holds no shard {val_name!r}; the nearest is {close[0] if close else names[-1]!r}")
     if len(names) == 1:
         raise DataError(
-            f"{root} holds only one shard, {names[0]}, and a corpus needs one to train on and one to validate on; "
-            f"name the file itself (data.path={files[0]}) to have its documents split into both"
+            f"{where} holds only one shard, {names[0]}, and a corpus needs one to train on and one to validate on; "
+            f"name the file itself (data.path={Path(where) / names[0]}) to have its documents split into both"
         )
-    shards = _read_footers(root, files, cache)
+    return val_name
+
+
+def assemble(
+    name: str, root: Path, shards: Sequence[Shard], val_name: str, origin: dict[str, Any] | None = None, remote: Remote | None = None
+) -> Corpus:
+    """The corpus of these shards, sorted by name. Raises DataError when there is no document to train or to validate on."""
     train = tuple(shard for shard in shards if shard.name != val_name)
-    val = shards[names.index(val_name)]
+    val = next(shard for shard in shards if shard.name == val_name)
     for rows, what in ((sum(shard.rows for shard in train), "training shards"), (val.rows, f"validation shard {val_name}")):
         if rows == 0:
-            raise DataError(f"{root}, {what}: there is no document in it")
-    return Corpus(name, root, train, val, read_json(root / ORIGIN))
+            raise DataError(f"{remote.url if remote else root}, {what}: there is no document in it")
+    return Corpus(name, root, train, val, origin, remote)
 
 
 def read_texts(root: Path, shard: Shard, rg: int) -> list[str]:
@@ -186,22 +178,35 @@ def read_texts(root: Path, shard: Shard, rg: int) -> list[str]:
     try:
         return [text or "" for text in column.to_pylist()]
     except UnicodeDecodeError:
-        row = next(i for i, raw in enumerate(column.cast("binary").to_pylist()) if not _is_utf8(raw))
-        raise DataError(f"{root / shard.name}, row group {rg}, row {row}: the text is not valid UTF-8") from None
+        raise DataError(f"{root / shard.name}, row group {rg}, document {first_undecodable(column)}: the text is not valid UTF-8") from None
+
+
+def first_undecodable(column: pa.Array | pa.ChunkedArray) -> int:
+    """The index of the first text of a column that is not valid UTF-8."""
+    return next(i for i, raw in enumerate(column.cast("binary").to_pylist()) if not _is_utf8(raw))
 
 
 def sample_texts(corpus: Corpus, max_bytes: int) -> Iterator[str]:
-    """At most about `max_bytes` (characters counted) of training text, spread evenly over all row groups; all of it when it is less."""
-    groups = [(shard, rg) for shard in corpus.shards for rg, group in enumerate(shard.row_groups) if group.rows]
-    if corpus.text_bytes > max_bytes:
-        mean = corpus.text_bytes / len(groups)
+    """At most about `max_bytes` (characters counted) of training text, spread evenly over all row groups; all of it when it is less.
+
+    Of a remote corpus only a few shards are fetched for it, spread evenly too.
+    """
+    shards = corpus.shards
+    if corpus.remote:
+        count = min(len(shards), max(SAMPLED_SHARDS, math.ceil(2 * max_bytes * len(shards) / max(1, corpus.text_bytes))))
+        shards = tuple(shards[i * len(shards) // count] for i in range(count))
+    groups = [(shard, rg) for shard in shards for rg, group in enumerate(shard.row_groups) if group.rows]
+    text_bytes = sum(shard.text_bytes for shard in shards)
+    if text_bytes > max_bytes:
+        mean = text_bytes / len(groups)
         # At least 64 places, however large the row groups are, each giving an equal share.
         count = min(len(groups), max(64, int(max_bytes / mean)))
         groups = [groups[i * len(groups) // count] for i in range(count)]
     share = max(1, max_bytes // len(groups))
     for shard, rg in groups:
-        texts = read_texts(corpus.root, shard, rg)
-        yield from _thin(texts, share) if corpus.text_bytes > max_bytes else texts
+        with corpus.files.hold(shard) as path:
+            texts = read_texts(path.parent, shard, rg)
+        yield from _thin(texts, share) if text_bytes > max_bytes else texts
 
 
 def hint_for(path: Path) -> str:

@@ -1,18 +1,20 @@
 """Lanes: a fixed number of independent, resumable readers of units. Without torch.
 
-The U units of epoch e stand in the order permutation(U, seed, e); all epochs laid end to end form one endless
+The U units of epoch e stand in the order that (seed, e) gives them; all epochs laid end to end form one endless
 sequence of positions. Lane l of L takes positions l, l + L, l + 2L, ... and row g of the run comes from lane g mod L,
 so that the order of rows depends on seed and config alone. Of the rows of a step, dp_rank r of W takes those with
 i mod W == r: where W divides L and the rows of a step, these are the rows of the lanes l with l mod W == r.
 
-The state of a stream is {"row": g, "lanes_count": L, "lanes": [[position, slice, row, rows] | null, ...]}: plain
-JSON. A rank knows its own lanes only; `merge_states` makes one state of all ranks', from which any W goes on.
+In a mixture every lane reads all sources, each with a cursor of its own; `picotrain.data.mixture` says which gives the next row.
+
+The state of a stream is {"row": g, "lanes_count": L, "lanes": [[[position, slice, row, rows] of each source] | null, ...]}:
+plain JSON. A rank knows its own lanes only; `merge_states` makes one state of all ranks', from which any W goes on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import lru_cache
 from itertools import count
@@ -20,12 +22,14 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from picotrain.data.corpus import Corpus, Unit, units
-from picotrain.data.packing import permutation
-from picotrain.data.slices import Encoder, slice_bytes, tokenized
+from picotrain.data.corpus import Corpus, Shard
+from picotrain.data.mixture import Choice, Source
+from picotrain.data.slices import Encoder, Tokens, slice_bytes, tokenized
+from picotrain.data.units import Unit, units
 from picotrain.errors import DataError
 
 State = dict[str, Any]
+OnBad = Callable[[DataError], None]
 
 
 class Cursor(NamedTuple):
@@ -38,6 +42,9 @@ class Cursor(NamedTuple):
     rows: int = 0
 
 
+OUT = Cursor(-1)  # in a lane that has seen the end of a source that is read once
+
+
 class SliceRows(NamedTuple):
     """The packed rows of one slice, at least one."""
 
@@ -47,13 +54,20 @@ class SliceRows(NamedTuple):
 
 
 class Stream:
-    """What all lanes share: corpus, order and packing, but no place in them. Safe to use from several threads."""
+    """One source as all lanes share it: corpus, order and packing, but no place in it. Safe to use from several threads.
 
-    def __init__(self, corpus: Corpus, tokenizer: Encoder, seq_len: int, unit_bytes: int, lanes: int, seed: int):
-        self.corpus, self.tokenizer, self.seq_len, self.lanes, self.seed = corpus, tokenizer, seq_len, lanes, seed
-        self.units = units(corpus.shards, unit_bytes)
+    on_bad: called with the error where a unit cannot be read, which is then passed over from there on; None: the error is raised.
+    """
+
+    def __init__(
+        self, source: Source, tokenizer: Encoder, seq_len: int, unit_bytes: int, lanes: int, seed: int, on_bad: OnBad | None = None
+    ):
+        self.corpus, self.repeat = source.corpus, source.repeat
+        self.tokenizer, self.seq_len, self.lanes, self.seed = tokenizer, seq_len, lanes, seed
+        self.units = units(source.corpus.shards, unit_bytes)
         self.slice_bytes = slice_bytes(unit_bytes)
-        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(len(self.units), seed, epoch))
+        self._on_bad = on_bad
+        self._order = lru_cache(maxsize=2)(lambda epoch: self.units.order(seed, epoch))
         self._rowless: set[int] = set()  # units without a full row, in whatever order they are packed
 
     def at(self, position: int) -> tuple[int, int]:
@@ -65,10 +79,13 @@ class Stream:
         return self.units[self.at(position)[1]]
 
     def slices_from(self, cursor: Cursor) -> Iterator[SliceRows]:
-        """A lane's slices from the first with a row left on, packed; endless. What holds no full row is passed over."""
+        """A lane's slices from the first with a row left on, packed; what holds no full row is passed over. Endless, but for
+        a source that is read once."""
         used_up = cursor.row == cursor.rows > 0
         first = cursor.slice + used_up
         for position in count(cursor.position, self.lanes):
+            if position >= len(self.units) and not self.repeat:
+                return
             yield from self._unit_slices(position, first)
             first = 0
 
@@ -77,50 +94,78 @@ class Stream:
         num_slices = max(1, math.ceil(self.unit(position).text_bytes / self.slice_bytes))
         return min(1.0, number / num_slices), min(1.0, (number + 1) / num_slices)
 
+    def shards_from(self, position: int, most: int) -> list[Shard]:
+        """The next shards that the stream will want from a position on, at most `most` of them."""
+        wanted: dict[int, None] = {}
+        for place in range(position, position + len(self.units)):
+            if len(wanted) == most or (place >= len(self.units) and not self.repeat):
+                break
+            wanted[self.unit(place).shard] = None
+        return [self.corpus.shards[index] for index in wanted]
+
     def _unit_slices(self, position: int, first: int) -> Iterator[SliceRows]:
         epoch, index = self.at(position)
         if index in self._rowless:
             return
-        unit = self.units[index]
-        parts = tokenized(self.corpus.root, self.corpus.shards[unit.shard], unit, self.tokenizer, self.slice_bytes, skip=first)
         number, found = first, first > 0
-        for tokens in parts:
-            rows = tokens.pack(self.tokenizer, self.seq_len, (self.seed, epoch, index, number)).rows
-            del tokens  # while this waits for its consumer, the rows are all that is held
-            if len(rows):
-                found = True
-                yield SliceRows(position, number, rows)
-            number += 1
+        try:
+            for tokens in self._tokens(self.units[index], first):
+                rows = tokens.pack(self.tokenizer, self.seq_len, (self.seed, epoch, index, number)).rows
+                del tokens  # while this waits for its consumer, the rows are all that is held
+                if len(rows):
+                    found = True
+                    yield SliceRows(position, number, rows)
+                number += 1
+        except DataError as error:
+            if self._on_bad is None:
+                raise
+            self._on_bad(error)
         if not found:
             self._rowless.add(index)
             if len(self._rowless) == len(self.units):
                 raise DataError(too_short(self.corpus, self.seq_len))
 
+    def _tokens(self, unit: Unit, skip: int) -> Iterator[Tokens]:
+        return tokenized(self.corpus.files, self.corpus.shards[unit.shard], unit, self.tokenizer, self.slice_bytes, skip)
 
-class Lane:
-    """One reader of a stream. `pool` prepares its next slice when the share `prefetch_at` of the present one is used."""
 
-    def __init__(self, stream: Stream, cursor: Cursor, pool: Executor, prefetch_at: float):
-        self._stream, self._pool, self._prefetch_at = stream, pool, prefetch_at
+class Reader:
+    """One lane's place in one source. `pool` prepares its next slice when the share `prefetch_at` of the present one is used."""
+
+    def __init__(self, stream: Stream, lane: int, cursor: Cursor, pool: Executor, prefetch_at: float):
+        self.stream, self._lane, self._pool, self._prefetch_at = stream, lane, pool, prefetch_at
         self._slices = stream.slices_from(cursor)
         self._rows: NDArray | None = None  # (n, seq_len + 1), of the slice at the cursor
-        self._ahead: Future[SliceRows] | None = None
-        self._stand_at(cursor)
+        self._ahead: Future[SliceRows | None] | None = None
+        self.cursor = cursor
+        if not self.is_out:
+            self._stand_at(cursor)
 
     @property
     def progress(self) -> float:
-        """How many units the lane has used up, the present one counted by its share."""
+        """How many units the reader has used up, the present one counted by its share."""
+        if self.is_out:
+            return len(range(self._lane, len(self.stream.units), self.stream.lanes))
         return self._before + self.cursor.row * self._per_row
+
+    @property
+    def is_out(self) -> bool:
+        """Whether the source was read once and has left the lane."""
+        return self.cursor == OUT
 
     def open(self) -> None:
         """Have the first slice prepared, without waiting for it."""
-        if self._rows is None:
+        if self._rows is None and not self.is_out:
             self._request()
 
-    def next_row(self) -> NDArray:
-        """The next row, seq_len + 1 ids; the cursor then stands behind it."""
+    def next_row(self) -> NDArray | None:
+        """The next row, seq_len + 1 ids; the cursor then stands behind it. None: a source that is read once has no more."""
         if self._rows is None or self.cursor.row == self.cursor.rows:
-            self._rows = self._next_slice()
+            rows = None if self.is_out else self._next_slice()
+            if rows is None:
+                self.cursor = OUT
+                return None
+            self._rows = rows
         position, number, row, rows = self.cursor
         self.cursor = Cursor(position, number, row + 1, rows)
         if row + 1 >= self._prefetch_at * rows:
@@ -129,19 +174,22 @@ class Lane:
 
     def _stand_at(self, cursor: Cursor) -> None:
         self.cursor = cursor
-        start, end = self._stream.slice_share(cursor.position, cursor.slice)
-        self._before = cursor.position // self._stream.lanes + start
+        start, end = self.stream.slice_share(cursor.position, cursor.slice)
+        self._before = cursor.position // self.stream.lanes + start
         self._per_row = (end - start) / max(1, cursor.rows)
 
     def _request(self) -> None:
         if self._ahead is None:
-            self._ahead = self._pool.submit(next, self._slices)
+            self._ahead = self._pool.submit(next, self._slices, None)
 
-    def _next_slice(self) -> NDArray:
+    def _next_slice(self) -> NDArray | None:
         self._request()
         assert self._ahead is not None
-        position, number, rows = self._ahead.result()
+        found = self._ahead.result()
         self._ahead = None
+        if found is None:
+            return None
+        position, number, rows = found
         at = self.cursor
         if at.row == at.rows:
             self._stand_at(Cursor(position, number, 0, len(rows)))
@@ -153,9 +201,40 @@ class Lane:
         return rows
 
 
-def start_state(lanes: int) -> State:
+class Lane:
+    """One lane: its rows, drawn from its readers, one for each source. rows: how many it has given."""
+
+    def __init__(self, readers: Sequence[Reader], choice: Choice, rows: int):
+        self.readers, self._choice, self._rows = list(readers), choice, rows
+        self.source = 0  # of the last row
+        for source, reader in enumerate(self.readers):
+            if reader.is_out:
+                choice.leave(source)
+
+    @property
+    def cursors(self) -> tuple[Cursor, ...]:
+        """A cursor for each source."""
+        return tuple(reader.cursor for reader in self.readers)
+
+    def open(self) -> None:
+        """Have the slice of the next row prepared, without waiting for it."""
+        self.readers[self._choice.source(self._rows)].open()
+
+    def next_row(self) -> NDArray:
+        """The next row, seq_len + 1 ids. Raises DataError when every source was read once and none repeats."""
+        while True:
+            self.source = self._choice.source(self._rows)
+            row = self.readers[self.source].next_row()
+            if row is not None:
+                self._rows += 1
+                return row
+            if not self._choice.leave(self.source):
+                raise DataError("every source of the data was read once, and none repeats; let one of them: data.mixture's at_end=wrap")
+
+
+def start_state(lanes: int, sources: int = 1) -> State:
     """The state before the first row."""
-    return {"row": 0, "lanes_count": lanes, "lanes": [list(Cursor(lane)) for lane in range(lanes)]}
+    return {"row": 0, "lanes_count": lanes, "lanes": [[list(Cursor(lane))] * sources for lane in range(lanes)]}
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -172,7 +251,7 @@ def merge_states(states: Sequence[State]) -> State:
 def check_lanes(lanes: int, num_units: int, dp_size: int, rows_per_step: int) -> None:
     """Raise DataError where the lanes do not fit the corpus or dp_size does not divide the lanes and the rows of a step."""
     if lanes > num_units:
-        raise DataError(f"data.lanes={lanes}: each lane needs a unit and the corpus has {num_units}; at most {num_units} lanes work")
+        raise DataError(f"data.lanes={lanes}: each lane needs a unit and there are {num_units}; at most {num_units} lanes work")
     if lanes % dp_size:
         below = max(n for n in range(1, dp_size + 1) if lanes % n == 0)
         above = min((n for n in range(dp_size, lanes + 1) if lanes % n == 0), default=None)
@@ -187,7 +266,7 @@ def check_lanes(lanes: int, num_units: int, dp_size: int, rows_per_step: int) ->
 def has_full_row(corpus: Corpus, tokenizer: Encoder, seq_len: int, unit_bytes: int) -> bool:
     """Whether the training shards yield at least one row. Reads until it finds one: mostly a single slice."""
     for unit in units(corpus.shards, unit_bytes):
-        for tokens in tokenized(corpus.root, corpus.shards[unit.shard], unit, tokenizer, slice_bytes(unit_bytes)):
+        for tokens in tokenized(corpus.files, corpus.shards[unit.shard], unit, tokenizer, slice_bytes(unit_bytes)):
             if tokens.row_tokens > seq_len:
                 return True
     return False
@@ -196,4 +275,4 @@ def has_full_row(corpus: Corpus, tokenizer: Encoder, seq_len: int, unit_bytes: i
 def too_short(corpus: Corpus, seq_len: int) -> str:
     """What to tell a user whose corpus has no full row."""
     size = f"{corpus.documents:,} training documents, {corpus.text_bytes:,} bytes"
-    return f"{corpus.root} ({size}): no unit of it fills a row of {seq_len + 1} tokens; take a smaller train.seq_len or more text"
+    return f"{corpus.root} ({size}): no readable unit of it fills a row of {seq_len + 1} tokens; take a smaller train.seq_len or more text"

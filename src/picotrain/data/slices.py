@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from picotrain.data.corpus import TEXT, Shard, Unit
+from picotrain.data.corpus import TEXT, Shard, first_undecodable
+from picotrain.data.files import Files
 from picotrain.data.packing import Packed, pack, row_dtype
+from picotrain.data.units import Unit
 from picotrain.errors import DataError
 
 MIN_SLICE_BYTES = 8 << 20  # UTF-8 text that is tokenized and packed at once, unless units are larger by config
@@ -61,41 +62,50 @@ def slice_bytes(unit_bytes: int) -> int:
     return max(MIN_SLICE_BYTES, unit_bytes)
 
 
-def tokenized(root: Path, shard: Shard, unit: Unit, tokenizer: Encoder, max_bytes: int, skip: int = 0) -> Iterator[Tokens]:
+def tokenized(files: Files, shard: Shard, unit: Unit, tokenizer: Encoder, max_bytes: int, skip: int = 0) -> Iterator[Tokens]:
     """The slices of a unit, tokenized, in file order; the first `skip` are read over. No text is held between two slices."""
 
     def encode(part: Slice) -> Tokens:
         return Tokens(*tokenizer.encode_flat(part.texts), np.array(part.docs, dtype=np.int64))
 
-    return map(encode, islice(cut(documents(root, shard, unit), max_bytes), skip, None))
+    return map(encode, islice(cut(documents(files, shard, unit), max_bytes), skip, None))
 
 
-def documents(root: Path, shard: Shard, unit: Unit) -> Iterator[str]:
+def documents(files: Files, shard: Shard, unit: Unit) -> Iterator[str]:
     """The documents of a unit in file order, nulls as ""; holds about 1 MiB of text or one document at a time, however
     large the row groups are. Raises DataError, naming shard and row groups, when they cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = root / shard.name
     groups = range(unit.rg_start, unit.rg_end)
     rows = sum(shard.row_groups[rg].rows for rg in groups)
     batch_rows = max(1, min(rows, READ_BYTES * rows // max(1, unit.text_bytes)))
-    where = f"{path}, row groups {unit.rg_start} to {unit.rg_end - 1}"
     seen = 0
-    try:
-        if (size := path.stat().st_size) != shard.bytes:
-            raise OSError(f"it has {size:,} bytes, and had {shard.bytes:,} when the corpus was scanned")
-        with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES) as file:
-            for batch in file.iter_batches(batch_rows, row_groups=list(groups), columns=[TEXT], use_threads=False):
-                for text in batch.column(0).to_pylist():
-                    seen += 1
-                    yield text or ""
-        if seen != rows:
-            raise OSError(f"they hold {seen:,} documents, and the footer promised {rows:,}")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: the text is not valid UTF-8 after document {seen} of these") from error
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{where} cannot be read after {seen:,} documents: {str(error).strip()}") from error
+    with files.hold(shard) as path:
+        try:
+            with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True) as file:
+                for batch in file.iter_batches(batch_rows, row_groups=list(groups), columns=[TEXT], use_threads=False):
+                    try:
+                        texts = batch.column(0).to_pylist()
+                    except UnicodeDecodeError:
+                        seen += first_undecodable(batch.column(0))
+                        raise OSError("its text is not valid UTF-8") from None
+                    for text in texts:
+                        seen += 1
+                        yield text or ""
+            if seen != rows:
+                raise OSError(f"the footer promised {rows:,} documents in these row groups, and there are {seen:,}")
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}, {_place(shard, unit, seen)} cannot be read: {str(error).strip()}") from error
+
+
+def _place(shard: Shard, unit: Unit, document: int) -> str:
+    """Where document number `document` of a unit stands."""
+    for rg in range(unit.rg_start, unit.rg_end):
+        if document < shard.row_groups[rg].rows:
+            return f"row group {rg}, document {document}"
+        document -= shard.row_groups[rg].rows
+    return f"row group {unit.rg_end - 1}, its end"
 
 
 def cut(texts: Iterable[str], max_bytes: int) -> Iterator[Slice]:

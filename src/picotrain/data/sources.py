@@ -18,18 +18,36 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from picotrain.data.corpus import ORIGIN, Corpus, hash_bytes, read_json, sample_texts, scan, write_atomic
+from picotrain.config.compose import data_preset
+from picotrain.config.schema import DataConfig
+from picotrain.data.corpus import ORIGIN, Corpus, Remote, assemble, hash_bytes, read_json, scan, validating, write_atomic
+from picotrain.data.mixture import Mixture, Source
 from picotrain.data.prepare import Input, Say, Undecodable, expand, identify, locked, prepare, silent
 from picotrain.errors import DataError, TokenizerError
 
 if TYPE_CHECKING:
-    from picotrain.config.schema import DataConfig, TokenizerConfig
+    from picotrain.config.schema import TokenizerConfig
     from picotrain.tokenizer import Tokenizer
 
+Text = Corpus | Mixture
+PRESETS = ("pystdlib", "climbmix", "fineweb_edu")  # what a mixture may name instead of a path
 DOWNLOADS = 4  # shards fetched at once
 META_BYTES = 4_000_000  # text that bytes per token are measured on
 META = "meta.json"  # what was measured of a tokenizer, in its cache folder
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+
+
+def gather(data: DataConfig, cache: Path, say: Say = silent) -> Mixture:
+    """What this config trains on, made or downloaded into `cache` when it is not there yet. Raises DataError."""
+    parts = _parts(data)
+    return _mixture(data, [resolve(part, cache, say) for part in parts])
+
+
+def known_mixture(data: DataConfig, cache: Path) -> Mixture | None:
+    """What this config trains on if all of it is already there; see `known`."""
+    corpora = [known(part, cache) for part in _parts(data)]
+    there = [corpus for corpus in corpora if corpus is not None]
+    return _mixture(data, there) if len(there) == len(corpora) else None
 
 
 def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
@@ -37,6 +55,8 @@ def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
     cache = Path(cache).expanduser().absolute()
     if data.kind == "hub":
         return _download(data, cache, say)
+    if _is_remote(data):
+        return _scan_url(data, cache, say)
     if (corpus := known(data, cache)) is not None:
         return corpus
     files, undecodable = _inputs(data)
@@ -57,6 +77,8 @@ def known(data: DataConfig, cache: Path) -> Corpus | None:
     if data.kind == "hub":
         root, names = _hub_shards(data, cache)
         return _hub_corpus(data, root, names) if all((root / name).is_file() for name in names) else None
+    if _is_remote(data):
+        return _known_url(data, cache)
     if (folder := _shard_folder(data)) is not None:
         return scan(folder, data.name, data.val_shard, cache=cache)
     files, _ = _inputs(data)
@@ -72,7 +94,7 @@ def pystdlib_text_bytes() -> int:
     return sum(file.path.stat().st_size for file in _stdlib_files())
 
 
-def obtain_tokenizer(section: TokenizerConfig, corpus: Corpus, cache: Path, say: Say = silent) -> tuple[Path, dict[str, Any]]:
+def obtain_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path, say: Say = silent) -> tuple[Path, dict[str, Any]]:
     """The path of this config's `tokenizer.json` (the one it names, or one trained on the training split and kept in
     `cache`) and what was measured of it: {"vocab_size", "bytes_per_token", "corpus", "tokenizer"}.
 
@@ -89,7 +111,7 @@ def obtain_tokenizer(section: TokenizerConfig, corpus: Corpus, cache: Path, say:
             used = min(section.train_bytes, corpus.text_bytes)
             say(f"training a tokenizer of {section.vocab_size:,} tokens on {used / 1e6:,.1f} MB of {corpus.name}")
             started = time.monotonic()
-            train_tokenizer(sample_texts(corpus, section.train_bytes), section.vocab_size, path)
+            train_tokenizer(Mixture.of(corpus).sample(section.train_bytes), section.vocab_size, path)
             say(f"trained it in {time.monotonic() - started:.1f} s: {path}")
         tokenizer = load_tokenizer(path, section.encoder)
         if tokenizer.vocab_size != section.vocab_size:
@@ -103,13 +125,18 @@ def obtain_tokenizer(section: TokenizerConfig, corpus: Corpus, cache: Path, say:
     return path, meta
 
 
-def known_tokenizer(section: TokenizerConfig, corpus: Corpus, cache: Path) -> dict[str, Any] | None:
+def known_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path) -> dict[str, Any] | None:
     """What `obtain_tokenizer` measured, if it has run for this corpus and section."""
     return read_json(_tokenizer_home(section, corpus, cache) / META)
 
 
-def check_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, unit_bytes: int) -> None:
-    """Raise DataError unless training and validation shards fill at least one row of seq_len + 1 tokens each."""
+def check_rows(data: Text, tokenizer: Tokenizer, seq_len: int, unit_bytes: int) -> None:
+    """Raise DataError unless each source's training and validation shards fill at least one row of seq_len + 1 tokens."""
+    for corpus in Mixture.of(data).corpora:
+        _check_rows(corpus, tokenizer, seq_len, unit_bytes)
+
+
+def _check_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, unit_bytes: int) -> None:
     from picotrain.data.lanes import has_full_row, too_short
 
     if not has_full_row(corpus, tokenizer, seq_len, unit_bytes):
@@ -121,9 +148,9 @@ def check_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, unit_bytes: i
         )
 
 
-def _measure(tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:
+def _measure(tokenizer: Tokenizer, corpus: Text) -> dict[str, Any]:
     """Bytes of training text per token, the `<|bos|>` that leads each document counted."""
-    texts = list(sample_texts(corpus, META_BYTES))
+    texts = list(Mixture.of(corpus).sample(META_BYTES))
     ids, _ = tokenizer.encode_flat(texts)
     return {
         "vocab_size": tokenizer.vocab_size,
@@ -133,7 +160,7 @@ def _measure(tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _tokenizer_home(section: TokenizerConfig, corpus: Corpus, cache: Path) -> Path:
+def _tokenizer_home(section: TokenizerConfig, corpus: Text, cache: Path) -> Path:
     """One folder for each corpus and vocabulary; the encoder is no part of it, as both give the same ids."""
     identity: list[Any] = [corpus.fingerprint, section.kind, section.vocab_size, section.train_bytes]
     if section.path is not None:
@@ -145,6 +172,29 @@ def _tokenizer_home(section: TokenizerConfig, corpus: Corpus, cache: Path) -> Pa
 def _tokenizer_path(section: TokenizerConfig, home: Path) -> Path:
     path = home if section.path is None else Path(section.path).expanduser().absolute()
     return path if path.suffix == ".json" else path / "tokenizer.json"
+
+
+def _parts(data: DataConfig) -> list[DataConfig]:
+    """A mixture's sources as data configs of their own; any other config is its own only part."""
+    if data.kind != "mixture":
+        return [data]
+    parts = []
+    for entry in data.mixture:
+        if entry.source in PRESETS:
+            part = data_preset(entry.source)
+            changes = {"num_shards": entry.num_shards or part.num_shards, "val_shard": entry.val_shard or part.val_shard}
+        else:
+            part = DataConfig(kind="files", name=entry.name, path=entry.source)
+            changes = {"val_shard": entry.val_shard}
+        parts.append(part.model_copy(update={**changes, "cache_bytes": data.cache_bytes}))
+    return parts
+
+
+def _mixture(data: DataConfig, corpora: list[Corpus]) -> Mixture:
+    if data.kind != "mixture":
+        return Mixture.of(corpora[0])
+    pairs = zip(data.mixture, corpora, strict=True)
+    return Mixture(data.name, tuple(Source(corpus, entry.weight, entry.at_end == "wrap") for entry, corpus in pairs))
 
 
 def _inputs(data: DataConfig) -> tuple[list[Input], Undecodable]:
@@ -193,6 +243,40 @@ def _stats(files: list[Input]) -> str:
 
 def _hash(value: Any) -> str:
     return hash_bytes(json.dumps(value).encode(), 8)
+
+
+# --- URLs ----------------------------------------------------------------------------------------
+
+
+def _is_remote(data: DataConfig) -> bool:
+    from picotrain.data.remote import is_url
+
+    return data.kind == "files" and data.path is not None and is_url(data.path)
+
+
+def _scan_url(data: DataConfig, cache: Path, say: Say) -> Corpus:
+    """The corpus behind a URL, from its footers alone; shards are fetched when they are needed."""
+    from picotrain.data.remote import list_shards, manifest_name, read_shards, redacted
+
+    assert data.path is not None
+    files = list_shards(data.path)
+    val_name = validating([file.name for file in files], redacted(data.path), data.val_shard)
+    shards = read_shards(data.path, files, cache, say)
+    root = cache / "shards" / Path(manifest_name(data.path)).stem
+    corpus = assemble(data.name, root, shards, val_name, remote=Remote(data.path, data.cache_bytes))
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomic(_url_index(data, cache), json.dumps(corpus.to_json()).encode())
+    return corpus
+
+
+def _known_url(data: DataConfig, cache: Path) -> Corpus | None:
+    """What `_scan_url` found when it last looked; the network is not asked."""
+    found = read_json(_url_index(data, cache))
+    return Corpus.from_json(found) if found else None
+
+
+def _url_index(data: DataConfig, cache: Path) -> Path:
+    return cache / "corpora" / f"url-{_hash([data.path, data.val_shard])}.json"
 
 
 # --- the Hugging Face Hub ------------------------------------------------------------------------

@@ -9,21 +9,26 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from numpy.typing import NDArray
 
-from picotrain.data.corpus import Corpus, units
-from picotrain.data.lanes import Cursor, Lane, State, Stream, check_lanes, start_state
+from picotrain.data.corpus import Corpus
+from picotrain.data.lanes import Cursor, Lane, Reader, State, Stream, check_lanes, start_state
+from picotrain.data.mixture import Choice, Mixture
 from picotrain.data.packing import Packed, concatenate
 from picotrain.data.slices import Encoder, slice_bytes, tokenized
+from picotrain.data.units import WINDOW_SHARDS, units
 from picotrain.errors import DataError
 
-READY_BATCHES = 3  # finished batches that wait for the training thread
+READY_BATCHES = 3  # finished batches that wait for the training thread beyond those of a step
+AHEAD_SHARDS = 2 * WINDOW_SHARDS  # remote shards that are fetched before they are needed
+LOOK_S = 0.1  # how often a wait for data looks up
 WORKERS = 2  # threads that read, tokenize and pack
 
 
@@ -34,23 +39,29 @@ class Position(NamedTuple):
     lanes: int
     dp_rank: int
     dp_size: int
-    cursors: tuple[Cursor, ...]  # of lanes dp_rank, dp_rank + dp_size, ...
+    cursors: tuple[tuple[Cursor, ...], ...]  # for each source, of lanes dp_rank, dp_rank + dp_size, ...
 
     def state(self) -> State:
         """As JSON, with null for the lanes of other ranks."""
-        known: list[list[int] | None] = [None] * self.lanes
-        known[self.dp_rank :: self.dp_size] = map(list, self.cursors)
+        known: list[Any] = [None] * self.lanes
+        known[self.dp_rank :: self.dp_size] = [[list(cursor) for cursor in lane] for lane in self.cursors]
         return {"row": self.row, "lanes_count": self.lanes, "lanes": known}
 
     @classmethod
-    def of(cls, state: State, lanes: int, dp_rank: int, dp_size: int) -> Position:
+    def of(cls, state: State, lanes: int, sources: int, dp_rank: int, dp_size: int) -> Position:
         """A rank's part of a merged state."""
         if (saved := state["lanes_count"]) != lanes:
             raise DataError(f"data.lanes={lanes}: the checkpoint's stream has {saved} lanes, which are fixed when a run is created")
         if (row := state["row"]) % dp_size:
             raise DataError(f"dp_size {dp_size} does not divide the {row} rows that were read; resume with the dp_size of before")
-        cursors = tuple(Cursor(*cursor) for cursor in state["lanes"][dp_rank::dp_size])
+        cursors = tuple(tuple(Cursor(*cursor) for cursor in lane) for lane in state["lanes"][dp_rank::dp_size])
+        if cursors and (saved := len(cursors[0])) != sources:
+            raise DataError(f"the checkpoint's stream draws from {saved} sources and this config from {sources}; the data is another one")
         return cls(row, lanes, dp_rank, dp_size, cursors)
+
+    def lane_rows(self, lane: int) -> int:
+        """How many rows the lane has given: those g < row with g mod lanes == lane."""
+        return len(range(lane, self.row, self.lanes))
 
 
 class Batch(NamedTuple):
@@ -61,8 +72,10 @@ class Batch(NamedTuple):
     epoch: float  # passes over the corpus: the share of the units that this rank's lanes have used up
     pq: int  # index of the shard that the last row comes from
     rg: int  # first row group of the last row's unit
-    wait_ms: float  # how long `next` was kept waiting
+    wait_ms: float  # how long the training thread was kept waiting
     position: Position
+    source_rows: tuple[int, ...]  # rows of the batch by source
+    source_epochs: tuple[float, ...]  # passes over each source
 
     @property
     def tokens(self) -> int:
@@ -83,6 +96,8 @@ class _Prepared(NamedTuple):
     pq: int
     rg: int
     position: Position
+    source_rows: tuple[int, ...]
+    source_epochs: tuple[float, ...]
 
 
 class Loader(Iterator[Batch]):
@@ -90,18 +105,19 @@ class Loader(Iterator[Batch]):
 
     state: None for the start, else a state merged of all ranks'; any dp_size that divides lanes and rows_per_step goes
     on exactly. The rows of a step are the same for any device_batch_size.
+    on_bad_shard: "stop" raises what cannot be read; "skip" passes over the rest of its unit and notes it in `skipped`.
 
-    Memory, at most, beside READY_BATCHES batches: let S be max(8 MiB, unit_bytes), t the bytes of an id in rows (2, or 4
-    above 65,536 ids), and count a token a byte of text (mostly it is one in four). Each of lanes / dp_size lanes holds
-    its present and its prepared slice, 2 x S x t; each of WORKERS slices in the making takes S x (5 + 4 + t) for text, ids
-    and rows, and up to 10 x its longest document while that is cut. A unit below S counts with its own size.
-    Raises DataError where lanes, corpus, dp_size, rows_per_step and state do not go together; what fails in the
+    Memory, at most, beside the batches of a step and READY_BATCHES: let S be max(8 MiB, unit_bytes), t the bytes of an id in
+    rows (2, or 4 above 65,536 ids), and count a token a byte of text (mostly it is one in four). Each of lanes / dp_size lanes
+    holds for each source its present and its prepared slice, 2 x S x t; each of WORKERS slices in the making takes
+    S x (5 + 4 + t) for text, ids and rows, and up to 10 x its longest document while that is cut. A unit below S counts with
+    its own size. Raises DataError where lanes, corpus, dp_size, rows_per_step and state do not go together; what fails in the
     background is raised by `next`.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        data: Corpus | Mixture,
         tokenizer: Encoder,
         *,
         seq_len: int,
@@ -114,43 +130,93 @@ class Loader(Iterator[Batch]):
         dp_size: int = 1,
         device: torch.device | str = "cpu",
         state: State | None = None,
+        on_bad_shard: Literal["stop", "skip"] = "stop",
     ):
-        self._stream = Stream(corpus, tokenizer, seq_len, unit_bytes, lanes, seed)
-        check_lanes(lanes, len(self._stream.units), dp_size, rows_per_step)
-        self._position = Position.of(state or start_state(lanes), lanes, dp_rank, dp_size)
+        self._data = mixture = Mixture.of(data)
+        self._skipped: deque[str] = deque()
+        on_bad = self._note_skipped if on_bad_shard == "skip" else None
+        # Sources of the same shape must not stand in the same order, so each has a seed of its own.
+        self._streams = [
+            Stream(source, tokenizer, seq_len, unit_bytes, lanes, seed + index, on_bad) for index, source in enumerate(mixture.sources)
+        ]
+        check_lanes(lanes, max(len(stream.units) for stream in self._streams), dp_size, rows_per_step)
+        sources = len(self._streams)
+        self._position = Position.of(state or start_state(lanes, sources), lanes, sources, dp_rank, dp_size)
         self._batch_rows, self._device = device_batch_size, torch.device(device)
         if self._device.type == "cuda" and self._device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="picotrain-data")
-        cursors = self._position.cursors
-        # Lanes run dry at about the same time, so each has its next slice prepared at another share of its present one.
-        self._lanes = [Lane(self._stream, at, self._pool, 0.25 + 0.5 * i / len(cursors)) for i, at in enumerate(cursors)]
-        self._ready: queue.Queue[_Prepared | BaseException] = queue.Queue(READY_BATCHES)
+        self._lanes = [self._lane(number, seed) for number in range(dp_rank, lanes, dp_size)]
+        self._prefetched: dict[int, int] = {}  # by source: the position that its prefetched shards begin at
+        # A step's batches are looked at before it begins, so that many have to be ready while the step before runs.
+        batches_per_step = rows_per_step // (dp_size * device_batch_size)
+        self._ready: queue.Queue[_Prepared | BaseException] = queue.Queue(batches_per_step + READY_BATCHES - 1)
+        self._taken: deque[_Prepared] = deque()
+        self._waited_ms = 0.0
         self._failed: BaseException | None = None
         self._closing = threading.Event()
         self._producer = threading.Thread(target=self._produce, name="picotrain-batches", daemon=True)
         self._producer.start()
+
+    def _lane(self, number: int, seed: int) -> Lane:
+        index = (number - self._position.dp_rank) // self._position.dp_size
+        cursors = self._position.cursors[index]
+        # Lanes run dry at about the same time, so each has its next slice prepared at another share of its present one.
+        prefetch_at = 0.25 + 0.5 * index / len(self._position.cursors)
+        readers = [Reader(stream, number, at, self._pool, prefetch_at) for stream, at in zip(self._streams, cursors, strict=True)]
+        return Lane(readers, Choice(self._data.shares, seed, number), self._position.lane_rows(number))
 
     @property
     def state(self) -> State:
         """The state behind the last batch that `next` returned."""
         return self._position.state()
 
+    def look_ahead(self, batches: int, given_up: Callable[[], bool] = lambda: False) -> BaseException | None:
+        """Wait until the next `batches` batches are ready or `given_up()`; the error where one of them cannot be made.
+
+        So a failure is known before a step begins, while all ranks can still agree on what to do.
+        """
+        while len(self._taken) < batches and self._failed is None and not given_up():
+            self._take(LOOK_S)
+        return self._failed if len(self._taken) < batches else None
+
     def __next__(self) -> Batch:
         if self._closing.is_set():
             raise RuntimeError("the loader is closed")
-        if self._failed is not None:
-            raise self._failed
-        started = time.perf_counter()
-        item = self._ready.get()
-        wait_ms = 1000 * (time.perf_counter() - started)
-        if isinstance(item, BaseException):
-            self._failed = item
-            raise item
+        while not self._taken:
+            if self._failed is not None:
+                raise self._failed
+            self._take(None)
+        item = self._taken.popleft()
+        wait_ms, self._waited_ms = self._waited_ms, 0.0
         # To a GPU go 4 bytes an id, to CUDA from pinned memory and without waiting; they are widened there. On the CPU nothing is copied.
         inputs, targets = item.ids.to(self._device, non_blocking=self._device.type == "cuda").long()  # (B, T) each
         self._position = item.position
-        return Batch(inputs, targets, item.epoch, item.pq, item.rg, wait_ms, item.position)
+        return Batch(
+            inputs, targets, item.epoch, item.pq, item.rg, wait_ms, item.position, item.source_rows, item.source_epochs
+        )  # fmt: skip
+
+    @property
+    def waited_ms(self) -> float:
+        """How long the training thread has waited since the last batch it got."""
+        return self._waited_ms
+
+    def skipped(self) -> list[str]:
+        """What was passed over since the last call (on_bad_shard="skip"): shard, row group, document, reason."""
+        return [self._skipped.popleft() for _ in range(len(self._skipped))]
+
+    def _take(self, timeout_s: float | None) -> None:
+        started = time.perf_counter()
+        with suppress(queue.Empty):
+            item = self._ready.get(timeout=timeout_s)
+            if isinstance(item, BaseException):
+                self._failed = item
+            else:
+                self._taken.append(item)
+        self._waited_ms += 1000 * (time.perf_counter() - started)
+
+    def _note_skipped(self, error: DataError) -> None:
+        self._skipped.append(str(error))
 
     def __enter__(self) -> Loader:
         return self
@@ -167,6 +233,7 @@ class Loader(Iterator[Batch]):
                 self._ready.get_nowait()
             self._producer.join(timeout=0.01)
         self._pool.shutdown(wait=True)
+        self._data.close()
 
     def _produce(self) -> None:
         """The producer thread: batch after batch, then what went wrong."""
@@ -182,21 +249,40 @@ class Loader(Iterator[Batch]):
 
     def _batches(self) -> Iterator[_Prepared]:
         """Row j of this rank comes from its lane j mod (lanes / dp_size)."""
-        at, stream, lanes = self._position, self._stream, self._lanes
+        at, lanes = self._position, self._lanes
         done = at.row // at.dp_size  # rows of this rank
-        progress = [lane.progress for lane in lanes]
         while True:
             turns = [(done + k) % len(lanes) for k in range(self._batch_rows)]
+            self._prefetch()
             for i in turns:
                 lanes[i].open()  # all of them at once, before the first is waited for
-            ids = self._tensor([lanes[i].next_row() for i in turns])
+            rows = []
+            source_rows = [0] * len(self._streams)
+            for i in turns:
+                rows.append(lanes[i].next_row())
+                source_rows[lanes[i].source] += 1
             done += len(turns)
-            for i in set(turns):
-                progress[i] = lanes[i].progress
-            epoch = sum(progress) * at.dp_size / len(stream.units)
-            unit = stream.unit(lanes[turns[-1]].cursor.position)
-            position = at._replace(row=done * at.dp_size, cursors=tuple(lane.cursor for lane in lanes))
-            yield _Prepared(ids, epoch, unit.shard, unit.rg_start, position)
+            epoch, source_epochs = self._epochs()
+            reader = lanes[turns[-1]].readers[lanes[turns[-1]].source]
+            unit = reader.stream.unit(reader.cursor.position)
+            position = at._replace(row=done * at.dp_size, cursors=tuple(lane.cursors for lane in lanes))
+            yield _Prepared(self._tensor(rows), epoch, unit.shard, unit.rg_start, position, tuple(source_rows), source_epochs)
+
+    def _epochs(self) -> tuple[float, tuple[float, ...]]:
+        """Passes over all sources' units together, and over each source, as this rank's lanes have made them."""
+        used = [self._position.dp_size * sum(lane.readers[s].progress for lane in self._lanes) for s in range(len(self._streams))]
+        units = [len(stream.units) for stream in self._streams]
+        return sum(used) / sum(units), tuple(u / n for u, n in zip(used, units, strict=True))
+
+    def _prefetch(self) -> None:
+        """Tell where shards come from which ones this rank will want next, whenever the lanes have gone on."""
+        for s, stream in enumerate(self._streams):
+            if stream.corpus.remote is None:
+                continue
+            reached = [reader.cursor.position for lane in self._lanes for reader in [lane.readers[s]] if not reader.is_out]
+            if reached and (first := min(reached)) != self._prefetched.get(s):
+                self._prefetched[s] = first
+                stream.corpus.files.prefetch(stream.shards_from(first, AHEAD_SHARDS))
 
     def _tensor(self, rows: list[NDArray]) -> torch.Tensor:
         """(2, B, T): inputs and targets of rows of T + 1 ids."""
@@ -210,17 +296,29 @@ class Loader(Iterator[Batch]):
         return ids
 
 
-def validation_rows(corpus: Corpus, tokenizer: Encoder, seq_len: int, max_rows: int | None, unit_bytes: int) -> Packed:
+def validation_rows(data: Corpus | Mixture, tokenizer: Encoder, seq_len: int, max_rows: int | None, unit_bytes: int) -> Packed:
     """The first `max_rows` rows (None: all) of the validation shard, in file order and without permutations.
 
-    rows: (N, seq_len + 1); spans number the documents of the whole shard. The same for any dp_size and micro-batch.
-    Raises DataError when the shard has no full row.
+    Of a mixture, each source's validation shard gives its share of the rows, or all it has; one source after the other.
+    rows: (N, seq_len + 1); spans number the documents of the whole shard, or of the shards one after the other. The same for
+    any dp_size and micro-batch. Raises DataError when a shard has no full row.
     """
+    mixture = Mixture.of(data)
+    parts: list[Packed] = []
+    docs = 0
+    for corpus, share in zip(mixture.corpora, mixture.shares, strict=True):
+        packed = _shard_rows(corpus, tokenizer, seq_len, max_rows and max(1, round(max_rows * share)), unit_bytes)
+        parts.append(packed._replace(span_doc=packed.span_doc + docs))
+        docs += corpus.val.rows
+    return concatenate(parts)
+
+
+def _shard_rows(corpus: Corpus, tokenizer: Encoder, seq_len: int, max_rows: int | None, unit_bytes: int) -> Packed:
     parts: list[Packed] = []
     found = 0
     for unit in units([corpus.val], unit_bytes):
         first_doc = sum(group.rows for group in corpus.val.row_groups[: unit.rg_start])
-        for tokens in tokenized(corpus.root, corpus.val, unit, tokenizer, slice_bytes(unit_bytes)):
+        for tokens in tokenized(corpus.files, corpus.val, unit, tokenizer, slice_bytes(unit_bytes)):
             packed = tokens.pack(tokenizer, seq_len, key=None)
             parts.append(packed._replace(span_doc=packed.span_doc + first_doc))
             found += len(packed.rows)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from picotrain.errors import RunError
 from picotrain.metrics import METRICS, read_metrics
 
 Record = dict[str, Any]
-ENDS = ("finished", "stopped", "diverged")  # events after which a run does not go on by itself
+ENDS = ("finished", "stopped", "diverged", "bad_data")  # events after which a run does not go on by itself
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def summarise(run: Run, running: bool = False) -> dict[str, Any]:
         "steps_done": steps_done,
         "tokens": steps_done * (plan.get("total_batch_size") or last.get("tokens") or 0),
         "epochs": last.get("epoch"),
+        "source_tokens": _source_tokens(run.train),
+        "source_epochs": last.get("source_epochs"),
         **_validation(run.val),
         "train_loss": last.get("loss"),
         "smooth_train_loss": last.get("smooth_loss"),
@@ -129,6 +133,14 @@ def _status(run: Run, steps_done: int, running: bool) -> str:
     return "running" if running else "interrupted"
 
 
+def _source_tokens(train: Sequence[Record]) -> dict[str, int] | None:
+    """Tokens trained on by source of a mixture."""
+    total: Counter[str] = Counter()
+    for line in train:
+        total.update({name: int(tokens) for name, tokens in (line.get("source_tokens") or {}).items()})
+    return dict(total) or None
+
+
 def _validation(val: Sequence[Record]) -> dict[str, Any]:
     """First, lowest and last validation BPB with their steps; `val_bpb_ratio` is the last over the first."""
     measured = [line for line in val if line.get("val_bpb") is not None]
@@ -149,7 +161,7 @@ def _validation(val: Sequence[Record]) -> dict[str, Any]:
 
 
 def _throughput(train: Sequence[Record]) -> dict[str, Any]:
-    """Medians over the steps but the first, which compiles and warms up, and the share of the time that waited for data."""
+    """Medians over the steps but the first, which compiles and warms up, and how much of the time waited for data."""
     steady = train[1:] or train
     dt_ms = sum(line.get("dt_ms") or 0 for line in steady)
     total_s = train[-1].get("total_training_time_s") if train else 0.0
@@ -159,7 +171,13 @@ def _throughput(train: Sequence[Record]) -> dict[str, Any]:
         "median_mfu": _median(line.get("mfu") for line in steady),
         "median_dt_ms": _median(line.get("dt_ms") for line in steady),
         "data_wait_share": sum(line.get("data_wait_ms") or 0 for line in steady) / dt_ms if dt_ms else None,
+        "data_wait_p99_ms": _percentile([line.get("data_wait_ms") or 0.0 for line in steady], 99),
     }
+
+
+def _percentile(values: Sequence[float], percent: int) -> float | None:
+    """The nearest-rank percentile; None of nothing."""
+    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)] if values else None
 
 
 def _median(values: Any) -> float | None:

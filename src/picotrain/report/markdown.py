@@ -77,6 +77,7 @@ def _state(s: Summary) -> str:
     words = {
         "finished": "This run is finished",
         "stopped": "This run was stopped and can be resumed",
+        "bad_data": "This run ended at text that cannot be read (see the events) and can be resumed",
         "diverged": "This run diverged: its loss is no longer finite",
         "running": "This run is still training",
         "interrupted": "This run was interrupted and can be resumed",
@@ -143,6 +144,7 @@ def _throughput(s: Summary) -> list[str]:
         ("MFU, median", mfu),
         ("time per step, median", f"{s['median_dt_ms']:,.1f} ms"),
         ("share of the time that waited for data", _percent(s["data_wait_share"])),
+        ("99th percentile of a step's wait for data", s["data_wait_p99_ms"] is not None and f"{s['data_wait_p99_ms']:.2f} ms"),
         ("training time (without evaluation and saving)", clock(s["total_training_time_s"])),
         ("hardware", f"{s['world_size'] or '?'} x {s['hardware_name'] or '?'} ({s['device'] or '?'}), {s['precision'] or '?'}"),
     ]
@@ -172,14 +174,9 @@ def _model(run: Run, s: Summary) -> list[str]:
 def _data(run: Run, s: Summary) -> list[str]:
     corpus = run.data.get("corpus") or run.data
     tokenizer = run.data.get("tokenizer") or {}
-    shards = corpus.get("shards") or []
+    sources = corpus.get("sources")
     rows = [
-        ("corpus", corpus.get("name") or s["data"]),
-        ("folder", corpus.get("root")),
-        ("training shards", f"{len(shards):,}" if shards else None),
-        ("training documents", _sum_groups(shards, 0)),
-        ("training text", (text := _sum_groups(shards, 1)) and f"{text} bytes"),
-        ("validation shard", (corpus.get("val") or {}).get("name")),
+        *([("mixture", corpus.get("name"))] if sources else _corpus_rows(corpus, s)),
         ("corpus fingerprint", corpus.get("fingerprint")),
         ("lanes", run.plan.get("lanes")),
         ("vocabulary", s["vocab_size"] and f"{s['vocab_size']:,}"),
@@ -188,7 +185,34 @@ def _data(run: Run, s: Summary) -> list[str]:
         ("tokenizer fingerprint", tokenizer.get("fingerprint")),
     ]
     known = [row for row in rows if row[1]]
-    return [_table(("what", "value"), known)] if known else []
+    return [*([_sources(sources, s)] if sources else []), *([_table(("what", "value"), known)] if known else [])]
+
+
+def _corpus_rows(corpus: Mapping[str, Any], s: Summary) -> list[tuple[str, Any]]:
+    shards = corpus.get("shards") or []
+    return [
+        ("corpus", corpus.get("name") or s["data"]),
+        ("folder", corpus.get("root")),
+        ("fetched from", (corpus.get("remote") or [None])[0]),
+        ("training shards", f"{len(shards):,}" if shards else None),
+        ("training documents", _sum_groups(shards, 0)),
+        ("training text", (text := _sum_groups(shards, 1)) and f"{text} bytes"),
+        ("validation shard", (corpus.get("val") or {}).get("name")),
+    ]
+
+
+def _sources(sources: Sequence[Mapping[str, Any]], s: Summary) -> str:
+    """What a mixture was made of, and how much of each was trained on."""
+    total = sum(source["weight"] for source in sources)
+    tokens, epochs = s["source_tokens"] or {}, s["source_epochs"] or {}
+    rows = []
+    for source in sources:
+        corpus = source["corpus"]
+        name = corpus["name"]
+        passes = f"{epochs[name]:.2f}" if name in epochs else ""
+        row = (name, _percent(source["weight"] / total), f"{tokens.get(name, 0):,}", passes, _sum_groups(corpus["shards"], 1) or "")
+        rows.append(row)
+    return _table(("source", "weight", "tokens trained on", "epochs", "bytes of text"), rows)
 
 
 def _sum_groups(shards: Sequence[Mapping[str, Any]], column: int) -> str | None:

@@ -1,0 +1,65 @@
+"""Where a corpus' shards are read from: a local folder, or a URL through a cache (`picotrain.data.remote`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from picotrain.errors import DataError
+
+if TYPE_CHECKING:
+    from picotrain.data.corpus import Shard
+
+
+class Files(Protocol):
+    """The shards of one corpus as local files."""
+
+    def hold(self, shard: Shard) -> AbstractContextManager[Path]:
+        """The shard's file, whole and unchanged, for as long as it is held. Raises DataError."""
+        ...
+
+    def prefetch(self, shards: Sequence[Shard], /) -> None:
+        """Which shards will be needed next, the most urgent first."""
+        ...
+
+    def close(self) -> None:
+        """End what works in the background; files may still be held afterwards."""
+        ...
+
+
+class LocalFiles:
+    """The shards of a folder. A shard that changed since its footer was scanned is refused: its size at every look, the
+    footer's hash whenever its modification time is new."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._seen: dict[str, int] = {}  # modification time (ns) at which a shard's fingerprint was right
+
+    @contextmanager
+    def hold(self, shard: Shard) -> Iterator[Path]:
+        path = self._root / shard.name
+        self._check(path, shard)
+        yield path
+
+    def prefetch(self, shards: Sequence[Shard], /) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def _check(self, path: Path, shard: Shard) -> None:
+        from picotrain.data.corpus import read_footer
+
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}; it was there when the corpus was scanned") from error
+        if stat.st_size != shard.bytes:
+            raise DataError(f"{path} cannot be read: it has {stat.st_size:,} bytes, and had {shard.bytes:,} when the corpus was scanned")
+        if self._seen.get(shard.name) == stat.st_mtime_ns:
+            return
+        if read_footer(path).fingerprint != shard.fingerprint:
+            raise DataError(f"{path} changed since the corpus was scanned: its footer is another one")
+        self._seen[shard.name] = stat.st_mtime_ns

@@ -1,0 +1,142 @@
+"""Which shards a folder behind a URL holds, and their footers, read by range requests and remembered."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from picotrain.data.corpus import Shard, hash_bytes, read_footer, read_json, write_atomic
+from picotrain.data.remote.errors import Transient, redacted, retry
+from picotrain.data.remote.store import RemoteFile, Store, open_store
+from picotrain.errors import DataError
+
+READERS = 16  # footers read at once: each waits for the network, not for a core
+TAIL_BYTES = 64 << 10  # holds most footers, so that one request does
+SAY_EVERY = 1000  # footers
+
+Say = Callable[[str], None]
+
+
+def list_shards(url: str) -> list[RemoteFile]:
+    """The `*.parquet` files directly in the folder `url`, sorted by name, from one listing. Raises DataError."""
+    stop = threading.Event()
+    store = open_store(url, stop)
+    found = retry(store.files, store.where(), stop, lambda _: None, lambda: 0)
+    shards = sorted(file for file in found if file.name.endswith(".parquet"))
+    if not shards:
+        what = (
+            "the URL must be one of their folder" if urlsplit(url).path.endswith(".parquet") else "a corpus is a folder of Parquet shards"
+        )
+        raise DataError(f"{store.where()} lists no *.parquet file; {what}")
+    return shards
+
+
+def manifest_name(url: str) -> str:
+    """The file in the cache's `manifests` that keeps the footers of a URL; who reads it (user, password) does not count."""
+    parts = urlsplit(url)
+    plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], path=parts.path.rstrip("/"), fragment=""))
+    return f"{hash_bytes(plain.encode(), 8)}.json"
+
+
+def read_shards(url: str, files: Sequence[RemoteFile], cache: Path, say: Say) -> list[Shard]:
+    """The footers of `files`, in their order: from `cache`/manifests where name, size and version are as they were, else read
+    in parallel, of each file only its end where the server has ranges. Raises DataError."""
+    manifest = Path(cache) / "manifests" / manifest_name(url)
+    known = _load(manifest)
+    missing = [file for file in files if _key(file) not in known]
+    if missing:
+        try:
+            manifest.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="footers-", dir=manifest.parent) as scratch:
+                _read_all(url, missing, Path(scratch), known, say)
+        except OSError as error:
+            raise DataError(f"{manifest.parent} cannot be written: {error.strerror}; free space, or set PICOTRAIN_CACHE") from error
+        finally:  # also of what was read before an interruption
+            _save(manifest, url, known)
+    return [known[_key(file)] for file in files]
+
+
+def _read_all(url: str, files: Sequence[RemoteFile], scratch: Path, known: dict[tuple[Any, ...], Shard], say: Say) -> None:
+    """The footers of `files` into `known`."""
+    stop = threading.Event()
+    store = open_store(url, stop)
+    say(f"reading the footers of {len(files):,} shards of {store.where()}")
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            read = pool.map(lambda file: _read_one(store, file, scratch, stop, say), files)
+            for count, (file, shard) in enumerate(zip(files, read, strict=True), 1):
+                known[_key(file)] = shard
+                if count % SAY_EVERY == 0:
+                    say(f"{count:,} of {len(files):,} footers")
+        except BaseException:
+            stop.set()  # the other readers end at once
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _read_one(store: Store, file: RemoteFile, scratch: Path, stop: threading.Event, say: Say) -> Shard:
+    """One footer, through a stand-in: a sparse file of the shard's size with only its end filled in."""
+    where = store.where(file.name)
+    path = scratch / file.name
+    try:
+        retry(lambda: _stand_in(store, file, path), where, stop, say, lambda: 0)
+        return read_footer(path)
+    except DataError as error:
+        raise DataError(str(error).replace(str(path), where)) from error
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _stand_in(store: Store, file: RemoteFile, path: Path) -> None:
+    """Write the end of the shard to where it belongs in `path`: the whole of it if the server has no ranges."""
+    size = store.info(file.name).bytes if file.bytes is None else file.bytes
+    start = 0 if size is None else max(0, size - TAIL_BYTES)
+    with open(path, "wb+") as out:
+        start = _copy(store, file.name, start, size, out)
+        size = out.seek(0, os.SEEK_END)
+        out.seek(max(0, size - 8))
+        tail = out.read(8)
+        length = int.from_bytes(tail[:4], "little") + 8
+        if tail[4:] == b"PAR1" and size - length < start and length <= size:
+            _copy(store, file.name, size - length, start, out)
+
+
+def _copy(store: Store, name: str, start: int, end: int | None, out: Any) -> int:
+    """Bytes [start, end) of a file into their place in `out`; where they really start."""
+    offset, blocks = store.read(name, start, end)
+    at = out.seek(offset)
+    with closing(blocks):
+        for block in blocks:
+            at += out.write(block)
+    if end is not None and at < end:
+        raise Transient(f"it ended after {at:,} of {end:,} bytes")
+    return offset
+
+
+def _key(file: RemoteFile) -> tuple[Any, ...]:
+    return file.name, file.bytes, file.version
+
+
+def _load(path: Path) -> dict[tuple[Any, ...], Shard]:
+    data = read_json(path)
+    try:
+        return {(entry["name"], *entry["listed"]): Shard.from_json(entry) for entry in data["files"]} if data else {}
+    except (KeyError, TypeError, ValueError):
+        return {}
+
+
+def _save(path: Path, url: str, known: dict[tuple[Any, ...], Shard]) -> None:
+    """A manifest only saves time, so that none is no error."""
+    files = [{**shard.to_json(), "listed": key[1:]} for key, shard in known.items()]
+    try:
+        write_atomic(path, json.dumps({"url": redacted(url), "files": files}).encode())
+    except OSError:
+        return
