@@ -23,7 +23,7 @@ SOURCE = str(Path(completion.__file__).parents[2])
 
 def test_the_first_word_is_a_command():
     assert complete([], "re") == ["resume", "report"]
-    assert complete(["data"], "") == ["show", "download"]
+    assert complete(["data"], "") == ["show", "prepare", "inspect", "verify", "download"]
     assert complete(["completion"], "") == list(SHELLS)
 
 

@@ -225,7 +225,7 @@ def test_text_that_is_not_utf8_is_named_by_row(tmp_path: Path) -> None:
     bad = pa.Array.from_buffers(pa.string(), 3, pa.array([b"good", b"ba\xffd", b"x"]).buffers())
     pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
     write(tmp_path, "b.parquet", ["v"])
-    with pytest.raises(DataError, match=r"a\.parquet, row group 0, row 1: the text is not valid UTF-8"):
+    with pytest.raises(DataError, match=r"a\.parquet, row group 0, document 1: the text is not valid UTF-8"):
         read_texts(tmp_path, scan(tmp_path, "mine").shards[0], 0)
 
 

@@ -5,23 +5,44 @@ from __future__ import annotations
 import gzip
 import json
 import multiprocessing
+import operator
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from picotrain.data import prepare as prepare_module
 from picotrain.data.corpus import ORIGIN, Corpus, Shard, default_unit_bytes, read_texts, units
-from picotrain.data.prepare import CUT_ABOVE, CUT_NEAR, INPUTS, cut_plain_text, expand, locked, prepare
+from picotrain.data.prepare import (
+    CUT_ABOVE,
+    CUT_NEAR,
+    HARMLESS,
+    INPUTS,
+    KINDS,
+    SKIPPED,
+    Options,
+    Sizes,
+    cut_plain_text,
+    expand,
+    locked,
+    prepare,
+)
+from picotrain.data.prepare import shards as shards_module
+from picotrain.data.prepare.workers import run
 from picotrain.errors import DataError
 
 DOCUMENTS = [f"document {i}: " + "lorem ipsum " * (i % 7) for i in range(60)]
@@ -72,7 +93,8 @@ def test_every_format_gives_its_documents_and_their_sources(folder: Path, tmp_pa
     expected += [f"{kind} {i}" for kind in ("json", "gzip", "zstd") for i in range(3)]
     assert sorted(train + val) == sorted(expected)
     assert len(val) >= 1
-    assert "left out 2 empty documents" in said
+    assert "left out 1 empty document" in said
+    assert "left out 1 null" in said
     sources = pq.read_table(corpus.root / corpus.shards[0].name).to_pylist()
     assert {row["source"] for row in sources if row["text"].startswith("gzip")} <= {"sub/deep/e.jsonl.gz"}
 
@@ -81,7 +103,7 @@ def test_the_last_shard_validates_and_no_text_stands_on_both_sides(tmp_path: Pat
     corpus = prepare(write_jsonl(tmp_path / "x.jsonl", DOCUMENTS + DOCUMENTS), tmp_path / "out")
     train, val = split_of(corpus)
     assert corpus.val.name > max(shard.name for shard in corpus.shards)
-    assert sorted(train + val) == sorted(DOCUMENTS + DOCUMENTS)
+    assert sorted(train + val) == sorted(DOCUMENTS)
     assert not set(train) & set(val)
 
 
@@ -101,7 +123,7 @@ def test_any_two_different_documents_make_a_corpus(texts: list[str], tmp_path_fa
             prepare(path, tmp_path / "out")
         return
     train, val = split_of(prepare(path, tmp_path / "out"))
-    assert sorted(train + val) == sorted(real)
+    assert sorted(train + val) == sorted(set(real))
     assert train
     assert val
     assert not set(train) & set(val)
@@ -135,9 +157,9 @@ def test_row_groups_give_the_lanes_work(tmp_path: Path) -> None:
     assert 12 <= sum(len(shard.row_groups) for shard in small.shards) <= 17  # about a sixteenth each
 
 
-def test_large_corpora_get_several_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "SHARD_BYTES", 1000)
-    corpus = prepare(write_jsonl(tmp_path / "x.jsonl", DOCUMENTS), tmp_path / "out")
+def test_large_corpora_get_several_shards(tmp_path: Path) -> None:
+    options = Options(sizes=Sizes(bucket=100, shard=500))
+    corpus = prepare(write_jsonl(tmp_path / "x.jsonl", DOCUMENTS), tmp_path / "out", options=options)
     assert len(corpus.shards) >= 2
     assert [shard.name for shard in (*corpus.shards, corpus.val)] == [f"shard_{i:05d}.parquet" for i in range(len(corpus.shards) + 1)]
     train, val = split_of(corpus)
@@ -176,7 +198,7 @@ def test_a_folder_of_someone_else_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "precious.txt").read_text() == "mine"
 
 
-def test_a_failed_call_leaves_the_old_corpus_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_call_leaves_the_old_corpus_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, out = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS), tmp_path / "out"
     first = prepare(path, out)
 
@@ -184,16 +206,19 @@ def test_a_failed_call_leaves_the_old_corpus_and_no_rest(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     write_jsonl(path, DOCUMENTS[:-1])
-    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"out cannot be written: No space left on device; free space"):
-        patch.setattr(prepare_module, "_write_shard", full)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DataError, match=r"out cannot be written: No space left on device; free .*goes on"),
+    ):
+        patch.setattr(shards_module, "write_shard", full)
         prepare(path, out)
-    assert sorted(item.name for item in tmp_path.iterdir()) == ["out", "x.jsonl"]
     assert split_of(first)[0]
+    prepare(path, out)  # goes on
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["out", "x.jsonl"]
 
 
 def _prepare_slowly(path: Path, out: Path) -> None:
-    write = prepare_module._write_shard
-    prepare_module._write_shard = lambda *arguments: (time.sleep(60), write(*arguments))
+    shards_module.write_shard = lambda *arguments: time.sleep(60)
     prepare(path, out)
 
 
@@ -275,7 +300,8 @@ def test_one_long_plain_text_is_cut_at_blank_lines_and_it_is_said(tmp_path: Path
 @given(unit=st.text(st.sampled_from("ab é\n\r"), min_size=1, max_size=40), size=st.integers(CUT_ABOVE - 50, CUT_ABOVE * 2))
 def test_cutting_loses_nothing_and_makes_even_pieces(unit: str, size: int) -> None:
     text = (unit * (size // len(unit) + 1))[:size]
-    pieces = cut_plain_text(text)
+    pieces = list(cut_plain_text(text))
+    assert list(cut_plain_text(text[i : i + 70_001] for i in range(0, size, 70_001))) == pieces
     assert "".join(pieces) == text
     if size <= CUT_ABOVE:
         assert pieces == [text]
@@ -296,7 +322,7 @@ def test_files_that_are_not_utf8_can_be_skipped_with_a_count(tmp_path: Path) -> 
     (tmp_path / "c.py").write_text("c")
     said: list[str] = []
     corpus = prepare(tmp_path, tmp_path.parent / "out-skip", undecodable="skip", say=said.append)
-    assert "skipped 1 files that are not UTF-8" in said
+    assert "skipped 1 file or row that is not UTF-8" in said
     assert corpus.origin is not None
     assert corpus.origin["undecodable"] == ["a.py"]
 
@@ -314,13 +340,14 @@ def test_files_that_are_not_utf8_can_be_skipped_with_a_count(tmp_path: Path) -> 
         ("[" * 100_000, "not JSON"),
     ],
 )
-def test_bad_json_lines_are_counted_and_the_first_is_named(tmp_path: Path, line: str, reason: str) -> None:
+def test_a_bad_json_line_is_named(tmp_path: Path, line: str, reason: str) -> None:
     path = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS)
     with path.open("a") as file:
         file.write(f"{line}\n\n[]\n")
     with pytest.raises(DataError) as error:
         prepare(path, tmp_path / "out")
-    assert f"{path} has 2 bad lines, the first is {path}:61: " in str(error.value)
+    assert str(error.value).startswith(f"{path}:61: ")
+    assert str(error.value).endswith("each line must be a JSON object with a string `text`")
     assert reason in str(error.value)
 
 
@@ -360,13 +387,352 @@ def test_inputs_that_cannot_be_used_are_named(folder: Path, name: str, message: 
 
 
 def test_an_empty_folder_names_what_is_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no file that can be read; known are \.txt, \.md, \.py, \.jsonl"):
+    with pytest.raises(DataError, match=r"holds no file that can be read; known are \.txt, \.md, \.rst, \.py and other source code"):
         expand(tmp_path)
 
 
-def test_progress_ends_at_all_bytes(folder: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    prepare(folder, tmp_path / "out", progress=lambda done, total: seen.append((done, total)))
-    assert len(seen) == 9
-    assert seen == sorted(seen)
-    assert seen[-1][0] == seen[-1][1] == sum(file.path.stat().st_size for file in expand(folder))
+def test_progress_of_every_phase_ends_at_all_of_it(folder: Path, tmp_path: Path) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+    prepare(folder, tmp_path / "out", progress=lambda what, done, total: seen.setdefault(what, []).append((done, total)))
+    assert list(seen) == ["looking for changes", "reading", "writing shards"]
+    for steps in seen.values():
+        assert steps == sorted(steps)
+        assert steps[-1][0] == steps[-1][1] > 0
+    assert len(seen["reading"]) > 8
+
+
+# --- copies, limits, order -----------------------------------------------------------------------
+
+
+def skipped(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / SKIPPED).read_text().splitlines()]
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.parquet"))}
+
+
+def test_exact_copies_are_left_out_counted_and_listed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "a.jsonl", DOCUMENTS)
+    write_jsonl(tmp_path / "in" / "b.jsonl", [DOCUMENTS[3], "new", DOCUMENTS[3]])
+    said: list[str] = []
+    corpus = prepare(tmp_path / "in", tmp_path / "out", say=said.append)
+    train, val = split_of(corpus)
+    assert sorted(train + val) == sorted([*DOCUMENTS, "new"])
+    assert "left out 2 exact duplicates" in said
+    reason = "the same text as a.jsonl, line 4"
+    assert [(entry["source"], entry["place"], entry["kind"], entry["reason"]) for entry in skipped(tmp_path / "out")] == [
+        ("b.jsonl", "line 1", "duplicate", reason),
+        ("b.jsonl", "line 3", "duplicate", reason),
+    ]
+    assert corpus.origin is not None
+    assert corpus.origin["skipped"] == {"duplicate": 2}
+
+
+def test_shards_prove_themselves(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefgh ", k=2000)) for _ in range(40)]
+    corpus = prepare(write_jsonl(tmp_path / "x.jsonl", texts), tmp_path / "out")
+    assert corpus.origin is not None
+    for name, known in corpus.origin["shards"].items():
+        raw = (tmp_path / "out" / name).read_bytes()
+        assert known == {"bytes": len(raw), "xxh3_64": xxhash.xxh3_64_hexdigest(raw)}
+    path = tmp_path / "out" / "shard_00000.parquet"
+    damaged = bytearray(path.read_bytes())
+    damaged[pq.read_metadata(path).row_group(0).column(0).data_page_offset + 500] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(OSError, match="CRC"), pq.ParquetFile(path, page_checksum_verification=True) as file:
+        file.read()
+
+
+def test_copies_can_be_kept_and_stand_on_one_side(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS + DOCUMENTS)
+    train, val = split_of(prepare(path, tmp_path / "out", options=Options(keep_duplicates=True)))
+    assert sorted(train + val) == sorted(DOCUMENTS + DOCUMENTS)
+    assert not set(train) & set(val)
+    assert not (tmp_path / "out" / SKIPPED).exists()
+
+
+def test_short_documents_can_be_left_out(tmp_path: Path) -> None:
+    said: list[str] = []
+    path = write_jsonl(tmp_path / "x.jsonl", ["é" * 9, "é" * 10, "é" * 11])
+    train, val = split_of(prepare(path, tmp_path / "out", options=Options(min_chars=10), say=said.append))
+    assert sorted(train + val) == ["é" * 10, "é" * 11]
+    assert "left out 1 document shorter than 10 characters" in said
+
+
+def test_the_seed_changes_the_order_and_not_the_split(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS)
+    first, second = (split_of(prepare(path, tmp_path / str(seed), options=Options(seed=seed))) for seed in (0, 1))
+    assert first[0] != second[0]
+    assert sorted(first[0]) == sorted(second[0])
+    assert sorted(first[1]) == sorted(second[1])
+
+
+def test_no_more_than_a_shard_validates(tmp_path: Path) -> None:
+    texts = [f"{i} " + "word " * 20 for i in range(5000)]
+    sizes = Sizes(bucket=1000, shard=5000)
+    corpus = prepare(write_jsonl(tmp_path / "x.jsonl", texts), tmp_path / "out", options=Options(sizes=sizes))
+    val_bytes = sum(map(len, texts_of(corpus, corpus.val)))
+    assert 2500 < val_bytes < 7500  # of half a megabyte
+    assert len(corpus.shards) > 60
+    assert sum(len(texts_of(corpus, shard)) for shard in corpus.shards) + corpus.val.rows == 5000
+
+
+# --- what cannot be used -------------------------------------------------------------------------
+
+
+def test_csv_gives_its_text_column(tmp_path: Path) -> None:
+    raw = 'id,text,more\n1,"two\nlines, ""quoted""",x\n2,naïve 🙂,y\n'.encode()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.csv").write_bytes(b"\xef\xbb\xbf" + raw)
+    (tmp_path / "in" / "b.csv.gz").write_bytes(gzip.compress(raw.replace(b"two", b"gzip")))
+    with pa.CompressedOutputStream(str(tmp_path / "in" / "c.csv.zst"), "zstd") as stream:
+        stream.write(raw.replace(b"two", b"zstd"))
+    train, val = split_of(prepare(tmp_path / "in", tmp_path / "out"))
+    assert sorted(train + val) == sorted(['two\nlines, "quoted"', 'gzip\nlines, "quoted"', 'zstd\nlines, "quoted"', "naïve 🙂"])
+
+
+BAD: dict[str, tuple[bytes, str, str]] = {  # file -> content, kind, and what is said of it
+    "garbage.txt": (b"ab\x80\x81" * 100, "not text", r"is not UTF-8 \(byte 0x80 at offset 2\)"),
+    "mixed.md": ("naïve ".encode() + "naïve".encode("latin-1"), "not text", r"is not UTF-8 \(byte 0xef at offset 9\)"),
+    "utf16.txt": ("text".encode("utf-16-le"), "not text", r"a NUL at offset 1: binary, or UTF-16"),
+    "line.jsonl": (b'{"text": "cut', "bad line", r"line\.jsonl:1: not JSON"),
+    "type.jsonl": (b'{"text": 3}', "bad line", r"type\.jsonl:1: `text` is int, not a string"),
+    "null.jsonl": (b'{"text": null}', "bad line", r"`text` is NoneType, not a string"),
+    "bytes.jsonl": (b'{"text": "\xff"}', "bad line", r"bytes\.jsonl:1: not JSON"),
+    "short.csv": (b"a,text\n1\n", "bad line", r"short\.csv:2: 1 fields, and the header has 2"),
+    "bytes.csv": (b"a,text\n1,caf\xe9\n", "not text", r"bytes\.csv:2: the text is not valid UTF-8"),
+    "quote.csv": (b'a,text\n1,"x" y\n', "bad line", r"quote\.csv:2: no CSV from here on"),
+    "other.csv": (b"a,b\n1,2\n", "unreadable", r"other\.csv has no `text` column; its columns are a, b"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 100)[:-10], "unreadable", r"cut\.jsonl\.gz cannot be read"),
+    "cut.parquet": (b"PAR1" + b"x" * 100, "unreadable", r"cut\.parquet is no readable Parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_used_is_skipped_and_listed_or_with_strict_an_error(name: str, tmp_path: Path) -> None:
+    content, kind, message = BAD[name]
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "good.jsonl", DOCUMENTS)
+    (tmp_path / "in" / name).write_bytes(content)
+    said: list[str] = []
+    train, val = split_of(prepare(tmp_path / "in", tmp_path / "out", options=Options(tolerated=KINDS), say=said.append))
+    assert set(DOCUMENTS) <= {*train, *val} <= {*DOCUMENTS, "a"}
+    assert [(entry["source"], entry["kind"]) for entry in skipped(tmp_path / "out") if entry["kind"] != "duplicate"] == [(name, kind)]
+    assert re.search(message, "\n".join(said))
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path / "in", tmp_path / "strict", options=Options(tolerated=HARMLESS))
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_an_unreadable_file_is_skipped_or_an_error(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_jsonl(tmp_path / "in" / "good.jsonl", DOCUMENTS)
+    (tmp_path / "in" / "gone.txt").symlink_to(tmp_path / "nowhere")
+    prepare(tmp_path / "in", tmp_path / "out", options=Options(tolerated=KINDS))
+    assert [entry["source"] for entry in skipped(tmp_path / "out")] == ["gone.txt"]
+    with pytest.raises(DataError, match=r"gone\.txt cannot be read: No such file"):
+        prepare(tmp_path / "in", tmp_path / "strict")
+
+
+def test_a_damaged_row_group_is_left_out_and_the_others_are_taken(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    texts = ["".join(rng.choices("abcdefgh ", k=2000)) for _ in range(60)]
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=20, write_page_checksum=True)
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 255  # in the second of three
+    path.write_bytes(raw)
+    train, val = split_of(prepare(path, tmp_path / "out", options=Options(tolerated=KINDS)))
+    assert sorted(train + val) == sorted(texts[:20] + texts[40:])
+    assert [entry["place"] for entry in skipped(tmp_path / "out")] == ["row group 1"]
+    with pytest.raises(DataError, match=r"x\.parquet, row group 1 cannot be read after 0 rows"):
+        prepare(path, tmp_path / "strict")
+
+
+def test_parquet_rows_that_are_null_or_not_utf8_are_named(tmp_path: Path) -> None:
+    column = pa.array([b"good", b"ba\xffd", None, b"fine"]).view(pa.string())
+    pq.write_table(pa.table({"text": column}), tmp_path / "x.parquet")
+    prepare(tmp_path / "x.parquet", tmp_path / "out", options=Options(tolerated=KINDS))
+    assert [(entry["place"], entry["kind"]) for entry in skipped(tmp_path / "out")] == [("row 1", "not text"), ("row 2", "null")]
+
+
+def test_when_nothing_is_usable_the_first_reason_is_given(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"gave no document.*What was skipped begins with: .*a\.txt is not UTF-8"):
+        prepare(tmp_path / "a.txt", tmp_path / "out", options=Options(tolerated=KINDS))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_made_folder_is_no_input_of_itself(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", DOCUMENTS)
+    first = prepare(tmp_path, tmp_path / "out")
+    assert prepare(tmp_path, tmp_path / "out") == first
+    with pytest.raises(DataError, match="all the input files lie in"):
+        prepare(tmp_path / "out", tmp_path / "out")
+
+
+def test_a_corpus_that_lost_a_shard_is_made_again(tmp_path: Path) -> None:
+    path, out = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS), tmp_path / "out"
+    prepare(path, out)
+    before = shard_bytes(out)
+    (out / "shard_00000.parquet").write_bytes(b"PAR1")
+    prepare(path, out)
+    assert shard_bytes(out) == before
+
+
+# --- many processes, interruptions, memory -------------------------------------------------------
+
+SMALL = Sizes(task=4000, held=3000, bucket=1000, shard=5000, row_group=1000)
+
+
+def mixed_input(root: Path) -> Path:
+    """Files that make about eight tasks of SMALL, with copies across them."""
+    root.mkdir()
+    texts = [f"{i} " + "lorem ipsum " * (i % 9) for i in range(400)]
+    for index in range(6):
+        write_jsonl(root / f"{index}.jsonl", texts[index * 50 : index * 50 + 70])
+    pq.write_table(pa.table({"text": texts[300:]}), root / "p.parquet", row_group_size=10)
+    return root
+
+
+def test_neither_processes_nor_interruptions_change_a_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, options = mixed_input(tmp_path / "in"), Options(sizes=SMALL)
+    prepare(source, tmp_path / "one", options=options, workers=1)
+    prepare(source, tmp_path / "many", options=options, workers=2)
+    made = shard_bytes(tmp_path / "one")
+    assert len(made) > 4
+    assert shard_bytes(tmp_path / "many") == made
+
+    calls: list[str] = []
+
+    def interrupting(real: Callable[[Any], None]) -> Callable[[Any], None]:
+        def job(work: Any) -> None:
+            calls.append(work.done.name)
+            if len(calls) % 4 == 0:
+                raise KeyboardInterrupt
+            real(work)
+
+        return job
+
+    monkeypatch.setattr(prepare_module, "map_task", interrupting(prepare_module.map_task))
+    monkeypatch.setattr(prepare_module, "write_job", interrupting(prepare_module.write_job))
+    said: list[str] = []
+    for _ in range(20):
+        try:
+            prepare(source, tmp_path / "stopped", options=options, say=said.append)
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "stopped").exists()
+    assert shard_bytes(tmp_path / "stopped") == made
+    assert max(Counter(calls).values()) == 2  # what was done is not done again
+    assert any(line.startswith("going on with an interrupted call: 3 of ") for line in said)
+    for name in ("one", "many", "stopped"):
+        assert (tmp_path / name / SKIPPED).read_bytes() == (tmp_path / "one" / SKIPPED).read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_large_file_is_read_in_parts_and_its_lines_keep_their_numbers(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "x.jsonl", [*DOCUMENTS * 5, "last"])
+    with path.open("a") as file:
+        file.write("\n\nbad")
+    reads: list[dict[str, Any]] = []
+    for task in (1 << 20, 700):  # bytes: one task, and many
+        out = tmp_path / str(task)
+        corpus = prepare(path, out, options=Options(tolerated=KINDS, sizes=Sizes(task=task, bucket=1 << 20)))
+        parts = len(list(prepare_module.cut_into_parts(expand(path), Sizes(task=task))))
+        reads.append({"parts": parts, "split": split_of(corpus), "skipped": skipped(out)})
+    assert reads[0]["parts"] == 1
+    assert reads[1]["parts"] > 10
+    assert reads[0]["split"] == reads[1]["split"]
+    key = operator.itemgetter("place")
+    assert sorted(reads[0]["skipped"], key=key) == sorted(reads[1]["skipped"], key=key)
+    assert "line 304" in {entry["place"] for entry in reads[1]["skipped"] if entry["kind"] == "bad line"}
+
+
+def test_other_options_do_not_go_on_with_what_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = mixed_input(tmp_path / "in")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "write_job", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(source, tmp_path / "out", options=Options(sizes=SMALL))
+    corpus = prepare(source, tmp_path / "out", options=Options(min_chars=50, sizes=SMALL))
+    assert min(len(text) for side in split_of(corpus) for text in side) >= 50
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_end_of_the_call_is_the_end_of_its_workers(how: signal.Signals, tmp_path: Path) -> None:
+    """A worker hangs on a pipe that nobody writes to; the pipe breaks when the worker is gone."""
+    pipe, out = tmp_path / "pipe.txt", tmp_path / "out"
+    os.mkfifo(pipe)
+    path = write_jsonl(tmp_path / "x.jsonl", DOCUMENTS)
+    code = (
+        "import sys; from pathlib import Path; from picotrain.data.prepare import *\n"
+        "files = [Input(Path(name), name) for name in sys.argv[2:]]\n"
+        "prepare(files, Path(sys.argv[1]), identified=('same', []), workers=2, options=Options(sizes=Sizes(task=1)))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(out), str(pipe), str(path)], stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 20
+        while True:
+            try:
+                writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+                break
+            except OSError:  # no reader yet
+                assert time.monotonic() < end
+                time.sleep(0.02)
+        process.send_signal(how)
+        assert process.wait(20) != 0
+        with pytest.raises(BrokenPipeError):
+            while time.monotonic() < end:
+                os.write(writer, b"\n")
+                time.sleep(0.02)
+        os.close(writer)
+    finally:
+        process.kill()
+    with locked(out):  # nothing holds it
+        assert not out.exists()
+
+
+def test_a_worker_that_is_killed_leaves_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, options = mixed_input(tmp_path / "in"), Options(sizes=SMALL)
+
+    def lost(function: Callable[[Any], None], jobs: list[Any], *_rest: Any) -> None:
+        function(jobs[0])
+        run(os._exit, [1, 1], 2, lambda _done: None)
+
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"a worker process was killed.*fewer --workers: it goes on"):
+        patch.setattr(prepare_module, "run", lost)
+        prepare(source, tmp_path / "out", options=options)
+    said: list[str] = []
+    prepare(source, tmp_path / "out", options=options, say=said.append)
+    assert said[0].startswith("going on with an interrupted call: 1 of ")
+
+
+def test_an_error_in_a_worker_is_the_error_of_the_call(tmp_path: Path) -> None:
+    source = mixed_input(tmp_path / "in")
+    (source / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: no field `text`"):
+        prepare(source, tmp_path / "out", options=Options(sizes=SMALL), workers=2)
+    assert [item.name for item in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    code = (
+        "import base64, os, sys; from pathlib import Path; from picotrain.data.prepare import *\n"
+        "def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM')) / 1024\n"
+        "def make(name, megabytes):\n"
+        "    path = Path(sys.argv[1]) / name\n"
+        "    with open(path, 'w') as file:\n"
+        "        for _ in range(megabytes * 256): file.write('{\"text\": \"' + base64.b64encode(os.urandom(3072)).decode() + '\"}\\n')\n"
+        "    sizes = Sizes(task=1 << 30, held=4 << 20, bucket=1 << 20, shard=4 << 20)\n"
+        "    return prepare(path, path.with_suffix(''), options=Options(sizes=sizes), workers=1).text_bytes\n"
+        "make('small.jsonl', 32); before = peak(); size = make('large.jsonl', 96)\n"
+        "print(peak() - before, size / 2**20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    grown_mb, size_mb = map(float, done.stdout.split())
+    assert size_mb > 80
+    assert grown_mb < 32  # what allocators keep; the text itself would be three times that

@@ -19,8 +19,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {  # and their own commands; a test compa
     "sample": (),
     "report": (),
     "doctor": (),
-    "data": ("show", "download"),
-    "tokenizer": ("train",),
+    "data": ("show", "prepare", "inspect", "verify", "download"),
+    "tokenizer": ("train", "eval"),
     "completion": (),
 }
 _RUN_COMMANDS = ("resume", "eval", "sample", "report")  # their first word is a run directory

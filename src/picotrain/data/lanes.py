@@ -216,6 +216,11 @@ class Lane:
         """A cursor for each source."""
         return tuple(reader.cursor for reader in self.readers)
 
+    @property
+    def progress(self) -> tuple[float, ...]:
+        """How many units of each source the lane has used up."""
+        return tuple(reader.progress for reader in self.readers)
+
     def open(self) -> None:
         """Have the slice of the next row prepared, without waiting for it."""
         self.readers[self._choice.source(self._rows)].open()

@@ -264,8 +264,9 @@ def _scan_url(data: DataConfig, cache: Path, say: Say) -> Corpus:
     shards = read_shards(data.path, files, cache, say)
     root = cache / "shards" / Path(manifest_name(data.path)).stem
     corpus = assemble(data.name, root, shards, val_name, remote=Remote(data.path, data.cache_bytes))
-    root.mkdir(parents=True, exist_ok=True)
-    write_atomic(_url_index(data, cache), json.dumps(corpus.to_json()).encode())
+    index = _url_index(data, cache)
+    index.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(index, json.dumps(corpus.to_json()).encode())
     return corpus
 
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -69,10 +70,10 @@ class Batch(NamedTuple):
 
     inputs: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64: the token after each input
+    wait_ms: float  # how long the training thread was kept waiting
     epoch: float  # passes over the corpus: the share of the units that this rank's lanes have used up
     pq: int  # index of the shard that the last row comes from
     rg: int  # first row group of the last row's unit
-    wait_ms: float  # how long the training thread was kept waiting
     position: Position
     source_rows: tuple[int, ...]  # rows of the batch by source
     source_epochs: tuple[float, ...]  # passes over each source
@@ -88,16 +89,23 @@ class Batch(NamedTuple):
         return self.position.state()
 
 
-class _Prepared(NamedTuple):
-    """A batch that waits for the training thread."""
+class _Drawn(NamedTuple):
+    """The rows of a batch, and where the stream stands behind them."""
 
-    ids: torch.Tensor  # (2, B, T) inputs and targets, on the CPU
+    rows: list[NDArray]  # B of (T + 1,)
     epoch: float
     pq: int
     rg: int
     position: Position
     source_rows: tuple[int, ...]
     source_epochs: tuple[float, ...]
+
+
+class _Prepared(NamedTuple):
+    """A batch that waits for the training thread."""
+
+    ids: torch.Tensor  # (2, B, T) inputs and targets, on the CPU
+    drawn: _Drawn
 
 
 class Loader(Iterator[Batch]):
@@ -187,14 +195,12 @@ class Loader(Iterator[Batch]):
             if self._failed is not None:
                 raise self._failed
             self._take(None)
-        item = self._taken.popleft()
+        ids, drawn = self._taken.popleft()
         wait_ms, self._waited_ms = self._waited_ms, 0.0
         # To a GPU go 4 bytes an id, to CUDA from pinned memory and without waiting; they are widened there. On the CPU nothing is copied.
-        inputs, targets = item.ids.to(self._device, non_blocking=self._device.type == "cuda").long()  # (B, T) each
-        self._position = item.position
-        return Batch(
-            inputs, targets, item.epoch, item.pq, item.rg, wait_ms, item.position, item.source_rows, item.source_epochs
-        )  # fmt: skip
+        inputs, targets = ids.to(self._device, non_blocking=self._device.type == "cuda").long()  # (B, T) each
+        self._position = drawn.position
+        return Batch(inputs, targets, wait_ms, *drawn[1:])
 
     @property
     def waited_ms(self) -> float:
@@ -248,9 +254,28 @@ class Loader(Iterator[Batch]):
             self._ready.put(error)
 
     def _batches(self) -> Iterator[_Prepared]:
+        """Batch after batch, put into memory a few at a time, which share the calls into numpy and torch. The first comes
+        alone, so that it opens no more lanes than it needs."""
+        draw, failed, together = self._draw(), None, 1
+        while failed is None:
+            drawn: list[_Drawn] = []
+            try:
+                while len(drawn) < together:
+                    drawn.append(next(draw))
+            except DataError as error:
+                failed = error  # what was drawn before it comes first
+            if drawn:
+                yield from map(_Prepared, self._tensors(drawn), drawn)
+            together = READY_BATCHES
+        raise failed
+
+    def _draw(self) -> Iterator[_Drawn]:
         """Row j of this rank comes from its lane j mod (lanes / dp_size)."""
         at, lanes = self._position, self._lanes
         done = at.row // at.dp_size  # rows of this rank
+        # Kept up to date for the lanes of a batch alone: there may be many more.
+        cursors = [lane.cursors for lane in lanes]
+        progress = [lane.progress for lane in lanes]
         while True:
             turns = [(done + k) % len(lanes) for k in range(self._batch_rows)]
             self._prefetch()
@@ -262,15 +287,17 @@ class Loader(Iterator[Batch]):
                 rows.append(lanes[i].next_row())
                 source_rows[lanes[i].source] += 1
             done += len(turns)
-            epoch, source_epochs = self._epochs()
+            for i in set(turns):
+                cursors[i], progress[i] = lanes[i].cursors, lanes[i].progress
+            epoch, source_epochs = self._epochs(progress)
             reader = lanes[turns[-1]].readers[lanes[turns[-1]].source]
             unit = reader.stream.unit(reader.cursor.position)
-            position = at._replace(row=done * at.dp_size, cursors=tuple(lane.cursors for lane in lanes))
-            yield _Prepared(self._tensor(rows), epoch, unit.shard, unit.rg_start, position, tuple(source_rows), source_epochs)
+            position = at._replace(row=done * at.dp_size, cursors=tuple(cursors))
+            yield _Drawn(rows, epoch, unit.shard, unit.rg_start, position, tuple(source_rows), source_epochs)
 
-    def _epochs(self) -> tuple[float, tuple[float, ...]]:
-        """Passes over all sources' units together, and over each source, as this rank's lanes have made them."""
-        used = [self._position.dp_size * sum(lane.readers[s].progress for lane in self._lanes) for s in range(len(self._streams))]
+    def _epochs(self, progress: list[tuple[float, ...]]) -> tuple[float, tuple[float, ...]]:
+        """Passes over all sources' units together, and over each source, from the units that each lane has used up."""
+        used = [self._position.dp_size * sum(source) for source in zip(*progress, strict=True)]
         units = [len(stream.units) for stream in self._streams]
         return sum(used) / sum(units), tuple(u / n for u, n in zip(used, units, strict=True))
 
@@ -284,16 +311,17 @@ class Loader(Iterator[Batch]):
                 self._prefetched[s] = first
                 stream.corpus.files.prefetch(stream.shards_from(first, AHEAD_SHARDS))
 
-    def _tensor(self, rows: list[NDArray]) -> torch.Tensor:
-        """(2, B, T): inputs and targets of rows of T + 1 ids."""
+    def _tensors(self, drawn: list[_Drawn]) -> Iterator[torch.Tensor]:
+        """Inputs and targets (2, B, T) of each batch."""
         kind = self._device.type
-        dtype = torch.int64 if kind == "cpu" else torch.int32
-        ids = torch.empty((2, len(rows), len(rows[0]) - 1), dtype=dtype, pin_memory=kind == "cuda")
-        inputs, targets = ids.numpy()
-        for i, row in enumerate(rows):
-            inputs[i] = row[:-1]
-            targets[i] = row[1:]
-        return ids
+        rows = np.stack([row for batch in drawn for row in batch.rows])  # (batches x B, T + 1), 2 or 4 bytes an id
+        rows = rows.reshape(len(drawn), -1, rows.shape[-1])
+        shape = (len(drawn), 2, rows.shape[1], rows.shape[2] - 1)
+        ids = torch.empty(shape, dtype=torch.int64 if kind == "cpu" else torch.int32, pin_memory=kind == "cuda")
+        out = ids.numpy()
+        out[:, 0] = rows[:, :, :-1]
+        out[:, 1] = rows[:, :, 1:]
+        return iter(ids)
 
 
 def validation_rows(data: Corpus | Mixture, tokenizer: Encoder, seq_len: int, max_rows: int | None, unit_bytes: int) -> Packed:

@@ -1,0 +1,245 @@
+"""`picotrain data prepare | inspect | verify | download`: corpora made, looked at, proved and fetched."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from picotrain.cli.show import console
+from picotrain.data import inspect as inspecting
+from picotrain.data.inspect import Inspection, Verification
+from picotrain.data.prepare import HARMLESS, KINDS, SKIPPED, Options
+from picotrain.data.prepare import prepare as prepare_corpus
+from picotrain.errors import ConfigError, DataError
+from picotrain.text import printable, short, size
+
+LINE_EVERY_S = 15.0  # where there is no terminal to draw a bar on
+BAR_WIDTH = 40
+SHOWN = 10  # special texts, bad shards without a hash
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+
+
+class Bars:
+    """Progress on standard error: a bar for each thing being done on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, quiet: bool = False):
+        self._console = Console(stderr=True, highlight=False)
+        self._quiet = quiet and not self._console.is_terminal
+        columns = TextColumn("{task.description}"), BarColumn(BAR_WIDTH), DownloadColumn(), TimeRemainingColumn()
+        self._bars = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._tasks: dict[str, TaskID] = {}
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bars.stop()
+
+    def say(self, message: str) -> None:
+        """A line above the bars."""
+        if self._console.is_terminal:
+            self._console.print(message, markup=False, soft_wrap=True)
+        elif not self._quiet:
+            print(message, file=sys.stderr, flush=True)
+
+    def update(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` bytes of `what`."""
+        if self._console.is_terminal:
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(what, total=total)
+            self._bars.update(self._tasks[what], completed=done)
+        elif total and done < total and time.monotonic() - self._last > LINE_EVERY_S:
+            self._last = time.monotonic()
+            self.say(f"{what}: {size(done)} of {size(total)}, {done / total:.0%}")
+
+
+def prepare(
+    inputs: Sequence[Path], out: Path, *, seed: int, min_chars: int, keep_duplicates: bool, workers: int | None, strict: bool
+) -> int:
+    """Make a corpus folder and say what is in it; the exit code."""
+    options = Options(seed, min_chars, keep_duplicates, tolerated=HARMLESS if strict else KINDS)
+    try:
+        with Bars() as bars:
+            corpus = prepare_corpus(list(inputs), out, options=options, workers=workers, say=bars.say, progress=bars.update)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    rows = {
+        "folder": str(corpus.root),
+        "training": f"{len(corpus.shards):,} shards, {corpus.documents:,} documents, {size(corpus.text_bytes)} of text",
+        "validation": f"{corpus.val.name}, {corpus.val.rows:,} documents, {size(corpus.val.text_bytes)} of text",
+    }
+    if (corpus.root / SKIPPED).exists():
+        rows["left out"] = f"listed in {corpus.root / SKIPPED}"
+    rows["next"] = f"picotrain train data=files data.path={corpus.root}"
+    _facts(rows)
+    return 0
+
+
+def inspect(corpus: str, tokenizer: Path | None, max_bytes: int | None, samples: int, seed: int, as_json: bool) -> None:
+    """Print what is in a corpus."""
+    encoder = None
+    if tokenizer is not None:
+        from picotrain.tokenizer import load_tokenizer
+
+        encoder = load_tokenizer(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer)
+    folder = corpus_folder(corpus)
+    with Bars(quiet=as_json) as bars:
+        found = inspecting.inspect(folder, tokenizer=encoder, max_bytes=max_bytes, samples=samples, seed=seed, progress=bars.update)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        _show_inspection(found)
+
+
+def verify(corpus: str) -> int:
+    """Print what is bad in a corpus; 2 when anything is."""
+    folder = corpus_folder(corpus)
+    with Bars() as bars:
+        found = inspecting.verify(folder, bars.update)
+    _show_verification(found)
+    if not found.bad:
+        return 0
+    count = len({item.shard for item in found.bad})
+    lines = "".join(f"\n  - {item}" for item in found.bad)
+    raise DataError(
+        f"{count:,} of {found.shards:,} shards in {folder} {'is' if count == 1 else 'are'} bad; make or fetch them again:{lines}"
+    )
+
+
+def download(name: str, shards: int | None, config_dir: Path | None) -> None:
+    """Fetch shards of a data set on the Hub into the cache and say where they are."""
+    from picotrain import run as runs
+    from picotrain.cli.commands import resolved
+    from picotrain.cli.show import corpus_table
+    from picotrain.config.groups import choices
+    from picotrain.data import sources
+
+    if name not in choices("data", config_dir) or _data_kind(name, config_dir) != "hub":
+        names = [choice for choice in choices("data", config_dir) if _data_kind(choice, config_dir) == "hub"]
+        raise DataError(f"{name!r} is no data set on the Hub; those there are: {', '.join(names)} (more of your own with --config-dir)")
+    extra = [] if shards is None else [f"data.num_shards={shards}"]
+    config = resolved([f"data={name}", *extra], None, config_dir)
+    try:
+        with Bars() as bars:
+            corpus = sources.resolve(config.data, runs.cache_dir(config), bars.say)
+    except KeyboardInterrupt:
+        print("interrupted; what is there is kept, and the same command goes on", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+    corpus_table(corpus, config)
+
+
+def corpus_folder(corpus: str) -> Path:
+    """The folder of shards that is meant: CORPUS itself, or what `data=files data.path=CORPUS` was prepared into. Raises DataError."""
+    if "://" in corpus:
+        raise DataError(f"{corpus} is remote; fetch the shards into a folder first, and name that")
+    path = Path(corpus).expanduser().absolute()
+    if path.is_dir() and any(path.glob("*.parquet")):
+        return path
+    from picotrain import run as runs
+    from picotrain.config import compose
+    from picotrain.config.schema import DataConfig
+    from picotrain.data import sources
+
+    known = sources.known(DataConfig(kind="files", name=path.name, path=str(path)), runs.cache_dir(compose()))
+    if known is None:
+        raise DataError(f"{path} is no folder of Parquet shards; make one of it: `picotrain data prepare {path} --out DIR`")
+    return known.root
+
+
+def _data_kind(choice: str, config_dir: Path | None) -> str | None:
+    """The kind of a choice of the data group; None where it cannot be composed on its own."""
+    from picotrain.config import compose
+
+    try:
+        return compose([f"data={choice}"], config_dir=config_dir).data.kind
+    except ConfigError:
+        return None
+
+
+def _facts(rows: dict[str, str], title: str | None = None) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", min_width=18)
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        table.add_row(key, value)
+    console().print(table, markup=False)
+
+
+def _show_inspection(found: Inspection) -> None:
+    share = "" if found.documents_read == found.documents else f" (of {found.documents_read:,} documents, {size(found.bytes_read)})"
+    file_size, largest = size(found.file_bytes), size(found.largest_row_group_bytes)
+    quantiles = ", ".join(f"{name} {value:,}" for name, value in found.quantiles_bytes.items())
+    special = [f"{name} in {count:,}" for name, count in list(found.special_text.items())[:SHOWN]]
+    special += [f"{len(found.special_text) - SHOWN:,} more"] if len(found.special_text) > SHOWN else []
+    invalid = f"{found.invalid_utf8_documents:,} documents"
+    if (first := found.first_invalid_utf8) is not None:
+        invalid += f"; the first is {first.shard}, row group {first.row_group}, row {first.row}"
+    rows = {
+        "shards": f"{found.shards:,}, {file_size}; {found.validation_shard} validates",
+        "documents": f"{found.documents:,}",
+        "text": f"{size(found.text_bytes)} by the footers",
+        "row groups": f"{found.row_groups:,}, the largest has {largest} of text",
+    }
+    if share:
+        rows["read"] = f"{found.documents_read:,} documents, {size(found.bytes_read)}: the rest is of these"
+    if found.tokens is not None and found.bytes_per_token is not None:
+        rows["tokens"] = f"{short(found.tokens)}, {found.bytes_per_token:.3f} bytes per token (a <|bos|> before each document counted)"
+    rows |= {
+        "length in bytes": f"mean {found.mean_bytes:,.0f}; {quantiles}",
+        "exact duplicates": f"{found.duplicate_documents:,} documents, of {found.duplicated_texts:,} texts that occur more than once; "
+        f"{found.validation_duplicates:,} validation documents are trained on too",
+        "special-token text": f"{', '.join(special) or 'none'}{' documents (it stays text)' if special else ''}",
+        "empty and null": f"{found.empty_documents:,} empty, {found.null_documents:,} null",
+        "invalid UTF-8": invalid,
+    }
+    _facts(rows, found.folder)
+    out = console()
+    if found.histogram:
+        out.print()
+        out.print(_histogram(found.histogram))
+    for sample in found.samples:
+        cut = "" if sample["bytes"] <= len(sample["text"].encode()) else " ..."
+        out.print(f"\n{sample['shard']}, row group {sample['row_group']}, row {sample['row']}, {sample['bytes']:,} bytes:", style="dim")
+        out.print(printable(sample["text"]) + cut, markup=False)
+
+
+def _histogram(bins: Sequence[tuple[int, int, int]]) -> Table:
+    """A row for each power of two."""
+    table = Table(title="documents by length in bytes", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("from", justify="right", style="dim")
+    table.add_column("below", justify="right", style="dim")
+    table.add_column("documents", justify="right")
+    table.add_column()
+    most = max(count for *_, count in bins)
+    for low, high, count in bins:
+        bar = "█" * round(BAR_WIDTH * count / most) or ("▏" if count else "")
+        table.add_row(f"{low:,}", f"{high:,}", f"{count:,}", bar)
+    return table
+
+
+def _show_verification(found: Verification) -> None:
+    rows = {"read": f"{found.shards:,} shards, {size(found.file_bytes)}, page checksums on where there are any"}
+    rows["content hashes"] = _compared(found.shards, found.unhashed, "origin.json", "it is only known that they can be read")
+    rows["fingerprints"] = _compared(found.shards, found.unlisted, "data.json", "their footers were compared with nothing")
+    rows["result"] = "every shard is good" if not found.bad else f"{len(found.bad):,} things are wrong"
+    _facts(rows, found.folder)
+
+
+def _compared(shards: int, missing: Sequence[str], where: str, meaning: str) -> str:
+    if not missing:
+        return f"all compared with {where}"
+    if len(missing) == shards:
+        return f"none in {where}: {meaning}"
+    names = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN:,} more" if len(missing) > SHOWN else "")
+    return f"none in {where} for {len(missing):,} of {shards:,} ({names}): {meaning}"

@@ -1,0 +1,344 @@
+"""Text, Markdown, source code, JSON lines, CSV and Parquet -> a corpus of well-shaped Parquet shards.
+
+Two passes. The first hashes every document and writes it into segment files by ranges of hashes; the second reads one
+range after the other, leaves out copies, shuffles by a seeded hash and writes a shard. So equal texts never stand on both
+sides, and the shards depend on inputs, seed and options alone, not on the number of processes, nor on interruptions.
+
+Memory of each process: about 250 MB with interpreter and libraries, of which 64 MiB are text; plus 400 bytes for each
+document of a shard, and six times the largest document (documents over 256 MiB are not taken). That holds up to a
+terabyte of text, beyond which shards grow. With `keep_duplicates` the copies of one text are held together. Disk: beside
+the shards about two thirds of the text's size, until the call ends.
+
+Without torch; pyarrow is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal, NamedTuple
+
+from picotrain.data.corpus import ORIGIN, Corpus, read_json, scan, write_atomic
+from picotrain.data.prepare.documents import (
+    CUT_ABOVE,
+    CUT_NEAR,
+    DUPLICATE,
+    EMPTY,
+    HARMLESS,
+    KINDS,
+    NOT_TEXT,
+    NULL,
+    SHORT,
+    TOO_LONG,
+    UNREADABLE,
+    cut_plain_text,
+)
+from picotrain.data.prepare.inputs import (
+    KNOWN,
+    PLAIN,
+    SUFFIXES,
+    Identified,
+    Input,
+    Listed,
+    Say,
+    expand,
+    identify,
+    locked,
+    put_in_place,
+    silent,
+)
+from picotrain.data.prepare.segments import EXAMPLES, MAX_BUCKETS, Mapped, Part, Sizes, Task, cut_into_parts, load_mapped, map_task
+from picotrain.data.prepare.shards import Job, ShardOptions, content_hash, load_written, plan_jobs, write_job
+from picotrain.data.prepare.workers import WorkerLost, run
+from picotrain.errors import DataError
+from picotrain.hardware import cores
+
+__all__ = [
+    "CUT_ABOVE",
+    "CUT_NEAR",
+    "HARMLESS",
+    "INPUTS",
+    "KINDS",
+    "KNOWN",
+    "SKIPPED",
+    "SUFFIXES",
+    "Identified",
+    "Input",
+    "Options",
+    "Progress",
+    "Say",
+    "Sizes",
+    "Undecodable",
+    "content_hash",
+    "cut_plain_text",
+    "expand",
+    "identify",
+    "locked",
+    "prepare",
+    "silent",
+]
+
+INPUTS = "inputs.json"  # every input file with its size and hash, beside origin.json
+SKIPPED = "skipped.jsonl"  # what was left out and why, if anything was
+WORK, KEY = "work", "key.json"  # in the unfinished folder: what goes before it is finished
+PARALLEL_ABOVE = 64 << 20  # bytes of text that are worth more processes
+
+Progress = Callable[[str, int, int], None]  # what is being done, bytes of it, of all
+Undecodable = Literal["error", "skip"]  # what a text file that is not UTF-8 is
+
+
+class Options(NamedTuple):
+    """What decides the shards beside the inputs.
+
+    seed: of the order. min_chars: shorter documents are left out. keep_duplicates: do not leave out exact copies.
+    tolerated: of KINDS, what is left out and listed instead of being an error.
+    """
+
+    seed: int = 0
+    min_chars: int = 0
+    keep_duplicates: bool = False
+    tolerated: frozenset[str] = HARMLESS | {NULL}
+    sizes: Sizes = Sizes()
+
+
+def prepare(
+    inputs: str | Path | Iterable[str | Path] | Sequence[Input],
+    out: Path,
+    *,
+    name: str | None = None,
+    undecodable: Undecodable = "error",
+    identified: Identified | None = None,
+    options: Options = Options(),  # noqa: B008  # immutable
+    workers: int | None = None,
+    say: Say = silent,
+    progress: Progress | None = None,
+) -> Corpus:
+    """Make the corpus folder `out` from files, folders (searched for the known suffixes) and globs.
+
+    A folder made from the same content with the same options is kept as it is, an older one is replaced as a whole. An
+    interrupted call leaves no half-made folder, and the next one with the same inputs and options goes on where it was;
+    a concurrent one waits. `identified` is `identify` of the files, where that is known; `workers` is the number of
+    processes, by default one for each core when there are over 64 MB of text.
+
+    Beside the shards stand origin.json (counts, options, and the size and XXH3 hash of each shard), inputs.json and
+    skipped.jsonl. Raises DataError for what cannot be used and is not tolerated, naming it.
+    """
+    out = Path(out).expanduser().absolute()
+    name = out.name if name is None else name
+    files = [file for file in expand(inputs) if not file.path.absolute().is_relative_to(out)]  # e.g. `prepare . --out corpus` again
+    if not files:
+        raise DataError(f"all the input files lie in {out}, which is to be made; name another --out")
+    if undecodable == "skip":
+        options = options._replace(tolerated=options.tolerated | {NOT_TEXT})
+    with locked(out, say):
+        content, listed = identified or _identify(files, options, progress)
+        identity = _identity(content, options)
+        origin = read_json(out / ORIGIN)
+        if origin is not None and origin.get("identity") == identity and _is_whole(out, origin):
+            say(f"{out} was made from the same inputs with the same options: kept as it is")
+            return scan(out, name)
+        if origin is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(f"{out} is there and was not made by picotrain; name another folder, or remove it")
+        partial = out.with_name(f".{out.name}.partial")
+        try:
+            _Preparation(files, listed, partial, identity, options, workers, say, progress).run()
+            put_in_place(partial, out)
+        except WorkerLost:
+            raise
+        except DataError:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        except OSError as error:  # reading errors are DataErrors by now
+            why = error.strerror or error
+            raise DataError(
+                f"{out} cannot be written: {why}; free space and give the same command again: it goes on (what is done lies in {partial})"
+            ) from error
+    return scan(out, name)
+
+
+def _identify(files: Sequence[Input], options: Options, progress: Progress | None) -> Identified:
+    total = sum(file.path.stat().st_size for file in files if file.path.exists())
+    done, lock = 0, Lock()
+
+    def read(amount: int) -> None:
+        nonlocal done
+        with lock:
+            done += amount
+        if progress is not None:
+            progress("looking for changes", min(done, total), total)
+
+    return identify(files, UNREADABLE in options.tolerated, read)
+
+
+def _is_whole(out: Path, origin: dict[str, Any]) -> bool:
+    """Whether every shard is there with its size. (`picotrain data verify` reads them.)"""
+    try:
+        return all((out / name).stat().st_size == shard["bytes"] for name, shard in origin["shards"].items())
+    except OSError:
+        return False
+
+
+def _identity(content: str, options: Options) -> str:
+    """What the shards depend on. It is part of their footers."""
+    decisive = [content, options.seed, options.min_chars, options.keep_duplicates, sorted(options.tolerated), astuple(options.sizes)]
+    return hashlib.blake2b(json.dumps(decisive).encode(), digest_size=16).hexdigest()
+
+
+class _Preparation:
+    """One call, in the folder `partial`, which survives an interruption."""
+
+    def __init__(
+        self,
+        files: Sequence[Input],
+        listed: Listed,
+        partial: Path,
+        identity: str,
+        options: Options,
+        workers: int | None,
+        say: Say,
+        progress: Progress | None,
+    ):
+        self.files, self.listed, self.partial, self.identity, self.options = files, listed, partial, identity, options
+        self.say, self.progress = say, progress
+        self.work = partial / WORK
+        parts = cut_into_parts(files, options.sizes)
+        self.bytes = sum(part.bytes for task in parts for part in task)
+        self.buckets = max(1, min(MAX_BUCKETS, -(-self.bytes // options.sizes.bucket)))
+        self.tasks = [self._task(number, task) for number, task in enumerate(parts)]
+        self.workers = workers or (cores() if self.bytes > PARALLEL_ABOVE else 1)
+
+    def _task(self, number: int, parts: list[Part]) -> Task:
+        files, options = tuple(self.files[part.file] for part in parts), self.options
+        return Task(number, tuple(parts), files, self.work, self.buckets, options.sizes.held, options.min_chars, options.tolerated)
+
+    def run(self) -> None:
+        """Fill the folder with the finished corpus."""
+        self._open()
+        self._run("reading", map_task, self.tasks, self.bytes)
+        mapped = [load_mapped(task) for task in self.tasks]
+        self._check(mapped)
+        jobs = self._plan(mapped)
+        self._run("writing shards", write_job, jobs, sum(job.bytes for job in jobs))
+        written = [load_written(job) for job in jobs]
+        self._finish(mapped, jobs, written)
+
+    def _open(self) -> None:
+        """The work folder, with what an earlier call has done if it was the same."""
+        if read_json(self.partial / KEY) != {"identity": self.identity}:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.partial / KEY, json.dumps({"identity": self.identity}).encode())
+        write_atomic(self.work / INPUTS, json.dumps([[str(file.path), file.source] for file in self.files]).encode())
+        if done := sum(task.done.exists() for task in self.tasks):
+            self.say(f"going on with an interrupted call: {done} of {len(self.tasks)} parts of the input are read")
+
+    def _run(self, what: str, function: Callable[[Any], None], jobs: Sequence[Any], total: int) -> None:
+        left = [job for job in jobs if not job.done.exists()]
+
+        def report(done: int) -> None:
+            if self.progress is not None:
+                self.progress(what, min(done, total), total)
+
+        run(function, left, self.workers, report)
+        report(total)
+
+    def _check(self, mapped: Sequence[Mapped]) -> None:
+        """Raise DataError unless there are two different texts."""
+        ends = {end for found in mapped for end in (found.low, found.high) if end is not None}
+        if len(ends) > 1:
+            return
+        count = sum(found.documents for found in mapped)
+        what = "no document" if not count else "one document" if count == 1 else f"{count:,} documents, all the same"
+        where = self.files[0].path if len(self.files) == 1 else f"the {len(self.files):,} input files"
+        skipped = [example for found in mapped for example in found.examples]
+        raise DataError(
+            f"{where} gave {what}, and a corpus needs at least two different ones, to train on and to validate on; "
+            f"give more files, or a plain text ({', '.join(PLAIN)}) over {CUT_ABOVE >> 10} KB, which is cut into documents"
+            + (f". What was skipped begins with: {skipped[0]}" if skipped else "")
+        )
+
+    def _plan(self, mapped: Sequence[Mapped]) -> list[Job]:
+        options = ShardOptions(self.identity, self.options.seed, self.options.keep_duplicates, self.options.sizes.row_group)
+        return plan_jobs(self.tasks, mapped, self.buckets, self.work, self.work / INPUTS, self.options.sizes, options)
+
+    def _finish(self, mapped: Sequence[Mapped], jobs: Sequence[Job], written: Sequence[dict[str, Any]]) -> None:
+        """Name the shards, the validation shard last, and write down where they come from and what was skipped."""
+        filled = [(job, found) for job, found in zip(jobs, written, strict=True) if found["documents"]]
+        filled = [*filled[1:], filled[0]]
+        width = max(5, len(str(len(filled) - 1)))  # names are sorted as text
+        shards = {}
+        for index, (job, found) in enumerate(filled):
+            name = f"shard_{index:0{width}d}.parquet"
+            if job.shard.exists():  # else an interrupted call has moved it already
+                os.replace(job.shard, self.partial / name)
+            shards[name] = {"bytes": found["file_bytes"], "xxh3_64": found["xxh3_64"]}
+        counts = sum((found.counts for found in mapped), Counter({DUPLICATE: sum(found["duplicates"] for found in written)}))
+        with open(self.partial / SKIPPED, "wb") as target:
+            for part in (*self.tasks, *jobs):
+                with open(part.skipped, "rb") as source:
+                    shutil.copyfileobj(source, target)
+        if not (self.partial / SKIPPED).stat().st_size:
+            (self.partial / SKIPPED).unlink()
+        write_atomic(self.partial / INPUTS, json.dumps(self.listed).encode())
+        origin = self._origin(mapped, filled, counts) | {"shards": shards}
+        write_atomic(self.partial / ORIGIN, json.dumps(origin, indent=1).encode())
+        self._summarize(mapped, origin, counts)
+        shutil.rmtree(self.work)
+        (self.partial / KEY).unlink()
+
+    def _origin(self, mapped: Sequence[Mapped], filled: Sequence[tuple[Job, dict[str, Any]]], counts: Counter[str]) -> dict[str, Any]:
+        *train, val = (found for _, found in filled)
+        return {
+            "kind": "prepared",
+            "identity": self.identity,
+            "files": len(self.files),
+            "seed": self.options.seed,
+            "min_chars": self.options.min_chars,
+            "keep_duplicates": self.options.keep_duplicates,
+            "train_documents": sum(found["documents"] for found in train),
+            "val_documents": val["documents"],
+            "text_bytes": sum(found["bytes"] for _, found in filled),
+            "empty": counts[EMPTY],
+            "skipped": {kind: count for kind, count in sorted(counts.items()) if count},
+            "undecodable": [source for found in mapped for source in found.undecodable],
+            "cut": {source: pieces for found in mapped for source, pieces in found.cut.items()},
+        }
+
+    def _summarize(self, mapped: Sequence[Mapped], origin: dict[str, Any], counts: Counter[str]) -> None:
+        cut = list(origin["cut"].items())
+        for source, pieces in cut[:EXAMPLES]:
+            where = f"at blank lines near {CUT_NEAR >> 10} KB"
+            self.say(f"{source} is a plain text over {CUT_ABOVE >> 10} KB: cut into {pieces:,} documents {where}")
+        if len(cut) > EXAMPLES:
+            self.say(f"{len(cut) - EXAMPLES:,} more plain texts were cut so")
+        for kind, count in sorted(counts.items()):
+            if count:
+                self.say(_left_out(kind, count, self.options.min_chars))
+        if self.options.tolerated >= KINDS:  # else what is skipped was expected
+            for example in [example for found in mapped for example in found.examples][:EXAMPLES]:
+                self.say(f"  e.g. {example}")
+        train, val, shards = origin["train_documents"], origin["val_documents"], len(origin["shards"])
+        text = f"{origin['text_bytes'] / 1e6:,.1f} MB of text in {shards:,} shards"
+        self.say(f"prepared {train:,} training and {val:,} validation documents, {text}")
+
+
+def _left_out(kind: str, count: int, min_chars: int) -> str:
+    """A line for the terminal."""
+    short = f"shorter than {min_chars:,} characters"
+    one, many = {
+        EMPTY: ("left out {} empty document", "left out {} empty documents"),
+        NULL: ("left out {} null", "left out {} nulls"),
+        SHORT: (f"left out {{}} document {short}", f"left out {{}} documents {short}"),
+        DUPLICATE: ("left out {} exact duplicate", "left out {} exact duplicates"),
+        NOT_TEXT: ("skipped {} file or row that is not UTF-8", "skipped {} files or rows that are not UTF-8"),
+        UNREADABLE: ("skipped {} file or row group that cannot be read", "skipped {} files or row groups that cannot be read"),
+        TOO_LONG: ("skipped {} document that is too long", "skipped {} documents that are too long"),
+    }.get(kind, ("skipped {} " + kind, "skipped {} " + kind + "s"))
+    return (one if count == 1 else many).format(f"{count:,}")

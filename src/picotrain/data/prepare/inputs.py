@@ -1,0 +1,171 @@
+"""Which files are meant, what they are by content, and the lock and the rename that make a folder appear as a whole."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from picotrain.data.corpus import hint_for
+from picotrain.errors import DataError
+
+PLAIN = (".txt", ".md", ".rst")  # running text: cut when long
+CODE = (
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".rs", ".go", ".zig", ".java", ".kt", ".scala", ".swift", ".m"),
+    *(".js", ".mjs", ".jsx", ".ts", ".tsx", ".cs", ".fs", ".php", ".rb", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".ex", ".erl"),
+    *(".clj", ".el", ".lisp", ".scm", ".dart", ".sh", ".bash", ".sql", ".f90", ".asm", ".tex"),
+)  # one document a file
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+CSV = (".csv", ".csv.gz", ".csv.zst")
+PARQUET = ".parquet"
+SUFFIXES = (*PLAIN, *CODE, *JSON_LINES, *CSV, PARQUET)
+KNOWN = f"{', '.join(PLAIN)}, .py and other source code, {', '.join(JSON_LINES)}, {', '.join(CSV)}, {PARQUET}"
+VERSION = 2  # part of the identity: raised when the same input would give other shards
+READERS = 4  # files hashed at once
+HASH_BYTES = 1 << 20  # read at once for it
+UNREADABLE = "unreadable"  # in place of a hash
+
+Say = Callable[[str], None]
+Listed = list[tuple[str, int, str]]  # source, bytes and hash of each input file
+Identified = tuple[str, Listed]  # the hash of all inputs, and of each
+
+
+class Input(NamedTuple):
+    """A file to take documents from; `source` is how its documents name it."""
+
+    path: Path
+    source: str
+
+
+def silent(_message: str) -> None:
+    """Say nothing."""
+
+
+def kind_of(path: Path, suffixes: str | tuple[str, ...]) -> bool:
+    """Whether a file has one of these suffixes, in whatever case."""
+    return path.name.lower().endswith(suffixes)
+
+
+def expand(inputs: str | Path | Iterable[str | Path | Input]) -> list[Input]:
+    """The files that are meant by files, folders and globs, sorted within each. Raises DataError when there are none."""
+    found: list[Input] = []
+    for item in [inputs] if isinstance(inputs, str | Path) else list(inputs):
+        found += [item] if isinstance(item, Input) else _expand_one(Path(item).expanduser())
+    unique = list({entry.path.absolute(): entry for entry in found}.values())
+    if not unique:
+        raise DataError("no input files were given")
+    return unique
+
+
+def identify(files: Sequence[Input], unreadable: bool = False, read: Callable[[int], None] | None = None) -> Identified:
+    """32 hex digits for the content of these files, and (source, bytes, hash) of each; `read` is told the bytes as they are read.
+
+    Raises DataError for a file that cannot be read, or with `unreadable` gives it the size 0 and no hash.
+    """
+    stop = threading.Event()
+
+    def one(file: Input) -> tuple[str, int, str]:
+        try:
+            size, digest = _size_and_hash(file.path, stop, read)
+        except OSError as error:
+            if not unreadable:
+                raise DataError(f"{file.path} cannot be read: {error.strerror}") from error
+            size, digest = 0, UNREADABLE
+        return file.source, size, digest
+
+    with ThreadPoolExecutor(READERS) as pool:
+        try:
+            listed = list(pool.map(one, files))
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return hashlib.blake2b(json.dumps([VERSION, listed]).encode(), digest_size=16).hexdigest(), listed
+
+
+@contextmanager
+def locked(path: Path, say: Say = silent) -> Iterator[None]:
+    """Hold `path` against other processes, by a lock file beside it that vanishes with the lock."""
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "w")  # noqa: SIM115  # held open: closing it would end the lock
+        except OSError as error:
+            raise DataError(f"{path.parent} cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that makes {path}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if _is_at(file.fileno(), lock):
+            break
+        file.close()  # its holder removed it when it was done: this lock protects nothing
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
+
+
+def put_in_place(partial: Path, out: Path) -> None:
+    """Rename the finished folder to `out`; an older one is moved away first and then removed."""
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.rename(out, old)
+    os.rename(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _expand_one(path: Path) -> list[Input]:
+    if path.is_dir():
+        files = sorted(_walk(path))
+        if not files:
+            raise DataError(f"{path} holds no file that can be read; known are {KNOWN}")
+        return [Input(file, file.relative_to(path).as_posix()) for file in files]
+    if not path.exists() and glob.has_magic(str(path)):
+        files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+        files = [file for file in files if file.is_file() and kind_of(file, SUFFIXES)]
+        if not files:
+            raise DataError(f"nothing that can be read matches {path}; known are {KNOWN}")
+        base = Path(os.path.commonpath([file.parent for file in files]))
+        return [Input(file, file.relative_to(base).as_posix()) for file in files]
+    if not path.exists():
+        raise DataError(f"there is no {path.absolute()}{hint_for(path.absolute())}")
+    if not kind_of(path, SUFFIXES):
+        raise DataError(f"{path}: cannot read a {path.suffix or 'file without a suffix'}; known are {KNOWN}")
+    return [Input(path, path.name)]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file of a known suffix below a folder; hidden files and folders are left out."""
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # in place: where os.walk goes next
+        yield from (path for name in names if not name.startswith(".") and kind_of(path := Path(here, name), SUFFIXES))
+
+
+def _size_and_hash(path: Path, stop: threading.Event, read: Callable[[int], None] | None) -> tuple[int, str]:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while not stop.is_set() and (chunk := file.read(HASH_BYTES)):
+            digest.update(chunk)
+            if read is not None:
+                read(len(chunk))
+        return file.tell(), digest.hexdigest()
