@@ -79,7 +79,7 @@ def test_a_plain_safetensors_reader_finds_every_weight_through_the_index(tmp_pat
 
 
 def test_large_weights_are_cut_into_several_files(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 600)
+    monkeypatch.setattr(checkpoint.store, "SHARD_BYTES", 600)
     path = checkpoint.save(tmp_path, trained(7), 0)
     assert (path / "model-00001-of-00003.safetensors").is_file()
     fresh = trained(0, seed=1)
