@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain, count, islice, pairwise
@@ -460,3 +461,30 @@ def test_batches_on_cuda_are_those_of_the_cpu(corpus):
             assert batch.inputs.is_cuda and batch.inputs.dtype == torch.int64
             assert torch.equal(expected.inputs, batch.inputs.cpu())
             assert torch.equal(expected.targets, batch.targets.cpu())
+
+
+def traced_peak(corpus: Corpus, num_batches: int, lanes: int) -> int:
+    """Bytes at the peak of numpy's and Python's allocations while batches are taken; the manifest is not among them."""
+    tracemalloc.start()
+    with loader(corpus, lanes=lanes, seq_len=63, unit_bytes=1, rows_per_step=2, device_batch_size=2) as batches:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(num_batches):
+            next(batches)
+        peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak - before
+
+
+def test_memory_stays_within_the_stated_bound_whatever_the_number_of_shards(tmp_path, monkeypatch):
+    slice_bytes, lanes = 1 << 18, 4
+    monkeypatch.setattr(slices, "MIN_SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(slices, "READ_BYTES", 1 << 15)
+    # Row groups of four slices each; the fewer shards are passed over several times.
+    texts = ["word " * 400] * (4 * slice_bytes // 2000)
+    few = write(tmp_path / "few", *[texts] * 4, ["v"], group=len(texts))
+    many = write(tmp_path / "many", *[texts] * 24, ["v"], group=len(texts))
+    peaks = [traced_peak(corpus, 4000, lanes) for corpus in (few, many)]
+    of_a_slice = 5 + 4 + 2  # bytes: text, ids, rows; this tokenizer makes a token of every byte
+    bound = lanes * 2 * slice_bytes * 2 + stream.WORKERS * slice_bytes * of_a_slice + (1 << 20)
+    assert max(peaks) < bound
+    assert abs(peaks[0] - peaks[1]) < slice_bytes

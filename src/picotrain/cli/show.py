@@ -46,7 +46,7 @@ def plan_table(plan: Plan) -> None:
         "batch": f"{plan.total_batch_size:,} tokens = {batch}",
         "horizon": f"{plan.num_steps:,} steps, {plan.total_tokens:,} tokens (set by {plan.horizon})",
         "epochs": epochs,
-        "sources": ", ".join(f"{name} {passes:.2f} passes" for name, passes in plan.sources.items()) or "one corpus",
+        "sources": ", ".join(f"{name} {passes:.2f} passes" for name, passes in plan.sources.items()),
         "data stream": units_text,
         "peak rates": rates,
         "checkpoint": size(plan.checkpoint_bytes),
@@ -55,7 +55,8 @@ def plan_table(plan: Plan) -> None:
     }
     table = _grid(plan.name)
     for key, value in rows.items():
-        table.add_row(key, value)
+        if value:
+            table.add_row(key, value)
     out = console()
     out.print(table)
     for note in plan.notes:
