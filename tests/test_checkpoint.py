@@ -36,7 +36,9 @@ def trained(step: int, seed: int = 0) -> TrainState:
         model(torch.randint(16, (4, 5))).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return TrainState(model, optimizer, step, {"row": 96, "lanes": [[0, 0, 3], [5, 1, 2]]}, LoopState(min_val_bpb=1.5))
+    return TrainState(
+        model, optimizer, step, {"row": 96, "lanes_count": 2, "lanes": [[[0, 0, 3, 9]], [[5, 1, 2, 2]]]}, LoopState(min_val_bpb=1.5)
+    )
 
 
 def test_what_was_saved_comes_back_to_the_bit(tmp_path: Path):
@@ -78,9 +80,8 @@ def test_a_plain_safetensors_reader_finds_every_weight_through_the_index(tmp_pat
             assert torch.equal(file.get_tensor(name), tensor)
 
 
-def test_large_weights_are_cut_into_several_files(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(checkpoint.store, "SHARD_BYTES", 600)
-    path = checkpoint.save(tmp_path, trained(7), 0)
+def test_large_weights_are_cut_into_several_files(tmp_path: Path):
+    path = checkpoint.save(tmp_path, trained(7), 0, shard_bytes=600)
     assert (path / "model-00001-of-00003.safetensors").is_file()
     fresh = trained(0, seed=1)
     checkpoint.load(path, fresh)
@@ -90,7 +91,7 @@ def test_large_weights_are_cut_into_several_files(tmp_path: Path, monkeypatch):
 def test_latest_names_the_newest_and_a_crash_before_the_rename_leaves_nothing_that_counts(tmp_path: Path, monkeypatch):
     checkpoint.save(tmp_path, trained(7), 0)
     monkeypatch.setattr(Path, "rename", lambda self, target: (_ for _ in ()).throw(OSError("power cut")))
-    with pytest.raises(OSError, match="power cut"):
+    with pytest.raises(CheckpointError, match="power cut"):
         checkpoint.save(tmp_path, trained(9), 0)
     monkeypatch.undo()
     assert [p.name for p in checkpoint.complete(tmp_path)] == ["step_00000007"]

@@ -169,9 +169,20 @@ def test_accumulation_and_micro_batches_change_only_the_rounding(tmp_path: Path,
 def test_a_diverged_run_says_so_and_never_saves_the_broken_weights(tmp_path: Path, tiny):
     run_dir = tmp_path / "run"
     done = picotrain(
-        "train", *tiny(run_dir, "train.grad_clip=null", "optimizer.matrix_lr=1e30", "optimizer.embed_lr=1e30", "train.save_every=1")
+        "train",
+        *tiny(
+            run_dir,
+            "train.grad_clip=null",
+            "optimizer.matrix_lr=1e30",
+            "optimizer.embed_lr=1e30",
+            "train.save_every=1",
+            "train.max_steps=40",
+        ),
     )
     assert done.returncode == 3, done.stderr
     assert "Traceback" not in done.stderr
+    skipped = [line["skipped"] for line in lines(run_dir, "train")]
+    assert skipped[-1] == 11 and skipped[-11:] == list(range(1, 12))  # train.max_skipped=10 in a row are borne
+    assert [event["name"] for event in lines(run_dir, "event")][-1] == "diverged"
     for path in checkpoint.complete(run_dir / "checkpoints"):
         assert all(tensor.isfinite().all() for tensor in checkpoint.load_tensors(path, "model").values())

@@ -17,6 +17,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from picotrain.config.schema import Config
+from picotrain.config.validate import with_values
 from picotrain.errors import ConfigError, Diverged
 from picotrain.metrics import read_metrics
 from picotrain.monitor import TRACKERS, Console, Monitor, Pace, Smoother, build_trackers, mfu
@@ -200,9 +201,10 @@ def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank(
     make: Callable[..., Monitor], tmp_path: Path, bad: float, is_main: bool
 ) -> None:
     monitor = make({"device": "cuda"}, is_main=is_main)
+    monitor.config = with_values(monitor.config, {"train.max_skipped": 0})
     monitor.start(0)
     step(monitor, 0, 2.0)
-    step(monitor, 1, Scalar(bad))
+    step(monitor, 1, Scalar(bad), skipped=Scalar(1.0))
     with pytest.raises(Diverged, match=rf"the loss is {bad} and the gradient norm 1.0 at step 1: .*optimizer\.matrix_lr"):
         step(monitor, 2, 2.0)
     monitor.close()
@@ -277,7 +279,7 @@ def test_a_checkpoint_line_names_the_folder_within_the_run_and_its_size(make: Ca
     monitor.start(0)
     monitor.checkpoint(10, folder, 0.25)
     assert lines(tmp_path, "checkpoint") == [
-        {"step": 10, "kind": "checkpoint", "path": "checkpoints/step_00000010", "bytes": 8, "seconds": 0.25}
+        {"step": 10, "kind": "checkpoint", "path": "checkpoints/step_00000010", "bytes": 8, "seconds": 0.25, "stall_s": 0.25}
     ]
 
 
@@ -482,9 +484,14 @@ def test_monitor_and_report_import_neither_torch_nor_matplotlib() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_gradient_norm_that_is_not_finite_ends_the_run_before_its_weights_can_be_saved(make: Callable[..., Monitor]) -> None:
+def test_updates_that_are_left_out_are_counted_and_too_many_in_a_row_end_the_run(make: Callable[..., Monitor], tmp_path: Path) -> None:
     monitor = make()
+    monitor.config = with_values(monitor.config, {"train.max_skipped": 2})
     monitor.start(0)
-    with pytest.raises(Diverged, match="the loss is 2.0 and the gradient norm nan at step 0"):
-        step(monitor, 0, 2.0, grad_norm=math.nan)
+    for number, skipped in enumerate((True, True, False, True, True)):
+        step(monitor, number, 2.0, grad_norm=math.nan if skipped else 1.0, skipped=skipped)
+    with pytest.raises(Diverged, match="the loss is 2.0 and the gradient norm nan at step 5: training has diverged, 3 updates in a row"):
+        step(monitor, 5, 2.0, grad_norm=math.nan, skipped=True)
     monitor.close()
+    assert [line["skipped"] for line in lines(tmp_path, "train")] == [1, 2, 2, 3, 4, 5]
+    assert [line["name"] for line in lines(tmp_path, "event")][1:] == ["skipped_step"] * 5 + ["diverged"]

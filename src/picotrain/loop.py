@@ -22,10 +22,10 @@ from picotrain.config import Config, load
 from picotrain.data.lanes import merge_states
 from picotrain.data.mixture import Mixture
 from picotrain.data.stream import Loader, validation_rows
-from picotrain.errors import DataError
+from picotrain.errors import DataError, RunError
 from picotrain.model import DTYPES, GPT
 from picotrain.monitor import Monitor
-from picotrain.parallel import Parallel, StopSignal
+from picotrain.parallel import Parallel, StopSignal, Watchdog
 from picotrain.plan import Plan
 from picotrain.state import TrainState
 from picotrain.tokenizer import Tokenizer, load_tokenizer
@@ -48,15 +48,17 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
         saved_step = run.resumed_step
 
         while True:
+            run.watchdog.beat()
             step = state.step
-            last = step == plan.num_steps
+            last = step >= plan.num_steps
             failed = None if last else run.loader.look_ahead(plan.grad_accum_steps, lambda: stop.requested)
-            stopping = parallel.agree(stop.requested or failed is not None)
+            stopping, rolling = parallel.agree_each(stop.requested or failed is not None, run.rolling_due)
 
             if stopping:
                 run.say_why(failed)
-            if step != saved_step and (last or stopping or _every(cadence.save_every, step, first=False)):
-                run.save()
+            permanent = last or stopping or _every(cadence.save_every, step, first=False)
+            if step != saved_step and (permanent or rolling):
+                run.save(rolling=not permanent)
                 saved_step = step
             if stopping:
                 return run.end("stopped")
@@ -80,7 +82,9 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
                 wait_ms += batch.wait_ms
                 source_rows += torch.tensor(batch.source_rows)
 
+            loss = parallel.mean(loss)
             grad_norm = parallel.clip(run.model.parameters(), cadence.grad_clip)
+            skipped = run.guard.skip(state.optimizer, loss, grad_norm)  # decided on the device: no sync
             lr_factor = run.schedule(step)
             optim.set_lr(state.optimizer, lr_factor)
             state.optimizer.step()
@@ -91,8 +95,9 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             run.monitor.train_step(
                 step=step,
                 started_s=started_s,
-                loss=parallel.mean(loss),
+                loss=loss,
                 grad_norm=grad_norm,
+                skipped=skipped,
                 lr=plan.matrix_lr * lr_factor,
                 lr_factor=lr_factor,
                 data_wait_ms=wait_ms,
@@ -128,6 +133,9 @@ class _Run:
         self.model = GPT(self.config.model, self.plan.vocab_size, self.plan.seq_len, DTYPES[self.plan.precision]).to(parallel.device)
         optimizer = optim.build(self.config.optimizer, self.model, self.plan.rates)
         self.state = TrainState(self.model, optimizer)
+        self.guard = optim.Guard(self.config.train.skip_loss_z, parallel.device)
+        self.watchdog = Watchdog(self.config.launch.hang_s)
+        self.saver = checkpoint.Saver(self.checkpoints, self.config.checkpoint) if parallel.is_main else None
         self.schedule = schedule.build(self.config.schedule, self.plan.num_steps)
         self.monitor = Monitor(run_dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank)
         self.resumed_step = self._restore()
@@ -153,22 +161,59 @@ class _Run:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.watchdog.close()
         self.loader.close()
+        if self.saver:
+            self.saver.wait()
         self.monitor.close()
 
-    def save(self) -> None:
-        """Write a checkpoint of this step; rank 0 writes, the others wait."""
-        started = time.perf_counter()
+    @property
+    def rolling_due(self) -> bool:
+        """Whether this rank, the one that saves, wants a rolling checkpoint; says what became of earlier saves."""
+        self._report_saves()
+        return self.saver is not None and self.saver.rolling_due
+
+    def save(self, rolling: bool = False) -> None:
+        """Begin a checkpoint of this step: rank 0 copies the tensors and writes them in the background."""
         self.monitor.flush()  # no line of a step that the checkpoint holds may be missing from metrics.jsonl
         self.state.loader = merge_states(self.parallel.gather(self.state.loader or self.loader.state))
         for text in sorted(set(chain.from_iterable(self.parallel.gather(self.loader.skipped())))):
             self.monitor.event(self.state.step, "skipped_data", text)
-        if self.parallel.is_main:
-            self.state.loop.smoother = self.monitor.smoother_state()
-            self.state.loop.total_training_time_s = self.monitor.total_training_time_s
-            path = checkpoint.save(self.checkpoints, self.state, self.monitor.metrics_bytes())
-            self.monitor.checkpoint(self.state.step, path, time.perf_counter() - started)
-        self.parallel.barrier()
+        loop = self.state.loop
+        loop.smoother, loop.total_training_time_s = self.monitor.smoother_state(), self.monitor.total_training_time_s
+        loop.skipped, loop.recent_losses = self.monitor.skipped, self.guard.state_dict()
+        if self.saver:
+            try:
+                self.saver.save(self.state, self.monitor.metrics_bytes(), rolling)
+            except RunError as error:  # metrics.jsonl cannot be written: the disk is full
+                self.monitor.event(self.state.step, "save_failed", str(error))
+
+    def _report_saves(self) -> None:
+        for saved in self.saver.poll() if self.saver else []:
+            if saved.error:
+                self.monitor.event(saved.step, "save_failed", f"{saved.error}; training goes on, the next save tries again")
+            else:
+                self.monitor.checkpoint(saved.step, saved.path, saved.seconds, saved.stall_s)
+
+    def _finish_saving(self) -> None:
+        """Wait for the last save. Where it failed, try once more, then elsewhere; RunError says where it is."""
+        if not self.saver:
+            return
+        self.saver.wait()
+        self._report_saves()
+        whole = checkpoint.step_dir(self.checkpoints, self.state.step)
+        if checkpoint.is_whole(whole):
+            return
+        self.saver.save(self.state, 0 if self.monitor.disk_full else self.monitor.metrics_bytes())
+        self.saver.wait()
+        self._report_saves()
+        if checkpoint.is_whole(whole):
+            return
+        try:
+            elsewhere = self.saver.rescue(self.state, 0)
+        except OSError as error:
+            raise RunError(f"{whole} cannot be written, nor can the temporary folder ({error}); the last whole one stays") from error
+        raise RunError(f"{whole} cannot be written; it was saved as {elsewhere} instead: free space, move it there and resume")
 
     def say_why(self, failed: BaseException | None) -> None:
         """Record why the run stops here: a signal, or what some rank could not read. A bug in the loader is raised at once."""
@@ -197,7 +242,7 @@ class _Run:
             self.tokenizer.token_bytes(),
             self.config.evaluation.bpb.device_batch_size or self.plan.device_batch_size,
             self.parallel,
-            given_up=lambda: self.parallel.agree(self.stop.requested),
+            given_up=self._given_up,
             progress=self.monitor.progress("bits per byte"),
         )
         if result is None:
@@ -206,9 +251,14 @@ class _Run:
         self.monitor.val(step, result.val_bpb, result.val_loss, result.tokens, best_bpb=loop.min_val_bpb)
         loop.val_bpb, loop.val_bpb_step = result.val_bpb, step
         loop.min_val_bpb = min(result.val_bpb, loop.min_val_bpb or result.val_bpb)
-        if self.parallel.is_main:
+        if self.saver:
+            self.saver.wait()  # it measured what may still be on its way to the disk
             checkpoint.record_metrics(self.checkpoints, step, {"val_bpb": result.val_bpb, "val_loss": result.val_loss})
         return True
+
+    def _given_up(self) -> bool:
+        self.watchdog.beat()
+        return self.parallel.agree(self.stop.requested)
 
     def sample(self) -> bool:
         """Generate from the configured prompts, the same on every rank; False when a stop was asked for before."""
@@ -221,9 +271,10 @@ class _Run:
 
     def end(self, status: Literal["finished", "stopped"]) -> Outcome:
         """Close the books: the last lines, the report."""
+        self.loader.close()
+        self._finish_saving()
         if status == "finished":
             self.monitor.event(self.state.step, status)
-        self.loader.close()
         self.monitor.close()
         if self.parallel.is_main:
             summary = report.write_report(self.dir)
@@ -241,5 +292,6 @@ class _Run:
             return None
         metrics_bytes = checkpoint.load(path, self.state)
         loop = self.state.loop
-        self.monitor.start(self.state.step, metrics_bytes, loop.smoother, loop.total_training_time_s)
+        self.guard.load_state_dict(loop.recent_losses)
+        self.monitor.start(self.state.step, metrics_bytes, loop.smoother, loop.total_training_time_s, loop.skipped)
         return self.state.step

@@ -11,15 +11,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from picotrain.errors import RunError
 
 METRICS = "metrics.jsonl"
+MAX_LINE_BYTES = 16 << 20  # a line of samples has some kilobytes
 # Line ends to some readers (Python's str.splitlines among them), though not to JSON: written as escapes.
 _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
@@ -57,7 +59,11 @@ class MetricsFile:
         self._waiting: deque[bytes] = deque()
         self._error: OSError | None = None
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            # Not through a link: what a resume cuts off must be this run's.
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                os.close(self._fd)
+                raise OSError(0, "it is no regular file")
         except OSError as error:
             raise RunError(f"{path} cannot be written: {error.strerror}") from error
         # A kill can tear the last line; the next one must not be glued to it.
@@ -142,17 +148,25 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     Raises RunError, with the line, where the file is damaged before its end, and where there is no such file.
     """
     try:
-        file = path.open("rb")
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO without a writer would block
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}") from error
-    with file:
-        for number, line in enumerate(file, start=1):
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise RunError(f"{path} cannot be read: it is no regular file")
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), start=1):
+            if len(line) == MAX_LINE_BYTES:
+                raise RunError(f"{path}, line {number} is damaged: it is longer than {MAX_LINE_BYTES:,} bytes")
             if not line.endswith(b"\n"):
                 return
             try:
-                record = json.loads(line.decode("utf-8"))
-            except ValueError as error:
+                record = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+            except (ValueError, RecursionError) as error:
                 raise RunError(f"{path}, line {number} is damaged: it is no JSON ({error}); remove that line to read the rest") from error
             if not isinstance(record, dict):
                 raise RunError(f"{path}, line {number} is damaged: expected a JSON object, found {type(record).__name__}")
             yield record
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} stands in it")

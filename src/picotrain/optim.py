@@ -31,6 +31,40 @@ def build(section: AdamWConfig, model: nn.Module, rates: Rates) -> torch.optim.O
     return torch.optim.AdamW(groups, betas=(section.beta1, section.beta2), eps=section.eps, fused=True)
 
 
+class Guard:
+    """Decides on the device, without a host sync, whether an update is skipped: when loss or gradient norm is not finite or,
+    with `max_z`, when the loss is more than so many standard deviations above the mean of the last WINDOW good ones.
+
+    The same on every rank, since loss and norm are. The fused optimizer takes the decision as `found_inf` and leaves weights,
+    moments and its step counter as they are.
+    """
+
+    WINDOW = 100
+
+    def __init__(self, max_z: float | None, device: torch.device):
+        self._max_z = max_z
+        self._recent = torch.full((self.WINDOW,), torch.nan, device=device)  # NaN: not there yet
+
+    def skip(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor, grad_norm: torch.Tensor) -> torch.Tensor:
+        """1.0 or 0.0 (0-d): whether the optimizer's next step is skipped. loss: the step's mean over all ranks."""
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        if self._max_z is not None:
+            spread = self._recent.std().clamp_min(1e-6)
+            bad = bad | (loss > self._recent.mean() + self._max_z * spread)  # false until the window is full: NaN compares so
+            self._recent = torch.where(bad, self._recent, torch.cat([self._recent[1:], loss.reshape(1)]))
+        found_inf = bad.to(torch.float32)
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # where torch's gradient scaler puts it, too
+        return found_inf
+
+    def state_dict(self) -> list[float]:
+        """The window, for the checkpoint."""
+        return self._recent[torch.isfinite(self._recent)].tolist()
+
+    def load_state_dict(self, recent: list[float]) -> None:
+        if recent:
+            self._recent[-len(recent) :] = torch.tensor(recent[-self.WINDOW :], device=self._recent.device)
+
+
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's rate to its peak times the schedule's factor."""
     for group in optimizer.param_groups:

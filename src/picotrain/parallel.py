@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import inspect
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -75,6 +77,27 @@ class StopSignal:
                 self._on_first(signum)
         elif signum != signal.SIGUSR1 and now - self._first_at > REPEAT_S:
             self._on_second(signum)
+
+
+class Watchdog:
+    """Ends a process that makes no progress: `limit_s` after the last `beat` the stacks of all its threads go to standard error
+    and it ends with code 1, so that the launcher ends the other ranks (which wait in a collective, and whose own watchdogs say
+    where). Python's own timer thread does it, in C: it works while the interpreter is stuck. None: never."""
+
+    def __init__(self, limit_s: float | None):
+        self._limit_s, self._armed_s = limit_s, float("-inf")
+        self.beat()
+
+    def beat(self) -> None:
+        """Say that there is progress. Arming the timer takes a quarter of a millisecond, so it is done now and then only."""
+        now = time.monotonic()
+        if self._limit_s is not None and sys.__stderr__ is not None and now - self._armed_s > self._limit_s / 20:
+            self._armed_s = now
+            faulthandler.dump_traceback_later(self._limit_s, exit=True, file=sys.__stderr__)
+
+    def close(self) -> None:
+        """Stop watching."""
+        faulthandler.cancel_dump_traceback_later()
 
 
 @dataclass(frozen=True)
@@ -155,11 +178,15 @@ class Parallel:
 
     def agree(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; the same answer everywhere, without a device sync."""
+        return self.agree_each(flag)[0]
+
+    def agree_each(self, *flags: bool) -> list[bool]:
+        """`agree` on several flags at the price of one."""
         if self.world_size == 1:
-            return flag
-        votes = torch.tensor(int(flag), dtype=torch.int32)
+            return list(flags)
+        votes = torch.tensor(flags, dtype=torch.int32)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(votes.item())
+        return votes.bool().tolist()
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over ranks, on the device; on CUDA it is queued and the host does not wait."""

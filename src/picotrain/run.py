@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pydantic import ValidationError
+
 from picotrain import __version__
 from picotrain import plan as planning
 from picotrain.config import Config, dump, load
 from picotrain.config.identity import classify_change, diff, run_name
+from picotrain.config.saved import parse_json, read_plain
 from picotrain.data import sources
 from picotrain.data.mixture import Mixture
 from picotrain.data.remote import is_url
-from picotrain.errors import ConfigError, Problem, RunError
+from picotrain.errors import ConfigError, DataError, Problem, RunError
 from picotrain.plan import Plan
 
 if TYPE_CHECKING:
@@ -34,6 +39,12 @@ Say = Callable[[str], None]
 
 # Values derived once: a resumed run reads them back instead of deriving them anew.
 DERIVED_ONCE = ("num_steps", "total_tokens", "horizon", "matrix_lr", "embed_lr", "head_lr", "weight_decay", "bytes_per_token", "epochs")
+# Numbers of a plan that something is divided by or as many of which are made.
+COUNTED = (
+    "depth", "width", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "seq_len", "total_batch_size", "rows_per_step",
+    "device_batch_size", "grad_accum_steps", "dp_size", "world_size", "num_steps", "total_tokens", "lanes", "unit_bytes",
+    "bytes_per_token", "eval_rows",
+)  # fmt: skip
 PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "tokenizers", "gigatoken", "hydra-core", "pydantic", "huggingface_hub")
 
 
@@ -90,9 +101,9 @@ def gather(config: Config, say: Say) -> Material:
 def is_finished(run_dir: Path, num_steps: int) -> bool:
     """Whether the run has reported the end of `num_steps` steps."""
     try:
-        summary = json.loads((run_dir / "summary.json").read_text())
+        summary = parse_json(read_plain(run_dir / "summary.json"))
         return summary["status"] == "finished" and summary["steps_done"] >= num_steps
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -111,6 +122,7 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
     if (run_dir / "config.yaml").exists():
         material = _reopen(run_dir, config, say)
     else:
+        check_places(run_dir)
         if run_dir.is_dir() and any(path for path in run_dir.iterdir() if path.name != ".lock"):
             raise RunError(f"{run_dir} is no run and not empty; another run.dir or run.name would be right")
         material = gather(config, say)
@@ -125,15 +137,68 @@ def read_material(run_dir: Path) -> Material:
     from picotrain.tokenizer import load_tokenizer
 
     require_run(run_dir)
-    config, plan = load(run_dir / "config.yaml"), Plan.load(run_dir / "plan.json")
-    data = json.loads((run_dir / "data.json").read_text())
-    return Material(config, plan, Mixture.from_json(data["corpus"]), load_tokenizer(run_dir / "tokenizer.json", config.tokenizer.encoder))
+    config, plan = load(run_dir / "config.yaml"), read_plan(run_dir)
+    corpus = _read_data(run_dir)[0]
+    tokenizer = load_tokenizer(run_dir / "tokenizer.json", config.tokenizer.encoder)
+    for key, planned, found in (("seq_len", plan.seq_len, config.train.seq_len), ("vocab_size", plan.vocab_size, tokenizer.vocab_size)):
+        if planned != found:
+            raise RunError(f"{run_dir / 'plan.json'}: {key} is {planned:,}, and {found} in the files beside it; they are not of one run")
+    return Material(config, plan, corpus, tokenizer)
+
+
+def read_plan(run_dir: Path) -> Plan:
+    """A run's plan. Raises RunError for one that is damaged or holds what no plan can."""
+    path = run_dir / "plan.json"
+    try:
+        plan = Plan.model_validate(parse_json(read_plain(path)))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise RunError(f"{path} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r:.60}") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    numbers = {key: value for key, value in plan if isinstance(value, int | float)}
+    numbers |= {f"{part}.{key}": value for part in ("parameters", "sources") for key, value in getattr(plan, part).items()}
+    for key, value in numbers.items():
+        least, most = (0.01, 2**53) if key in COUNTED else (0, 1e30)
+        if not least <= value <= most:
+            raise RunError(f"{path} is damaged: {key} is {str(value)[:40]}, which no plan can hold")
+    return plan
+
+
+def _read_data(run_dir: Path) -> tuple[Mixture, dict[str, str]]:
+    """A run's corpus, and the fingerprints of it and of the tokenizer. Raises RunError for a data.json that is damaged."""
+    path = run_dir / "data.json"
+    try:
+        data = parse_json(read_plain(path))
+        prints = {what: str(data[what]["fingerprint"]) for what in ("corpus", "tokenizer")}
+        mixture = Mixture.from_json(data["corpus"])
+        if not mixture.sources or not all(math.isfinite(share) and share > 0 for share in mixture.shares):
+            raise ValueError("a mixture's weights must be positive")
+        return mixture, prints
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    except (DataError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise RunError(f"{path} is damaged: {f'it has no {error}' if isinstance(error, KeyError) else error}") from error
+
+
+def check_places(run_dir: Path) -> None:
+    """Raise RunError where something in a run directory would lead a reader or writer out of it, or make one wait."""
+    home = os.path.realpath(run_dir)
+    for folder, folders, files in os.walk(run_dir):
+        for name in (*folders, *files):
+            path = os.path.join(folder, name)
+            mode = os.lstat(path).st_mode
+            if stat.S_ISLNK(mode):
+                if not os.path.realpath(path).startswith(home + os.sep):
+                    raise RunError(f"{path} is a symlink out of the run; put in its place what it leads to")
+            elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise RunError(f"{path} is neither a file nor a folder; remove it")
 
 
 def require_run(run_dir: Path) -> None:
-    """Raise RunError unless the folder is a run's, naming the runs beside it."""
+    """Raise RunError unless the folder is a run's, naming the runs beside it, and nothing in it leads out of it."""
     if (run_dir / "config.yaml").is_file():
-        return
+        return check_places(run_dir)
     there = sorted(path.parent.name for path in run_dir.parent.glob("*/config.yaml"))
     raise RunError(f"{run_dir} holds no run (no config.yaml)" + (f"; runs there: {', '.join(there[:8])}" if there else ""))
 
@@ -147,7 +212,8 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 def _reopen(run_dir: Path, config: Config, say: Say) -> Material:
     """The material of an existing run under a config that may differ from its own in what may change."""
-    before, old_plan = load(run_dir / "config.yaml"), Plan.load(run_dir / "plan.json")
+    require_run(run_dir)
+    before, old_plan = load(run_dir / "config.yaml"), read_plan(run_dir)
     if config.run.resume == "never":
         raise RunError(f"{run_dir} holds a run already and run.resume=never; another run.dir or run.name would be right")
     changes = {key: (old, new) for key, old, new in diff(before, config)}
@@ -177,14 +243,14 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     """The corpus as it is now and the run's own tokenizer. Raises RunError where either is not what the run began with."""
     from picotrain.tokenizer import load_tokenizer
 
-    recorded = json.loads((run_dir / "data.json").read_text())
+    _, recorded = _read_data(run_dir)
     corpus = sources.gather(config.data, cache_dir(config), say)
     tokenizer = load_tokenizer(run_dir / "tokenizer.json", config.tokenizer.encoder)
     named = tokenizer
     if other_tokenizer and config.tokenizer.path:
         named = load_tokenizer(Path(config.tokenizer.path), config.tokenizer.encoder)
     for what, now in (("corpus", corpus.fingerprint), ("tokenizer", tokenizer.fingerprint), ("tokenizer", named.fingerprint)):
-        if recorded[what]["fingerprint"] != now:
+        if recorded[what] != now:
             raise RunError(f"{run_dir}: the {what} is not the one this run was started with; a resume would train on something else")
     return corpus, tokenizer
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, Strict
 from torch import nn
 
 from picotrain.errors import CheckpointError
 
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+
 
 @dataclass
 class LoopState:
-    """What the loop carries from step to step besides weights: small numbers, saved as JSON."""
+    """What the loop carries from step to step besides weights: small numbers, saved as JSON and checked when they are read."""
 
-    min_val_bpb: float | None = None
-    val_bpb: float | None = None  # last measured
-    val_bpb_step: int | None = None
-    total_training_time_s: float = 0.0
-    smoother: dict[str, Any] = field(default_factory=dict)  # of the de-biased training loss
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    min_val_bpb: Number | None = None
+    val_bpb: Number | None = None  # last measured
+    val_bpb_step: Annotated[int, Strict()] | None = None
+    total_training_time_s: Number = 0.0
+    smoother: dict[str, Number] = field(default_factory=dict)  # of the de-biased training loss
+    skipped: Annotated[int, Strict(), Field(ge=0)] = 0  # updates that were left out so far
+    recent_losses: list[Number] = field(default_factory=list)  # of the guard against spikes
 
 
 @dataclass
@@ -57,16 +64,41 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor]) -> No
     for name, tensor in own.items():
         if tensor.shape != tensors[name].shape:
             raise CheckpointError(f"{name} has shape {tuple(tensors[name].shape)} in the checkpoint, {tuple(tensor.shape)} in the model")
+        if tensor.dtype != tensors[name].dtype:
+            raise CheckpointError(f"{name} holds {tensors[name].dtype} in the checkpoint, {tensor.dtype} in the model")
+    for name, tensor in own.items():
         tensor.copy_(tensors[name])
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """The inverse of `optimizer_tensors`. Raises CheckpointError on a parameter the model does not have."""
+    """The inverse of `optimizer_tensors`. Raises CheckpointError on a parameter the model does not have, a tensor that fits
+    none, and a parameter that has less than the others of its group."""
     parameters = dict(model.named_parameters())
+    found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
     for flat, tensor in tensors.items():
         key, _, name = flat.partition(".")
         if name not in parameters:
             raise CheckpointError(f"the checkpoint's optimizer state {flat!r} belongs to no parameter of this model")
-        parameter = parameters[name]
+        # Kernels that update many tensors at once trust these shapes. Scalars are counters.
+        if not tensor.is_floating_point() or tensor.shape not in (torch.Size(), parameters[name].shape):
+            raise CheckpointError(
+                f"the checkpoint's optimizer state {flat!r} does not fit its parameter: {tensor.dtype} {tuple(tensor.shape)}"
+            )
         # The step counter of fused AdamW is an fp32 scalar; it lives where the parameter does.
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
+        found[name][key] = tensor.to(parameters[name].device)
+    names = {parameter: name for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        of_group = [names[parameter] for parameter in group["params"]]
+        wanted = _state_keys(optimizer) or set().union(*(found[name] for name in of_group))
+        for name in of_group:
+            if found[name] and found[name].keys() != wanted:
+                odd = ", ".join(sorted(found[name].keys() ^ wanted))
+                raise CheckpointError(f"the checkpoint's optimizer state of {name} is not this optimizer's: {odd} on one side only")
+    for name, parameter in parameters.items():
+        if found[name]:
+            optimizer.state[parameter] |= found[name]
+
+
+def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What an optimizer keeps of each parameter, where that is known before its first step."""
+    return {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()

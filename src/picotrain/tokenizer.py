@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from picotrain.config.saved import read_plain
 from picotrain.errors import TokenizerError
 
 if TYPE_CHECKING:
@@ -68,15 +69,15 @@ class Tokenizer:
         try:
             added, plain = _without_added_tokens(data.decode())
             self._plain = tokenizers.Tokenizer.from_str(plain)
+            self._specials = {token["id"]: token["content"] for token in added}
         except Exception as error:  # tokenizers raises bare Exception
-            raise TokenizerError(f"{path} is no tokenizer.json that `tokenizers` can load: {error}") from error
+            raise TokenizerError(f"{path} is no tokenizer.json that `tokenizers` can load: {str(error)[:200]}") from error
         _check_byte_level(path, self._plain)
-        self._specials = {token["id"]: token["content"] for token in added}
+        self.vocab_size = 1 + _largest_id(path, self._plain, self._specials)
         if BOS not in self._specials.values():
             has = ", ".join(map(repr, self._specials.values())) or "none"
             raise TokenizerError(f"{path} has no special token {BOS!r} (its special tokens: {has}); train one with `picotrain tokenizer`")
         self.bos_id = next(id for id, content in self._specials.items() if content == BOS)
-        self.vocab_size = max(self._plain.get_vocab_size(), 1 + max(self._specials))
         self._json, self._encoded_tokens = plain, 0
         self._fast, self.note = (None, "") if encoder == "tokenizers" else _load_gigatoken(plain, self._plain)
         if encoder == "gigatoken" and self._fast is None:
@@ -187,9 +188,10 @@ def load_tokenizer(path: Path, encoder: Encoder = "auto") -> Tokenizer:
     path = Path(path).expanduser()
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        data = path.read_bytes()
+        data = read_plain(path)
     except OSError as error:
-        raise TokenizerError(f"there is no readable tokenizer {path}: {error.strerror}") from error
+        shown = re.sub(r"(?<=:/)[^/]*@", "...@", str(path))  # of an URL, which is no path, not the password
+        raise TokenizerError(f"there is no readable tokenizer {shown}: {error.strerror}") from error
     return Tokenizer(path, data, encoder)
 
 
@@ -217,6 +219,16 @@ def _check_byte_level(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
         )
     if any(tokenizer.token_to_id(char) is None for char in byte_alphabet()):
         raise TokenizerError(f"{path} is no byte-level BPE: some of the 256 bytes have no token")
+
+
+def _largest_id(path: Path, tokenizer: tokenizers.Tokenizer, specials: dict[Any, Any]) -> int:
+    """Raises TokenizerError where ids are out of proportion: tables are as long as the largest of them."""
+    ids = [*specials, *tokenizer.get_vocab().values()]
+    if not all(isinstance(id, int) and 0 <= id < 2 * len(ids) for id in ids) or not all(
+        isinstance(name, str) for name in specials.values()
+    ):
+        raise TokenizerError(f"{path} has {len(ids):,} tokens, and ids that are no numbers below twice as many, or tokens without a name")
+    return max(ids)
 
 
 def _load_gigatoken(plain: str, reference: tokenizers.Tokenizer) -> tuple[Any, str]:

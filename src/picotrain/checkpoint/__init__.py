@@ -24,12 +24,17 @@ from picotrain.checkpoint.folder import (
     verify,
     write_pointer,
 )
-from picotrain.checkpoint.store import load, load_tensors, save
+from picotrain.checkpoint.retain import is_rolling
+from picotrain.checkpoint.saver import Saved, Saver, save
+from picotrain.checkpoint.store import load, load_tensors
 
 __all__ = [
     "PREFIX",
+    "Saved",
+    "Saver",
     "complete",
     "find",
+    "is_rolling",
     "is_whole",
     "load",
     "load_tensors",

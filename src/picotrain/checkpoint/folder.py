@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import xxhash
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from picotrain.config.saved import parse_json, read_plain
 from picotrain.errors import CheckpointError
+from picotrain.metrics import plain
 
+M = TypeVar("M", bound=BaseModel)
 PREFIX = "step_"
+MAX_POINTER_BYTES = 1000
+
+Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+
+
+def _plain_name(name: str) -> str:
+    if not re.fullmatch(r"[\w-][\w.-]{0,199}", name):
+        raise ValueError("it must be the plain name of a file, which cannot be outside the checkpoint")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_plain_name)]
+
+
+class FileEntry(BaseModel):
+    """What is known of one file of a checkpoint."""
+
+    bytes: Count
+    xxh3_64: Annotated[str, Field(strict=True)]
+
+
+class Manifest(BaseModel):
+    """manifest.json: every file that belongs to a checkpoint."""
+
+    files: Annotated[dict[FileName, FileEntry], Field(min_length=1)]
 
 
 def step_dir(root: Path, step: int) -> Path:
@@ -27,34 +58,59 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def verify(path: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
-    for name, expected in read_json(path / "manifest.json").get("files", {}).items():
+    for file in path.iterdir() if path.is_dir() else ():
+        if file.is_symlink() or not file.is_file():
+            raise CheckpointError(f"{path.name} is damaged: {file.name} is no plain file")
+    for name, expected in read_manifest(path).items():
         file = path / name
-        if Path(name).name != name or not file.is_file() or file.is_symlink():
+        if not file.is_file():
             raise CheckpointError(f"{path.name} is damaged: {name} is missing or no plain file")
-        if file.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path.name} is damaged: {name} has {file.stat().st_size:,} bytes, not {expected['bytes']:,}")
-        if hash_file(file) != expected["xxh3_64"]:
+        if file.stat().st_size != expected.bytes:
+            raise CheckpointError(f"{path.name} is damaged: {name} has {file.stat().st_size:,} bytes, not {expected.bytes:,}")
+        if hash_file(file) != expected.xxh3_64:
             raise CheckpointError(f"{path.name} is damaged: the content of {name} does not match its hash")
+
+
+def read_manifest(path: Path) -> dict[str, FileEntry]:
+    """The files of a checkpoint by name, of which each is a plain name. Raises CheckpointError."""
+    if path.is_symlink():
+        raise CheckpointError(f"{path.name} is a symlink, and a checkpoint is a folder")
+    return checked(Manifest, path / "manifest.json").files
+
+
+def checked(model: type[M], path: Path) -> M:
+    """A JSON file of a checkpoint as `model` describes it. Raises CheckpointError that names the place of what is wrong."""
+    try:
+        return model.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))[:120]
+        found = "" if first["type"] == "missing" else f", not {first['input']!r:.40}"
+        raise CheckpointError(f"{path} is damaged: {place}: {first['msg'][0].lower()}{first['msg'][1:]}{found}") from None
 
 
 def is_whole(path: Path) -> bool:
     """Whether a folder is a complete checkpoint, by its manifest and the sizes in it (hashes: `verify`)."""
     try:
-        files = read_json(path / "manifest.json")["files"]
-        return bool(files) and all((path / name).stat().st_size == expected["bytes"] for name, expected in files.items())
-    except (CheckpointError, OSError, KeyError, TypeError):
+        return all((path / name).lstat().st_size == expected.bytes for name, expected in read_manifest(path).items())
+    except (CheckpointError, OSError):
         return False
 
 
 def complete(root: Path) -> list[Path]:
     """All complete checkpoints below root, the oldest first."""
-    return sorted(path for path in root.glob(f"{PREFIX}*") if path.is_dir() and is_whole(path))
+    return [path for path in _folders(root) if is_whole(path)]
+
+
+def _folders(root: Path) -> list[Path]:
+    """All folders below root that are named as checkpoints are, whole or not, the oldest first."""
+    named = (path for path in root.glob(f"{PREFIX}*") if re.fullmatch(PREFIX + "[0-9]{1,18}", path.name) and path.is_dir())
+    return sorted(named, key=lambda path: (int(path.name.removeprefix(PREFIX)), path.name))
 
 
 def newest(root: Path, say: Callable[[str], None]) -> Path | None:
     """The newest checkpoint whose hashes match, or None. A damaged one is passed over, and said."""
-    folders = sorted((path for path in root.glob(f"{PREFIX}*") if path.is_dir()), reverse=True)
-    for path in folders:
+    for path in reversed(_folders(root)):
         try:
             verify(path)
         except CheckpointError as error:
@@ -72,10 +128,9 @@ def find(root: Path, which: str) -> Path:
     if which == "last" and there:
         return there[-1]
     if which == "best":
-        pointer = root / "best"
-        name = pointer.read_text().strip() if pointer.is_file() else ""
-        if (root / name) in there:
-            return root / name
+        name = _read_pointer(root / "best")
+        if named := [path for path in there if path.name == name]:
+            return named[0]
         raise CheckpointError(f"{root} has no best checkpoint: none was evaluated after its save; complete steps: {listing}")
     if which.isdecimal() and int(which) in steps:
         return steps[int(which)]
@@ -88,7 +143,7 @@ def record_metrics(root: Path, step: int, metrics: dict[str, Any]) -> None:
     if not is_whole(path):
         return
     write_json(path / "metrics.json", {"step": step, **metrics})
-    scored = [(read_metrics(other).get("val_bpb"), other) for other in complete(root)]
+    scored = [(_val_bpb(other), other) for other in complete(root)]
     best = min(((bpb, other) for bpb, other in scored if bpb is not None), default=None)
     if best:
         write_pointer(root, "best", best[1])
@@ -97,6 +152,23 @@ def record_metrics(root: Path, step: int, metrics: dict[str, Any]) -> None:
 def read_metrics(path: Path) -> dict[str, Any]:
     """metrics.json of a checkpoint, empty when nothing was measured."""
     return read_json(path / "metrics.json") if (path / "metrics.json").is_file() else {}
+
+
+def _val_bpb(path: Path) -> float | None:
+    """What a checkpoint scored; None when that is not known, for a damaged note must not end a training."""
+    try:
+        found = read_metrics(path).get("val_bpb")
+    except CheckpointError:
+        return None
+    return float(found) if isinstance(found, float) and math.isfinite(found) else None
+
+
+def _read_pointer(path: Path) -> str:
+    """The name in a one-line file, "" when there is none or it holds none."""
+    try:
+        return read_plain(path, MAX_POINTER_BYTES).decode(errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def write_pointer(root: Path, name: str, target: Path) -> None:
@@ -120,9 +192,9 @@ def hash_file(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = parse_json(read_plain(path))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return value
@@ -130,7 +202,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text(json.dumps(value, indent=1) + "\n")
+    tmp.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
     fsync(tmp)
     os.replace(tmp, path)
 

@@ -1,56 +1,58 @@
-"""TrainState -> files of a checkpoint, and back."""
+"""Files of a checkpoint -> TrainState. Whatever stands in them is checked before it is used, and nothing is a pickle."""
 
 from __future__ import annotations
 
-import base64
-import shutil
-from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from pydantic import Base64Bytes, BaseModel, Field, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from picotrain.checkpoint.folder import describe, fsync, read_json, read_state, step_dir, verify, write_json, write_pointer
+from picotrain.checkpoint.folder import Count, FileName, checked, read_manifest, verify
 from picotrain.errors import CheckpointError
-from picotrain.state import LoopState, TrainState, load_model_tensors, load_optimizer_tensors, model_tensors, optimizer_tensors
+from picotrain.state import LoopState, TrainState, load_model_tensors, load_optimizer_tensors
 
-SHARD_BYTES = 5 * 10**9  # the Hub's usual size: one file for models up to about 1 B parameters
+Cursor = tuple[Annotated[int, Field(strict=True, ge=-1, le=2**53)], Count, Count, Count]
 
 
-def save(root: Path, state: TrainState, metrics_bytes: int) -> Path:
-    """Write the checkpoint of `state.step` below root and point `latest` at it; call on one rank only.
+class Index(BaseModel):
+    """The index of a part: which file holds which tensor."""
 
-    Files are written and flushed to disk under a temporary name, the manifest last, then the folder is renamed: a crash
-    at any moment leaves the previous checkpoints whole and no half one under a step's name.
-    """
-    final = step_dir(root, state.step)
-    root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(".tmp-*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    tmp = root / f".tmp-{final.name}"
-    tmp.mkdir()
-    _save_tensors(tmp, "model", model_tensors(state.model))
-    _save_tensors(tmp, "optimizer", optimizer_tensors(state.model, state.optimizer))
-    scalars = {
-        "step": state.step,
-        "val_bpb": state.loop.val_bpb,
-        "val_bpb_step": state.loop.val_bpb_step,
-        "dataloader_state_dict": state.loader,
-        "loop_state": asdict(state.loop),
-        "rng": {"torch": base64.b64encode(bytes(torch.get_rng_state().tolist())).decode()},
-        "metrics_bytes": metrics_bytes,
-    }
-    write_json(tmp / "state.json", scalars)
-    write_json(tmp / "manifest.json", {"files": {path.name: describe(path) for path in sorted(tmp.iterdir())}})
-    fsync(tmp)
-    if final.exists():  # a damaged one of the same step: a whole one is never written twice
-        shutil.rmtree(final)
-    tmp.rename(final)
-    fsync(root)
-    write_pointer(root, "latest", final)
-    return final
+    weight_map: dict[str, FileName]
+
+
+class StreamState(BaseModel):
+    """Where the data stream stands, see `picotrain.data.lanes`."""
+
+    row: Count
+    lanes_count: Annotated[int, Field(strict=True, ge=1, le=2**20)]
+    lanes: list[list[Cursor]]
+
+    @model_validator(mode="after")
+    def _fits(self) -> StreamState:
+        if len(self.lanes) != self.lanes_count or len({len(cursors) for cursors in self.lanes}) != 1:
+            raise ValueError("the lanes do not fit each other")
+        if any(row > rows for cursors in self.lanes for _, _, row, rows in cursors):
+            raise ValueError("a lane stands behind the last row of its slice")
+        return self
+
+
+class Generators(BaseModel):
+    """States of random generators."""
+
+    torch: Base64Bytes
+
+
+class SavedState(BaseModel):
+    """state.json, as far as a training goes on from it."""
+
+    step: Count
+    dataloader_state_dict: StreamState | None
+    loop_state: LoopState
+    rng: Generators
+    metrics_bytes: Count
 
 
 def load(path: Path, state: TrainState) -> int:
@@ -59,41 +61,38 @@ def load(path: Path, state: TrainState) -> int:
     Raises CheckpointError on a checkpoint that is damaged or belongs to another model.
     """
     verify(path)
+    _require_listed(path, ["state.json"])
+    saved = checked(SavedState, path / "state.json")
     load_model_tensors(state.model, load_tensors(path, "model"))
     load_optimizer_tensors(state.model, state.optimizer, load_tensors(path, "optimizer"))
-    scalars = read_state(path)
-    state.step = scalars["step"]
-    state.loader = scalars["dataloader_state_dict"]
-    state.loop = LoopState(**scalars["loop_state"])
-    torch.set_rng_state(torch.tensor(list(base64.b64decode(scalars["rng"]["torch"])), dtype=torch.uint8))
-    return scalars["metrics_bytes"]
+    try:
+        torch.set_rng_state(torch.tensor(list(saved.rng.torch), dtype=torch.uint8))
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path / 'state.json'} is damaged: rng.torch is no state of the random generator") from error
+    state.step = saved.step
+    state.loader = saved.dataloader_state_dict and saved.dataloader_state_dict.model_dump(mode="json")
+    state.loop = saved.loop_state
+    return saved.metrics_bytes
 
 
 def load_tensors(path: Path, part: str) -> dict[str, torch.Tensor]:
     """The tensors of one part ("model" or "optimizer") by name, on the CPU."""
-    index = read_json(path / f"{part}.safetensors.index.json")
-    names = sorted(set(index["weight_map"].values()))
-    if any(Path(name).name != name for name in names):
-        raise CheckpointError(f"{path}: the index of {part} names a file outside the checkpoint: {names}")
+    index = f"{part}.safetensors.index.json"
+    weight_map = checked(Index, path / index).weight_map
+    names = sorted(set(weight_map.values()))
+    _require_listed(path, [index, *names])
     tensors: dict[str, torch.Tensor] = {}
     for name in names:
         try:
             tensors |= load_file(path / name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path / name} cannot be read as safetensors: {error}") from error
+        except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:  # the last: a type that torch lacks
+            raise CheckpointError(f"{path / name} cannot be read as safetensors: {str(error)[:200]}") from error
+    if odd := sorted(tensors.keys() ^ weight_map.keys()):
+        raise CheckpointError(f"{path / index} does not list the tensors that are there: {', '.join(odd)[:200]} on one side only")
     return tensors
 
 
-def _save_tensors(folder: Path, part: str, tensors: dict[str, torch.Tensor]) -> None:
-    pattern = part + "{suffix}.safetensors"
-    split = split_torch_state_dict_into_shards(tensors, filename_pattern=pattern, max_shard_size=SHARD_BYTES)
-    weight_map = {}
-    count = len(split.filename_to_tensors)
-    for i, names in enumerate(split.filename_to_tensors.values(), start=1):
-        # The name always carries the count, so that one shard and many are found the same way.
-        file = f"{part}-{i:05d}-of-{count:05d}.safetensors"
-        save_file({name: tensors[name].detach().cpu().contiguous() for name in names}, folder / file, metadata={"format": "pt"})
-        fsync(folder / file)
-        weight_map |= {name: file for name in names}
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    write_json(folder / f"{part}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+def _require_listed(path: Path, names: list[str]) -> None:
+    """Raise CheckpointError for a file that the manifest does not know, so that `verify` has not looked at it."""
+    if strange := sorted(set(names) - read_manifest(path).keys()):
+        raise CheckpointError(f"{path}: {', '.join(strange)[:200]} is used, but not listed in manifest.json")

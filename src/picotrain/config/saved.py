@@ -1,9 +1,13 @@
-"""Configs as plain YAML: writing one, and reading it back without trusting it."""
+"""Configs as plain YAML: writing one, and reading it back without trusting it. `read_plain` and `parse_json`: any file of a run."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from yaml.composer import ComposerError
@@ -13,6 +17,11 @@ from picotrain.config.overrides import interpolation
 from picotrain.config.schema import SCHEMA_VERSION, Config
 from picotrain.config.validate import strings, validate
 from picotrain.errors import ConfigError, Problem
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_DEPTH = 50
+MAX_KEYS = 1000  # of a section; each that is wrong is compared with all that there are
+MAX_JSON_BYTES = 256 << 20  # the data.json of a corpus of 100,000 shards
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -24,9 +33,13 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        for place, (key, _) in enumerate(node.value):
-            if any(key.value == earlier.value for earlier, _ in node.value[:place]):
+        if len(node.value) > MAX_KEYS:
+            raise ConstructorError(None, None, f"a section of {len(node.value):,} keys", node.start_mark)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if repr(key.value) in seen:
                 raise ConstructorError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            seen.add(repr(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -47,7 +60,7 @@ def load(path: Path) -> Config:
 def read(path: Path) -> dict[str, Any]:
     """The tree in a saved config: plain YAML of this schema version, without interpolation. Runs no code."""
     try:
-        tree = yaml.load(path.read_bytes().decode("utf-8"), Loader=_PlainLoader)  # a SafeLoader
+        tree = parse_yaml(read_plain(path, MAX_CONFIG_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise _refuse(path, "there is no such file") from None
     except IsADirectoryError:
@@ -58,7 +71,7 @@ def read(path: Path) -> dict[str, Any]:
         raise _refuse(path, "is not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise _refuse(path, f"is not plain YAML: {yaml_reason(error)}", "a saved config holds data only; nothing in it is run") from None
-    except (ValueError, RecursionError):  # a number with thousands of digits, an impossible date, brackets without end
+    except ValueError:  # a number with thousands of digits, an impossible date, brackets without end
         raise _refuse(path, "holds a value that YAML cannot read") from None
     if not isinstance(tree, dict):
         raise _refuse(path, "holds no keys", "expected the config.yaml of a run")
@@ -70,6 +83,46 @@ def read(path: Path) -> dict[str, Any]:
     if problems := [interpolation(key, text) for key, text in strings(tree) if "${" in text]:
         raise ConfigError(problems)
     return tree
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain YAML as plain values. Raises YAMLError, or ValueError for a value that cannot be; runs no code, follows no alias."""
+    try:
+        return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_plain(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a regular file. Raises OSError for anything else, without waiting for it, and for more than `max_bytes`."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO without a writer would block
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        if status.st_size > max_bytes:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, and at most {max_bytes:,} are read")
+        return file.read(max_bytes)
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Strict JSON. Raises ValueError, also for NaN, which JSON does not have, and for brackets without end."""
+    try:
+        value = json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_DEPTH):  # whoever walks the value may recurse
+        inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        if not (level := [item for item in inner if isinstance(item, dict | list)]):
+            return value
+    raise ValueError("it is nested too deeply")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _refuse(path: Path, message: str, hint: str = "") -> ConfigError:

@@ -230,6 +230,8 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     deterministic: StrictBool = False
     grad_clip: PositiveFloat | None = 1.0
+    max_skipped: NonNegativeInt = 10  # updates skipped in a row, because they are not finite, before the run ends as diverged
+    skip_loss_z: PositiveFloat | None = None  # skip an update whose loss is so many deviations above the last 100's; null: off
 
     def _problems(self) -> list[Problem]:
         given = [f"train.{key}" for key in HORIZONS if getattr(self, key) is not None]
@@ -267,6 +269,8 @@ class LaunchConfig(Section):
     node_rank: NonNegativeInt = 0
     rdzv_endpoint: Text | None = None  # host:port of the first node; null on one node
     grace_s: PositiveFloat = 120.0  # how long workers get to save after a signal
+    max_restarts: NonNegativeInt = 0  # how often workers are started again after one has died
+    hang_s: PositiveFloat | None = 1800.0  # no step for so long: every rank prints its stacks and ends; null: never
 
     def _problems(self) -> list[Problem]:
         problems = []
@@ -279,6 +283,17 @@ class LaunchConfig(Section):
                 Problem("launch.rdzv_endpoint", "must be given on more than one node", "launch.rdzv_endpoint=host:port of node 0")
             )
         return problems
+
+
+class CheckpointConfig(Section):
+    """How checkpoints are written, and which stay."""
+
+    background: StrictBool = True  # the loop waits only while tensors are copied to host memory
+    rolling_minutes: PositiveFloat | None = 10.0  # at most so much work is lost; null: no rolling checkpoints
+    keep_last: Positive | None = None  # permanent checkpoints that stay; null: all
+    keep_best: StrictBool = True  # the one with the lowest validation BPB stays, too
+    keep_every: Positive | None = None  # and those of steps that this divides
+    shard_bytes: Positive = 5 * 10**9  # of a safetensors file at most
 
 
 class BpbConfig(Section):
@@ -323,6 +338,7 @@ class Config(Section):
     hardware: HardwareConfig = HardwareConfig()
     parallel: ParallelConfig = ParallelConfig()
     launch: LaunchConfig = LaunchConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
     logger: LoggerConfig = LoggerConfig()

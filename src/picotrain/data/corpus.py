@@ -15,10 +15,13 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from picotrain.config.saved import parse_json, read_plain
 from picotrain.data.files import Files, LocalFiles
 from picotrain.data.units import Unit, Units, default_lanes, default_unit_bytes, units  # noqa: F401
 from picotrain.errors import DataError
@@ -34,11 +37,22 @@ SAMPLED_SHARDS = 4  # at least, of a remote corpus
 READERS = 8  # threads that read footers: they wait for the disk or the network, not for a core
 
 
+def _plain_name(name: str) -> str:
+    """Shards are read from, and remote ones written to, the folder of their corpus; no name may lead elsewhere."""
+    if Path(name).name != name or not name.endswith(".parquet") or "\0" in name:
+        raise ValueError("a shard's name must be the plain name of a .parquet file")
+    return name
+
+
+Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
+ShardName = Annotated[str, AfterValidator(_plain_name)]
+
+
 class RowGroup(NamedTuple):
     """One row group: its rows and the bytes of its `text` column by the footer (uncompressed)."""
 
-    rows: int
-    text_bytes: int
+    rows: Count
+    text_bytes: Count
 
 
 @dataclass(frozen=True)
@@ -46,8 +60,8 @@ class Shard:
     """One Parquet file. `fingerprint` hashes its size and its footer: cheap, and changed by any honest rewrite,
     but blind to bytes flipped inside a data page (reading those fails or is caught by the page's own checks)."""
 
-    name: str
-    bytes: int
+    name: ShardName
+    bytes: Count
     row_groups: tuple[RowGroup, ...]
     fingerprint: str
 
@@ -64,14 +78,15 @@ class Shard:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Shard:
-        return cls(data["name"], data["bytes"], tuple(map(RowGroup._make, data["row_groups"])), data["fingerprint"])
+        """Raises ValueError where `data` is none of `to_json`."""
+        return _reader(cls).validate_python(data)
 
 
 class Remote(NamedTuple):
     """Where shards are that are not on this machine, and how many bytes of them may be here at a time (None: all)."""
 
     url: str
-    cache_bytes: int | None
+    cache_bytes: Count | None
 
 
 @dataclass(frozen=True)
@@ -123,9 +138,19 @@ class Corpus:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Corpus:
-        shards = tuple(map(Shard.from_json, data["shards"]))
-        remote = Remote(*data["remote"]) if data.get("remote") else None
-        return cls(data["name"], Path(data["root"]), shards, Shard.from_json(data["val"]), data.get("origin"), remote)
+        """Raises DataError where `data` is none of `to_json`."""
+        try:
+            return _reader(cls).validate_python(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
+            raise DataError(f"the description of a corpus is damaged: {place}: {first['msg']}, not {first['input']!r:.60}") from None
+
+
+@lru_cache
+def _reader(kind: type[Any]) -> TypeAdapter[Any]:
+    """What turns plain JSON into `kind` and trusts nothing in it; built when it is first needed."""
+    return TypeAdapter(kind)
 
 
 def scan(root: Path, name: str, val_shard: str | None = None, *, cache: Path | None = None, only: Iterable[str] | None = None) -> Corpus:
@@ -228,7 +253,7 @@ def hash_bytes(data: bytes, size: int = 16) -> str:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None when the file is missing or damaged."""
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(read_plain(path))
     except (OSError, ValueError):
         return None
     return data if isinstance(data, dict) else None

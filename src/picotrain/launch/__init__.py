@@ -21,7 +21,7 @@ def launch(run_dir: Path, nproc: int, launch: LaunchConfig, in_process: Callable
     launch.node_rank; node 0 is at launch.rdzv_endpoint, has rank 0 and holds the run directory's lock.
     """
     with RunLock(run_dir) if launch.node_rank == 0 else nullcontext():
-        if nproc * launch.nnodes == 1:
+        if nproc * launch.nnodes == 1 and launch.max_restarts == 0:  # a restart wants somebody who outlives the worker
             return in_process(run_dir)
         from picotrain.launch.agent import run_workers  # torch
 

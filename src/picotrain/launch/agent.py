@@ -2,7 +2,8 @@
 
 Torch's agent ends workers at once on a signal, calls every exit code but 0 a failure, and gives the other ranks 30 s to
 react to one. Here a signal is passed on and the workers get launch.grace_s to save; exit code 75 means "stopped, saved";
-and once a rank has failed the others are killed, since they can only wait for it in a collective.
+and once a rank has failed the others are killed, since they can only wait for it in a collective. Then the group is started
+again from the newest checkpoint, launch.max_restarts times, unless a user's mistake or a stop ended it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -43,11 +46,28 @@ def run_workers(command: Sequence[str], nproc: int, launch: LaunchConfig, run_id
     }
     with _environment(environment), _quiet():
         try:
-            agent = Agent(_spec(command, nproc, launch, run_id), launch)
-            return agent.train()
+            for number in count(1):
+                agent = Agent(_spec(command, nproc, launch, run_id), launch)
+                try:
+                    return agent.train()
+                except WorkersDied as died:
+                    if number > launch.max_restarts:
+                        raise
+                    # All anew, the meeting place too: started again by torch's own agent, workers now and then wait for
+                    # each other for ever in gloo (torch 2.13).
+                    print(
+                        f"picotrain: {died}\nstarting the workers again, {number} of {launch.max_restarts} times",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            raise AssertionError("not reached")
         except RendezvousError as error:
             where = launch.rdzv_endpoint or "this machine"
             raise LaunchError(f"this node could not meet the others at {where}, or lost them: {error.__cause__ or error}") from error
+
+
+class WorkersDied(LaunchError):
+    """Workers ended without having said why; a new start may well go on."""
 
 
 class Agent(LocalElasticAgent):
@@ -91,7 +111,8 @@ class Agent(LocalElasticAgent):
         spoken = [code for _, code in failed.values() if code in SPOKEN]
         if spoken:
             return spoken[0]
-        raise LaunchError("\n".join(_obituary(rank, pid, code) for rank, (pid, code) in sorted(failed.items())))
+        obituaries = "\n".join(_obituary(rank, pid, code) for rank, (pid, code) in sorted(failed.items()))
+        raise (WorkersDied if signum is None else LaunchError)(obituaries)
 
     def _processes(self) -> dict[int, subprocess.Popen]:
         """This node's workers by local rank, once they are started."""

@@ -39,13 +39,14 @@ class Monitor:
     ):
         self.run_dir, self.config, self.rank = run_dir, config, rank
         self.plan: dict[str, Any] = plan.model_dump()
+        self.skipped = self._skipped_in_row = 0  # updates that were left out
         self.total_training_time_s = 0.0  # of steps alone, without evaluations, samples and saves
         self._smoother, self._pace, self._now_s = Smoother(), Pace(), now_s
         self._late = self.plan["device"] != "cpu"
         self._pending: dict[str, Any] | None = None
         self._fetched_s = -math.inf
         self._first_step = 0
-        self._disk_full = False
+        self.disk_full = False
         self._trackers: list[Sink] = build_trackers(config.logger.trackers, run_dir, config.model_dump(mode="json")) if is_main else []
         self._metrics = MetricsFile(run_dir / METRICS) if is_main else None
         self._console = Console(self.plan["num_steps"], stream) if is_main else None
@@ -53,7 +54,12 @@ class Monitor:
     # -- life of a run
 
     def start(
-        self, step: int, metrics_bytes: int = 0, smoother: Mapping[str, Any] | None = None, total_training_time_s: float = 0.0
+        self,
+        step: int,
+        metrics_bytes: int = 0,
+        smoother: Mapping[str, Any] | None = None,
+        total_training_time_s: float = 0.0,
+        skipped: int = 0,
     ) -> None:
         """Begin at `step`, with what the checkpoint remembers.
 
@@ -61,6 +67,7 @@ class Monitor:
         """
         self._first_step = step
         self.total_training_time_s = total_training_time_s
+        self.skipped = skipped
         if smoother:
             self._smoother.load_state_dict(smoother)
         if not self._metrics or not self._console:
@@ -109,15 +116,25 @@ class Monitor:
         epoch: float,
         pq: int,
         rg: int,
+        skipped: Any = False,
         **more: Any,
     ) -> None:
-        """Record step `step`, begun at `started_s` (time.perf_counter). `loss`, `grad_norm` and `more` may be scalars on a device.
+        """Record step `step`, begun at `started_s` (time.perf_counter). `loss`, `grad_norm`, `skipped` (whether the update was left
+        out) and `more` may be scalars on a device.
 
-        Raises Diverged, on every rank alike, at the first fetched loss or gradient norm that is not finite.
+        Raises Diverged, on every rank alike, when more than train.max_skipped updates in a row were left out.
         """
         previous = self._pending
         position = {"epoch": epoch, "pq": pq, "rg": rg}
-        values = {"lr": lr, "lr_factor": lr_factor, "grad_norm": grad_norm, "data_wait_ms": data_wait_ms, **position, **more}
+        values = {
+            "lr": lr,
+            "lr_factor": lr_factor,
+            "grad_norm": grad_norm,
+            "skipped": skipped,
+            "data_wait_ms": data_wait_ms,
+            **position,
+            **more,
+        }
         self._pending = {"step": step, "started_s": started_s, "loss": loss, "values": values}
         if previous:
             self._complete(**previous)
@@ -142,12 +159,21 @@ class Monitor:
         if self._console:
             self._console.sample(step, samples)
 
-    def checkpoint(self, step: int, path: Path, seconds: float) -> None:
-        """A checkpoint that now stands in the folder `path`."""
+    def checkpoint(self, step: int, path: Path, seconds: float, stall_s: float | None = None) -> None:
+        """A checkpoint that stands in the folder `path`; the loop was held for `stall_s` of the seconds it took."""
         if self._console:
-            n_bytes = sum(file.stat().st_size for file in path.iterdir())
+            n_bytes = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else 0  # retention may have been faster
             where = str(path.relative_to(self.run_dir) if path.is_relative_to(self.run_dir) else path)
-            self._emit({"step": step, "kind": "checkpoint", "path": where, "bytes": n_bytes, "seconds": round(seconds, 3)})
+            self._emit(
+                {
+                    "step": step,
+                    "kind": "checkpoint",
+                    "path": where,
+                    "bytes": n_bytes,
+                    "seconds": round(seconds, 3),
+                    "stall_s": round(seconds if stall_s is None else stall_s, 3),
+                }
+            )
             self._console.checkpoint(step, where, n_bytes, seconds)
 
     def event(self, step: int, name: str, message: str = "") -> None:
@@ -187,16 +213,24 @@ class Monitor:
         self._fetched_s = fetched_s
         self.total_training_time_s += dt_s
         self._pace.update(dt_s)
-        record = self._train_record(step, loss, dt_s, values)
+        left_out = bool(float(values["skipped"]))
+        self.skipped += left_out
+        self._skipped_in_row = self._skipped_in_row + 1 if left_out else 0
+        record = self._train_record(step, loss, dt_s, {**values, "skipped": self.skipped})
         self._show(record)
-        norm = float(values["grad_norm"])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not left_out:
+            return
+        message = f"the loss is {loss} and the gradient norm {float(values['grad_norm'])} at step {step:,}"
+        pending, self._pending = self._pending, None  # an event flushes, and that step comes after it
+        self.event(step, "skipped_step", f"{message}: the update was left out ({self._skipped_in_row} in a row, {self.skipped} in all)")
+        self._pending = pending
+        if self._skipped_in_row > self.config.train.max_skipped:
             self._pending = None  # what came after it says nothing
-            message = f"the loss is {loss} and the gradient norm {norm} at step {step:,}"
             self.event(step, "diverged", message)
             raise Diverged(
-                f"{message}: training has diverged. Checkpoints saved before it are kept. Lower the rates (optimizer.matrix_lr, "
-                "embed_lr, head_lr), lengthen schedule.warmup_steps, set train.grad_clip, or try train.precision=fp32, and resume."
+                f"{message}: training has diverged, {self._skipped_in_row} updates in a row were left out. "
+                "Checkpoints are kept. Lower the rates (optimizer.matrix_lr, embed_lr, head_lr), lengthen schedule.warmup_steps, "
+                "set train.grad_clip, or try train.precision=fp32, and resume."
             )
 
     def _train_record(self, step: int, loss: float, dt_s: float, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,6 +284,6 @@ class Monitor:
             self.warn(f"WARNING: {type(tracker).__name__} failed and is switched off: {type(error).__name__}: {error}")
 
     def _say_disk_full(self, waiting_lines: int) -> None:
-        if waiting_lines and not self._disk_full:
+        if waiting_lines and not self.disk_full:
             self.warn(f"WARNING: {METRICS} cannot be written; its lines are kept in memory and written when there is space")
-        self._disk_full = waiting_lines > 0
+        self.disk_full = waiting_lines > 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
+from picotrain.config.saved import MAX_CONFIG_BYTES, parse_json, parse_yaml, read_plain
 from picotrain.errors import RunError
 from picotrain.metrics import METRICS, read_metrics
+from picotrain.report.shapes import ConfigShape, DataShape, LineShape, PlanShape, ScoreShape
 
 Record = dict[str, Any]
 ENDS = ("finished", "stopped", "diverged", "bad_data")  # events after which a run does not go on by itself
@@ -58,22 +62,21 @@ def read_run(run_dir: Path) -> Run:
         what = "has no config.yaml, so it holds no run" if run_dir.is_dir() else "does not exist"
         raise RunError(f"{run_dir} {what}; a run directory is what `picotrain train` writes, runs/<name> by default")
     problems: list[str] = []
-    config_text = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    config_text = _read_text(run_dir / "config.yaml", problems)
     lines = _read_lines(run_dir / METRICS, problems)
     # A resume moves the lines after its checkpoint into a file beside; what happened there happened all the same.
     cut = [line for path in sorted(run_dir.glob("metrics.cut-*.jsonl")) for line in _read_lines(path, problems)]
     own_events = _of_kind(lines, "event")
     seconds = {line.get("path"): line.get("seconds") for line in _of_kind(cut + lines, "checkpoint")}
     checkpoints = _read_checkpoints(run_dir / "checkpoints", seconds, problems)
-    overrides = run_dir / "overrides.txt"
     return Run(
         dir=run_dir,
         config_text=config_text,
         config=_parse_yaml(config_text, problems),
-        plan=_read_json(run_dir / "plan.json", problems),
-        data=_read_json(run_dir / "data.json", problems),
+        plan=_read_json(run_dir / "plan.json", problems, PlanShape),
+        data=_read_json(run_dir / "data.json", problems, DataShape),
         environment=_read_json(run_dir / "environment.json", problems),
-        overrides=overrides.read_text(encoding="utf-8", errors="replace").splitlines() if overrides.is_file() else [],
+        overrides=_read_text(run_dir / "overrides.txt", problems).splitlines(),
         train=_by_step(lines, "train"),
         val=_by_step(lines, "val"),
         core=_by_step(lines, "core"),
@@ -188,14 +191,17 @@ def _median(values: Any) -> float | None:
 def _read_lines(path: Path, problems: list[str]) -> list[Record]:
     """The lines up to the first damage."""
     lines: list[Record] = []
+    odd: list[str] = []
     if not path.is_file():
         problems.append(f"there is no {path.name}: nothing was recorded yet")
         return lines
     try:
-        for line in read_metrics(path):
-            lines.append(line)
+        for number, line in enumerate(read_metrics(path), start=1):
+            lines.append(_known(line, LineShape, f"{path.name}, line {number}", odd))
     except RunError as error:
         problems.append(f"{error}; what follows it is not in this report")
+    if odd:
+        problems.append(odd[0] + (f"; {len(odd) - 1:,} more lines are like it" if len(odd) > 1 else ""))
     return lines
 
 
@@ -205,40 +211,64 @@ def _of_kind(lines: Sequence[Record], kind: str) -> list[Record]:
 
 def _by_step(lines: Sequence[Record], kind: str) -> list[Record]:
     """One line a step, the later one where there are two."""
-    found = {line["step"]: line for line in _of_kind(lines, kind) if isinstance(line.get("step"), int)}
+    found = {line["step"]: line for line in _of_kind(lines, kind) if line.get("step") is not None}
     return [found[step] for step in sorted(found)]
 
 
-def _read_json(path: Path, problems: list[str]) -> Record:
+def _known(record: Record, shape: type[BaseModel], where: str, problems: list[str]) -> Record:
+    """The record without the keys whose values are not of the kind that `shape` wants."""
     try:
-        value = json.loads(path.read_bytes())
+        shape.model_validate(record)
+    except ValidationError as error:
+        wrong = {str(found["loc"][0]): found["msg"] for found in reversed(error.errors(include_url=False))}
+        problems.append(f"{where}: {', '.join(f'{key} ({reason})' for key, reason in wrong.items())}: left out")
+        return {key: value for key, value in record.items() if key not in wrong}
+    return record
+
+
+def _read_json(path: Path, problems: list[str], shape: type[BaseModel] | None = None) -> Record:
+    try:
+        value = parse_json(read_plain(path))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        problems.append(f"{path.name} cannot be read: {error}")
+        problems.append(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}")
         return {}
-    return value if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        problems.append(f"{path.name} holds no JSON object")
+        return {}
+    return _known(value, shape, path.name, problems) if shape else value
+
+
+def _read_text(path: Path, problems: list[str]) -> str:
+    try:
+        return read_plain(path, MAX_CONFIG_BYTES).decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {error.strerror}")
+        return ""
 
 
 def _parse_yaml(text: str, problems: list[str]) -> Record:
     import yaml
 
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problems.append(f"config.yaml is no YAML: {str(error).splitlines()[0]}")
+        value = parse_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
+        problems.append(f"config.yaml is no plain YAML: {str(error).splitlines()[0]}")
         return {}
-    return value if isinstance(value, dict) else {}
+    return _known(value, ConfigShape, "config.yaml", problems) if isinstance(value, dict) else {}
 
 
 def _read_checkpoints(root: Path, seconds: Mapping[Any, Any], problems: list[str]) -> list[Checkpoint]:
     found = []
     for path in sorted(root.glob("step_*")):
         digits = path.name.removeprefix("step_")
-        if not path.is_dir() or not digits.isdecimal():
+        if not path.is_dir() or path.is_symlink() or not re.fullmatch("[0-9]{1,18}", digits):
             continue
         n_bytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-        val_bpb = _read_json(path / "metrics.json", problems).get("val_bpb")
+        val_bpb = _read_json(path / "metrics.json", problems, ScoreShape).get("val_bpb")
         whole = (path / "manifest.json").is_file()
         found.append(Checkpoint(path.name, int(digits), n_bytes, whole, val_bpb, seconds.get(f"checkpoints/{path.name}")))
     return found
@@ -247,7 +277,7 @@ def _read_checkpoints(root: Path, seconds: Mapping[Any, Any], problems: list[str
 def _best(pointer: Path, checkpoints: Sequence[Checkpoint]) -> str | None:
     """What checkpoints/best names; without it the whole checkpoint with the lowest val_bpb."""
     whole = {checkpoint.name: checkpoint for checkpoint in checkpoints if checkpoint.whole}
-    if pointer.is_file() and (name := pointer.read_text(errors="replace").strip()) in whole:
+    if (name := _read_text(pointer, []).strip()) in whole:
         return name
     scored = [(checkpoint.val_bpb, name) for name, checkpoint in whole.items() if checkpoint.val_bpb is not None]
     return min(scored)[1] if scored else None

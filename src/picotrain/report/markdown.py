@@ -142,7 +142,7 @@ def _throughput(s: Summary) -> list[str]:
     rows = [
         ("tokens per second, median", f"{s['median_tok_per_sec']:,.0f}"),
         ("MFU, median", mfu),
-        ("time per step, median", f"{s['median_dt_ms']:,.1f} ms"),
+        ("time per step, median", s["median_dt_ms"] is not None and f"{s['median_dt_ms']:,.1f} ms"),
         ("share of the time that waited for data", _percent(s["data_wait_share"])),
         ("99th percentile of a step's wait for data", s["data_wait_p99_ms"] is not None and f"{s['data_wait_p99_ms']:.2f} ms"),
         ("training time (without evaluation and saving)", clock(s["total_training_time_s"])),
@@ -157,7 +157,7 @@ def _model(run: Run, s: Summary) -> list[str]:
     by_part = ", ".join(f"{key} {count:,}" for key, count in parts.items())
     dims = ("depth", "width", "n_heads", "n_kv_heads", "head_dim", "vocab_size")
     factors = {"device_batch_size": "rows", "seq_len": "tokens", "dp_size": "ranks", "grad_accum_steps": "micro-batches"}
-    batch = " x ".join(f"{plan[key]:,} {what}" for key, what in factors.items() if plan.get(key, 1) > 1)
+    batch = " x ".join(f"{plan[key]:,} {what}" for key, what in factors.items() if (plan.get(key) or 1) > 1)
     rows = [
         ("parameters", f"{s['parameters']:,}" + (f" ({by_part})" if by_part else "") if s["parameters"] else None),
         ("shape", ", ".join(f"{key} {plan[key]:,}" for key in dims if plan.get(key)) or None),
@@ -172,7 +172,7 @@ def _model(run: Run, s: Summary) -> list[str]:
 
 
 def _data(run: Run, s: Summary) -> list[str]:
-    corpus = run.data.get("corpus") or run.data
+    corpus = run.data.get("corpus") or {}
     tokenizer = run.data.get("tokenizer") or {}
     sources = corpus.get("sources")
     rows = [
@@ -234,7 +234,7 @@ def _config(run: Run) -> list[str]:
 
 
 def _events(run: Run) -> list[str]:
-    rows = [(e.get("time", ""), f"{e.get('step', 0):,}", e.get("name", ""), e.get("message", "")) for e in run.events]
+    rows = [(e.get("time", ""), f"{e.get('step') or 0:,}", e.get("name", ""), e.get("message", "")) for e in run.events]
     return [_table(("time", "step", "event", ""), rows)] if rows else []
 
 
