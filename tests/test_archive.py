@@ -518,3 +518,18 @@ def test_a_run_goes_on_from_its_archive_as_if_it_had_never_moved(
     for process in [start("resume", str(folder), "train.max_steps=12") for folder in (moved, stayed)]:
         assert process.communicate(timeout=120)[1] is None and process.returncode == 0
     assert len(losses(moved)) == 12 and losses(moved) == losses(stayed)
+
+
+def test_a_run_mirrors_itself_and_goes_on_from_its_url_on_an_empty_machine(tmp_path: Path, tiny: Any) -> None:
+    straight, run, moved = tmp_path / "straight", tmp_path / "run", tmp_path / "moved"
+    url = f"file://{tmp_path}/archive/run"
+    assert picotrain("train", *tiny(straight)).returncode == 0
+    done = picotrain("train", *tiny(run, "train.max_steps=6", f"archive.url={url}"))
+    assert done.returncode == 0, done.stderr
+    assert "train.save_every=1000" in done.stderr  # -1 would leave nothing to mirror
+    shutil.rmtree(run)
+    done = picotrain("resume", url, f"run.dir={moved}", "train.max_steps=12")
+    assert done.returncode == 0, done.stderr
+    assert losses(moved) == losses(straight)
+    again = picotrain("resume", url, f"run.dir={moved}", "train.max_steps=14")
+    assert again.returncode == 2 and "Traceback" not in again.stderr  # the folder is not empty

@@ -7,6 +7,8 @@ end, train on the micro-batches of one step, log. A save comes before anything t
 from __future__ import annotations
 
 import json
+import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ import torch
 from torch import nn
 
 from picotrain import checkpoint, evaluation, optim, report, sampling, schedule
+from picotrain.checkpoint.archive import Archive
 from picotrain.config import Config, load
 from picotrain.data.lanes import merge_states
 from picotrain.data.mixture import Mixture
@@ -30,6 +33,7 @@ from picotrain.plan import Plan
 from picotrain.state import TrainState
 from picotrain.tokenizer import Tokenizer, load_tokenizer
 
+FAILED_CLOSE_S = 30.0  # what an archive gets to finish in when the run ends by an error
 AFTER_BAD_DATA = "everything up to here is saved: put the shard right and resume, or resume with data.on_bad_shard=skip to pass over it"
 
 
@@ -128,6 +132,8 @@ class _Run:
         self.corpus = Mixture.from_json(data["corpus"])
         self.tokenizer: Tokenizer = load_tokenizer(run_dir / "tokenizer.json", self.config.tokenizer.encoder)
 
+        self.archive = self._start_archive() if parallel.is_main else None
+
         if self.config.train.deterministic:
             torch.use_deterministic_algorithms(True)
         self.model = GPT(self.config.model, self.plan.vocab_size, self.plan.seq_len, DTYPES[self.plan.precision]).to(parallel.device)
@@ -165,7 +171,21 @@ class _Run:
         self.loader.close()
         if self.saver:
             self.saver.wait()
+        if self.archive:
+            self.archive.close(min(self.config.archive.close_s, FAILED_CLOSE_S))  # does nothing after `end`
         self.monitor.close()
+
+    def _start_archive(self) -> Archive | None:
+        section = self.config.archive
+        if section.url is None:
+            return None
+        # Its thread speaks when it likes, also after the console is closed.
+        archive = Archive(
+            section.url, self.dir, interval_s=section.interval_s, min_age_s=section.min_age_s, keep_last=section.keep_last,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )  # fmt: skip
+        archive.start()
+        return archive
 
     @property
     def rolling_due(self) -> bool:
@@ -194,6 +214,8 @@ class _Run:
                 self.monitor.event(saved.step, "save_failed", f"{saved.error}; training goes on, the next save tries again")
             else:
                 self.monitor.checkpoint(saved.step, saved.path, saved.seconds, saved.stall_s)
+                if self.archive:
+                    self.archive.wake()
 
     def _finish_saving(self) -> None:
         """Wait for the last save. Where it failed, try once more, then elsewhere; RunError says where it is."""
@@ -279,6 +301,11 @@ class _Run:
         if self.parallel.is_main:
             summary = report.write_report(self.dir)
             report.console_summary(summary)
+        self.watchdog.close()
+        if self.archive:
+            # After a signal the launcher leaves us launch.grace_s in all.
+            stopped_s = self.config.launch.grace_s / 2 if status == "stopped" else math.inf
+            self.archive.close(min(self.config.archive.close_s, stopped_s))
         if self._failure:
             raise self._failure
         return Outcome(status, self.state.step)

@@ -58,8 +58,12 @@ def train(overrides: Overrides = None, config: ConfigFile = None, config_dir: Co
 
 
 @app.command()
-def resume(run: RunDir, overrides: Overrides = None) -> None:
+def resume(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the URL of its archive.")], overrides: Overrides = None
+) -> None:
     """Go on with a run from its newest checkpoint, with changed values if wanted.
+
+    From an archive (`picotrain resume s3://bucket/run`) the run is fetched first, into runs/<name> or run.dir=...
 
     Cadence, logging and paths may change freely; hardware and micro-batch change only the rounding; horizon and rates are
     announced as a changed experiment; the rest is refused.

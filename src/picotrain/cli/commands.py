@@ -14,6 +14,7 @@ from picotrain.cli import say
 from picotrain.config import Config, compose, dump
 from picotrain.config.compose import data_preset
 from picotrain.data import sources
+from picotrain.data.remote import is_url
 
 if TYPE_CHECKING:
     from picotrain.model import GPT
@@ -35,18 +36,35 @@ def train(overrides: Sequence[str], config_file: Path | None, config_dir: Path |
     return _start(resolved(overrides, config_file, config_dir), overrides)
 
 
-def resume(run: Path, overrides: Sequence[str]) -> int:
-    """Go on with an existing run, its own config under a few overrides."""
+def resume(place: str, overrides: Sequence[str]) -> int:
+    """Go on with an existing run, or one that its archive has, its own config under a few overrides."""
+    run, overrides = _fetched(place, overrides) if is_url(place) else (Path(place), overrides)
     runs.require_run(run)
     config = compose(overrides, config_file=run / "config.yaml", same_run=True)
-    place = config.run.model_copy(update={"dir": str(run.absolute()), "name": run.name})
-    return _start(runs.locate(config.model_copy(update={"run": place})), overrides)
+    here = config.run.model_copy(update={"dir": str(run.absolute()), "name": run.name})
+    return _start(runs.locate(config.model_copy(update={"run": here})), overrides)
+
+
+def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
+    """The folder that an archived run was restored into, and the overrides that are left. Its cache stays on its old machine."""
+    from picotrain.checkpoint.archive import restore
+    from picotrain.launch import RunLock
+
+    chosen = [text.partition("=")[2] for text in overrides if text.startswith("run.dir=")]
+    folder = Path(chosen[-1] if chosen else f"runs/{url.rstrip('/').rpartition('/')[2]}").expanduser()
+    with RunLock(folder):
+        restore(url, folder, say)
+    rest = [text for text in overrides if not text.startswith("run.dir=")]
+    return folder, ["run.cache_dir=null", *rest]
 
 
 def _start(config: Config, overrides: Sequence[str]) -> int:
     from picotrain.launch import RunLock, launch
     from picotrain.worker import run as in_process
 
+    if config.archive.url and config.train.save_every == -1:
+        say("an archive is set: train.save_every=1000, so that there is something to mirror")
+        config = config.model_copy(update={"train": config.train.model_copy(update={"save_every": 1000})})
     run_dir = Path(config.run.dir or "")
     if config.launch.node_rank > 0:  # node 0 prepares the shared run directory and holds its lock
         return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)

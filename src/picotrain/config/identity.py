@@ -45,6 +45,7 @@ _CHANGES: dict[str, Change] = {
     "parallel": "rounding",
     "launch": "rounding",
     "checkpoint": "free",
+    "archive": "free",
     "evaluation": "rounding",
     "sampling": "free",
     "logger": "free",

@@ -296,6 +296,22 @@ class CheckpointConfig(Section):
     shard_bytes: Positive = 5 * 10**9  # of a safetensors file at most
 
 
+class ArchiveConfig(Section):
+    """Where a run is mirrored to while it trains."""
+
+    url: Text | None = None  # the run's own folder: s3://, gs://, hf://datasets/..., file:// or a path; null: none
+    interval_s: PositiveFloat = 300.0  # between passes; a whole checkpoint is sent at once
+    min_age_s: NonNegative = 30.0  # younger files wait: they may be half-written
+    keep_last: Positive | None = 3  # checkpoints that stay there, beside the best; null: all
+    close_s: PositiveFloat = 600.0  # how long the end of a run waits for the last pass
+
+    def _problems(self) -> list[Problem]:
+        if not _CREDENTIALS.match(self.url or ""):
+            return []
+        rule = "holds credentials, which config.yaml would keep for everybody to read"
+        return [Problem("archive.url", rule, "the protocol's own environment variables or files, e.g. AWS_ACCESS_KEY_ID")]
+
+
 class BpbConfig(Section):
     """Bits per byte on the validation shard."""
 
@@ -339,6 +355,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     launch: LaunchConfig = LaunchConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    archive: ArchiveConfig = ArchiveConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
     logger: LoggerConfig = LoggerConfig()
