@@ -78,7 +78,7 @@ def main() -> None:
                 "step_ms_while_saving": round(busy_ms),
                 "slow_down": round(busy_ms / step_ms, 2),
                 "threads": torch.get_num_threads(),
-            }  # fmt: skip
+            }
         )
     )
 
