@@ -104,7 +104,7 @@ class Saver:
         for part, tensors in current.items():
             kept = self._staged.get(part, {})
             self._staged[part] = {
-                name: kept.get(name, torch.empty(0)) if name in kept and kept[name].shape == tensor.shape else _host_like(tensor)
+                name: kept[name] if name in kept and kept[name].shape == tensor.shape else _host_like(tensor)
                 for name, tensor in tensors.items()
             }
             for name, tensor in tensors.items():
