@@ -1,7 +1,8 @@
 """The training loop: batch, forward, backward, step. What is due at a step is a flat list of `if` lines.
 
-At step s (s updates are done) every rank does, in this order: stop if asked to, save, measure bits per byte, sample,
-end, train on the micro-batches of one step, log. A save comes before anything that could cost the weights.
+At step s (s updates are done) every rank does, in this order: wait for the step's rows, agree on a stop, save, stop if
+asked to, measure bits per byte, sample, end, train on the micro-batches of one step, log. A save comes before anything that
+could cost the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from picotrain.checkpoint.archive import Archive
 from picotrain.config import Config, load
 from picotrain.data.lanes import merge_states
 from picotrain.data.mixture import Mixture
-from picotrain.data.stream import Loader, validation_rows
+from picotrain.data.stream import Batch, Loader, validation_rows
 from picotrain.errors import DataError, RunError
 from picotrain.model import DTYPES, GPT
 from picotrain.monitor import Monitor
@@ -96,20 +97,8 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             state.step += 1
             state.loader = batch.state  # the last row trained on, never one that was prefetched
 
-            run.monitor.train_step(
-                step=step,
-                started_s=started_s,
-                loss=loss,
-                grad_norm=grad_norm,
-                skipped=skipped,
-                lr=plan.matrix_lr * lr_factor,
-                lr_factor=lr_factor,
-                data_wait_ms=wait_ms,
-                epoch=batch.epoch,
-                pq=batch.pq,
-                rg=batch.rg,
-                **run.by_source(source_rows, batch.source_epochs),
-            )
+            values = {"loss": loss, "grad_norm": grad_norm, "skipped": skipped, "lr_factor": lr_factor, "data_wait_ms": wait_ms}
+            run.log(step, started_s, batch, source_rows, **values)
 
 
 def _every(interval: int, step: int, first: bool) -> bool:
@@ -206,6 +195,7 @@ class _Run:
             try:
                 self.saver.save(self.state, self.monitor.metrics_bytes(), rolling)
             except RunError as error:  # metrics.jsonl cannot be written: the disk is full
+                self.saver.put_off()
                 self.monitor.event(self.state.step, "save_failed", str(error))
 
     def _report_saves(self) -> None:
@@ -246,7 +236,14 @@ class _Run:
         name, message = ("bad_data", reasons[0]) if reasons else ("stopped", "asked to by a signal")
         self.monitor.event(self.state.step, name, f"{message}; saving")
 
-    def by_source(self, rows: torch.Tensor, epochs: Sequence[float]) -> dict[str, Any]:
+    def log(self, step: int, started_s: float, batch: Batch, source_rows: torch.Tensor, **values: Any) -> None:
+        """Record a step whose last micro-batch was `batch`; source_rows: of this rank, by source."""
+        self.monitor.train_step(
+            step=step, started_s=started_s, lr=self.plan.matrix_lr * values["lr_factor"],
+            epoch=batch.epoch, pq=batch.pq, rg=batch.rg, **values, **self._by_source(source_rows, batch.source_epochs),
+        )  # fmt: skip
+
+    def _by_source(self, rows: torch.Tensor, epochs: Sequence[float]) -> dict[str, Any]:
         """What a mixture's train lines say beside: tokens of the step (all ranks) and epochs (this rank's lanes) by source."""
         if len(epochs) == 1:
             return {}

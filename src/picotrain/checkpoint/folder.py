@@ -179,10 +179,12 @@ def write_pointer(root: Path, name: str, target: Path) -> None:
 
 
 def describe(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: its size in bytes and its hash."""
     return {"bytes": path.stat().st_size, "xxh3_64": hash_file(path)}
 
 
 def hash_file(path: Path) -> str:
+    """XXH3 (64 bits) of a file's content as 16 hex digits."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -191,6 +193,7 @@ def hash_file(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError where there is none."""
     try:
         value = parse_json(read_plain(path))
     except (OSError, ValueError) as error:
@@ -201,6 +204,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object to disk, whole or not at all."""
     tmp = path.with_name(f".{path.name}.tmp")
     tmp.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
     fsync(tmp)
@@ -208,6 +212,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def fsync(path: Path) -> None:
+    """Return when a file's content, or a folder's names, are on disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -63,11 +63,15 @@ class Saver:
         minutes = self._section.rolling_minutes
         return minutes is not None and time.monotonic() - self._begun_s >= 60 * minutes
 
+    def put_off(self) -> None:
+        """Count a save that could not begin as begun: the next rolling one is due after its minutes, not at every step."""
+        self._begun_s = time.monotonic()
+
     def save(self, state: TrainState, metrics_bytes: int, rolling: bool = False) -> None:
         """Begin to save `state`, which may change as soon as this returns; waits for the save before it."""
         started = time.perf_counter()
         self.wait()
-        self._begun_s = time.monotonic()
+        self.put_off()
         self._stage(state)
         scalars = describe_state(state, metrics_bytes)
         if not self._section.background:

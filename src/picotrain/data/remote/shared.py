@@ -24,6 +24,7 @@ def partial_path(folder: Path, shard: Shard) -> Path:
 
 
 def lock_path(partial: Path) -> Path:
+    """The file whose lock is that of a partial file."""
     return partial.with_name(partial.name + LOCK)
 
 
