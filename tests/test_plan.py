@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from picotrain import hardware, plan
+from picotrain import run as runs
 from picotrain.config import Config, compose
 from picotrain.data.corpus import Corpus, RowGroup, Shard
 from picotrain.errors import ConfigError
@@ -149,7 +150,7 @@ def test_hardware_that_is_not_here_is_refused_before_training(monkeypatch: pytes
     here = hardware.Machine("cuda", "NVIDIA A100", 2, 2**36, 8.0, True, 8)
     monkeypatch.setattr(hardware, "detect", lambda: here)
     with pytest.raises(ConfigError, match="8 processes, but 2 GPUs"):
-        plan.check_machine(decided("hardware=8xa100"))
+        runs.check_machine(decided("hardware=8xa100"))
     monkeypatch.setattr(hardware, "detect", hardware.cpu)
     with pytest.raises(ConfigError, match="hardware=cpu"):
-        plan.check_machine(decided("hardware=1xh100"))
+        runs.check_machine(decided("hardware=1xh100"))

@@ -166,11 +166,8 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     rows = max(batch // train.seq_len, 1)
     device_batch = _device_batch(config, d, params, rows, world_size)
 
-    unit_bytes = config.data.unit_bytes or default_unit_bytes(train.seq_len)
-    units = [len(found) for found in corpus.units(unit_bytes)] if corpus else []
-    num_units = sum(units) or None
-    lanes = config.data.lanes or (default_lanes(max(units)) if num_units else None)
-    problems += _lane_problems(config, lanes, max(units, default=None), world_size)
+    stream = _stream_facts(config, corpus, train.seq_len)
+    problems += _lane_problems(config, stream["lanes"], stream.pop("largest_source"), world_size)
 
     tokens, horizon = _horizon_tokens(config, corpus_tokens)
     num_steps = max(1, math.ceil(tokens / batch)) if batch > 0 else 1
@@ -198,9 +195,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         total_tokens=total_tokens,
         horizon=horizon,
         epochs=epochs,
-        lanes=lanes,
-        unit_bytes=unit_bytes,
-        num_units=num_units,
+        **stream,
         sources=_source_epochs(corpus, total_tokens, per_token) if corpus else {},
         bytes_per_token=per_token,
         eval_rows=max(train.eval_tokens // train.seq_len, 1),
@@ -211,6 +206,15 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         predicted_cost=hours * hw.price_per_hour * config.launch.nnodes if hours and hw.price_per_hour else None,
         notes=_notes(config, corpus, bytes_per_token, epochs, hours, memory),
     )
+
+
+def _stream_facts(config: Config, mixture: Mixture | None, seq_len: int) -> dict[str, Any]:
+    """Units of all sources and the lanes that read them; `largest_source` is the most units that one has. None: not known yet."""
+    unit_bytes = config.data.unit_bytes or default_unit_bytes(seq_len)
+    units = [len(found) for found in mixture.units(unit_bytes)] if mixture else []
+    largest = max(units, default=None)
+    lanes = config.data.lanes or (default_lanes(largest) if largest else None)
+    return {"lanes": lanes, "unit_bytes": unit_bytes, "num_units": sum(units) or None, "largest_source": largest}
 
 
 def _source_epochs(mixture: Mixture, total_tokens: int, per_token: float) -> dict[str, float]:
@@ -385,24 +389,3 @@ def _notes(
     if room and memory > room * MEMORY_SHARE:
         notes.append(f"warning: predicted memory {memory / 2**30:.1f} GiB of {room / 2**30:.1f} GiB; try a smaller train.device_batch_size")
     return notes
-
-
-def check_machine(config: Config) -> None:
-    """Raise ConfigError when this machine lacks what the config asks for. For commands that train; planning needs no GPU."""
-    hw = config.hardware
-    problems = []
-    machine = hardware.cpu() if hw.device == "cpu" else hardware.detect()
-    if hw.device != machine.device:
-        problems.append(
-            Problem("hardware.device", f"{hw.device} is not here: this machine has {machine.name}", f"hardware={machine.device}")
-        )
-    elif hw.device == "cuda" and int(hw.nproc_per_node) > machine.count:
-        problems.append(
-            Problem("hardware.nproc_per_node", f"{hw.nproc_per_node} processes, but {machine.count} GPUs", f"at most {machine.count}")
-        )
-    elif hw.device == "mps" and int(hw.nproc_per_node) > 1:
-        problems.append(Problem("hardware.nproc_per_node", "several processes cannot share Apple's GPU", "1"))
-    if hw.device == "cpu" and hw.compile and not hardware.has_compiler():
-        problems.append(Problem("hardware.compile", "torch.compile needs a C++ compiler on a CPU and none was found", "false"))
-    if problems:
-        raise ConfigError(problems)

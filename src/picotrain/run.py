@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from picotrain import __version__
+from picotrain import __version__, hardware
 from picotrain import plan as planning
 from picotrain.config import Config, dump, load
 from picotrain.config.identity import classify_change, diff, run_name
@@ -116,7 +116,7 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
     """
     run_dir = Path(config.run.dir or "")
     all_problems(
-        lambda: planning.check_machine(config),
+        lambda: check_machine(config),
         lambda: planning.make(config, run_dir.name),
         lambda: _check_trackers(config.logger.trackers),
     )
@@ -275,6 +275,27 @@ def _write(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
             (folder / "config.yaml").write_text(dump(material.config))
     except OSError as error:
         raise RunError(f"{run_dir} cannot be written: {error.strerror or error}") from error
+
+
+def check_machine(config: Config) -> None:
+    """Raise ConfigError when this machine lacks what the config asks for. For commands that train; planning needs no GPU."""
+    hw = config.hardware
+    problems = []
+    machine = hardware.cpu() if hw.device == "cpu" else hardware.detect()
+    if hw.device != machine.device:
+        problems.append(
+            Problem("hardware.device", f"{hw.device} is not here: this machine has {machine.name}", f"hardware={machine.device}")
+        )
+    elif hw.device == "cuda" and int(hw.nproc_per_node) > machine.count:
+        problems.append(
+            Problem("hardware.nproc_per_node", f"{hw.nproc_per_node} processes, but {machine.count} GPUs", f"at most {machine.count}")
+        )
+    elif hw.device == "mps" and int(hw.nproc_per_node) > 1:
+        problems.append(Problem("hardware.nproc_per_node", "several processes cannot share Apple's GPU", "1"))
+    if hw.device == "cpu" and hw.compile and not hardware.has_compiler():
+        problems.append(Problem("hardware.compile", "torch.compile needs a C++ compiler on a CPU and none was found", "false"))
+    if problems:
+        raise ConfigError(problems)
 
 
 def environment(config: Config) -> dict[str, Any]:

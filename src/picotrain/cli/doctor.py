@@ -71,7 +71,7 @@ def run(overrides: Sequence[str], config_file: Path | None, config_dir: Path | N
 
 
 def _device(config: Config) -> tuple[str, None]:
-    planning.check_machine(config)
+    runs.check_machine(config)
     hw = config.hardware
     memory = f", {size(hw.memory_bytes)}" if hw.memory_bytes else ""
     return f"{hw.nproc_per_node} x {hw.name} ({hw.device}){memory}, {hw.threads} threads a process", None
