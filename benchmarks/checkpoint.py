@@ -1,17 +1,26 @@
-"""How long a save holds the loop: in the background against waiting for the disk, the same state in one run. One JSON line.
+"""How long a save holds the loop: in the background against waiting for the disk, the same state in one run. One JSON line, and one
+more on how long a run takes from a signal to a whole checkpoint.
 
-    python benchmarks/checkpoint.py [--depth 6] [--saves 5] [--folder DIR]
+    python benchmarks/checkpoint.py [--depth 6] [--saves 5] [--folder DIR] [--signals 5]
 
 sync_s: a synchronous save, fsync and hashing included. stall_s: how long the loop is held by a background save, from the second
 one on (the first makes the host blocks). stall_share: the one over the other, medians. step_ms, step_ms_while_saving: a
 training step (8 x 128 tokens) without and with a save under way, medians; slow_down: their ratio.
+
+signal_to_whole_s: a run of that depth gets SIGTERM at random moments; seconds until its checkpoint is whole, seen from outside:
+median and longest. signal_to_exit_s: until the process has ended, its report written. Text and tokenizer are taken from the cache,
+or prepared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,8 +41,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--signals", type=int, default=5, help="how often a run is stopped")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the system's temporary folder")
     args = parser.parse_args()
+    measure_saves(args)
+    if args.signals:
+        measure_signals(args)
+
+
+def measure_saves(args: argparse.Namespace) -> None:
+    """Saves of a state in this process."""
     model = GPT(ModelConfig(depth=args.depth, head_dim=64), VOCAB, SEQ_LEN)
     model.init_weights(0)
     optimizer = optim.build(AdamWConfig(matrix_lr=1e-3, embed_lr=1e-3, head_lr=1e-3), model, Rates(1e-3, 1e-3, 1e-3, 0.1))
@@ -81,6 +98,35 @@ def main() -> None:
             }
         )
     )
+
+
+def measure_signals(args: argparse.Namespace) -> None:
+    """Runs that are stopped."""
+    to_whole, to_exit = [], []
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        run = Path(folder) / "run"
+        words = [f"model.depth={args.depth}", f"tokenizer.vocab_size={VOCAB}", f"train.seq_len={SEQ_LEN}", "data=pystdlib", "hardware=cpu"]
+        words += [f"train.total_batch_size={ROWS * SEQ_LEN * 4}", f"train.device_batch_size={ROWS}", "train.max_steps=100000"]
+        words += ["train.eval_every=0", "train.sample_every=0", "checkpoint.keep_last=1", f"run.dir={run}"]
+        for _ in range(args.signals):
+            begun = (run / "metrics.jsonl").stat().st_size if run.exists() else 0
+            process = subprocess.Popen([sys.executable, "-m", "picotrain", "train", *words], stdout=subprocess.DEVNULL)
+            while not run.exists() or sum(b'"train"' in line for line in (run / "metrics.jsonl").read_bytes()[begun:].splitlines()) < 3:
+                assert process.poll() is None, "the run has ended"
+                time.sleep(0.2)
+            time.sleep(random.uniform(0, 2))
+            latest = run / "checkpoints" / "latest"
+            before = latest.stat().st_mtime_ns if latest.exists() else 0
+            started = time.perf_counter()
+            process.send_signal(signal.SIGTERM)
+            while not latest.exists() or latest.stat().st_mtime_ns == before:
+                time.sleep(0.005)
+            to_whole.append(time.perf_counter() - started)
+            assert process.wait() == 75
+            to_exit.append(time.perf_counter() - started)
+    line = {"benchmark": "signal", "depth": args.depth, "times": args.signals, "tokens_per_micro_batch": ROWS * SEQ_LEN}
+    line |= {"signal_to_whole_s": round(statistics.median(to_whole), 2), "longest_s": round(max(to_whole), 2)}
+    print(json.dumps(line | {"signal_to_exit_s": round(statistics.median(to_exit), 2)}))
 
 
 def step(state: TrainState) -> float:

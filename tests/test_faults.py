@@ -243,8 +243,36 @@ def test_a_process_that_makes_no_progress_prints_its_stacks_and_ends(tmp_path):
     )
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and done.stdout == "alive\n" and time.monotonic() - begun < 30
-    assert "Timeout" in done.stderr and "stuck_in_a_collective" in done.stderr
+    assert done.returncode == 124 and done.stdout == "alive\n" and time.monotonic() - begun < 30
+    assert "no progress" in done.stderr and "stuck_in_a_collective" in done.stderr
+
+
+def test_a_process_whose_interpreter_is_stuck_is_ended_too(tmp_path):
+    code = (
+        "import ctypes\nfrom picotrain.parallel import Watchdog\nWatchdog.STUCK_S = 0.5\nwatchdog = Watchdog(1.0)\n"
+        "def stuck_in_native_code():\n    ctypes.PyDLL(None).sleep(60)\nstuck_in_native_code()"  # PyDLL keeps the GIL
+    )
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and time.monotonic() - begun < 30
+    assert "Timeout" in done.stderr and "stuck_in_native_code" in done.stderr
+
+
+def test_a_rank_that_stands_still_costs_the_others_their_patience_and_not_the_run(tmp_path, tiny):
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    words = ("hardware.nproc_per_node=2", "train.eval_every=0", "train.max_steps=60", "train.save_every=10")
+    assert picotrain("train", *tiny(straight, *words)).returncode == 0
+    process = start("train", *tiny(run, *words, "launch.max_restarts=1", "launch.hang_s=12"))
+    wait_for(run / "checkpoints" / "step_00000010" / "manifest.json")
+    workers = subprocess.run(["pgrep", "-f", f"picotrain.worker {run}"], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGSTOP)
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, out
+    assert "rank 0 has made no progress for launch.hang_s=12 s" in out and "starting the workers again, 1 of 1 times" in out
+    assert "in train" in out and "where the other ranks are" in out  # stacks
+    record = json.loads((run / "flight_recorder" / "rank_0.json").read_text())
+    assert any("all_reduce" in entry["profiling_name"] for entry in record["entries"])
+    assert losses(straight) == losses(run)
 
 
 def test_the_end_of_a_run_waits_for_its_last_save(tmp_path, tiny):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,13 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def wait_for(path: Path, seconds: float = 60) -> None:
+    wait_until(path.exists, seconds, f"{path} did not appear")
+
+
+def wait_until(happened: Callable[[], object], seconds: float = 60, otherwise: str = "it did not happen") -> None:
     deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
+    while not happened():
+        assert time.monotonic() < deadline, otherwise
         time.sleep(0.01)
 
 

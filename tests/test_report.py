@@ -251,7 +251,7 @@ def test_the_closing_lines_say_where_the_report_is(run: Callable[..., Path]) -> 
     lines = stream.getvalue().splitlines()
     assert lines[0] == "  run         tiny: finished at step 20 of 20"
     assert "  validation  1.5000 bits per byte (step 0: 3.0000), best 1.5000 at step 20" in lines
-    assert lines[-1] == f"  report      {root / 'report.md'}"
+    assert lines[-1] == f"  report      {root / 'report.md'} and report.html"
     assert "\x1b" not in stream.getvalue()
 
 

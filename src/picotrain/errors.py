@@ -65,6 +65,18 @@ class Diverged(PicotrainError):
     exit_code = 3
 
 
+class OutOfMemory(PicotrainError):
+    """The device has too little memory for a micro-batch; everything saved is kept."""
+
+    exit_code = 4
+
+
+class Hung(PicotrainError):
+    """A rank made no progress and was ended; a new start goes on from the newest checkpoint (exit code: that of `timeout`)."""
+
+    exit_code = 124
+
+
 class Stopped(PicotrainError):
     """A signal ended the run early; everything is saved and `picotrain resume` goes on (exit code: EX_TEMPFAIL)."""
 

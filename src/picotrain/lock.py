@@ -69,7 +69,7 @@ class RunLock:
     def _open(self) -> TextIO:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            return self.path.open("a+")
+            return open(self.path, "a+", opener=_no_link)
         except OSError as error:
             raise RunError(f"{self.path.parent} cannot be written: {error.strerror or error}") from error
 
@@ -82,10 +82,15 @@ class RunLock:
         self._held.add(self.path)
 
 
+def _no_link(path: str, flags: int) -> int:
+    """Open a file that is no symlink, which in a stranger's run could lead anywhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def is_locked(run_dir: Path) -> bool:
     """Whether a start or one of its workers has the directory now."""
     try:
-        with (run_dir.absolute() / LOCK_FILE).open("a+") as file:
+        with open(run_dir.absolute() / LOCK_FILE, "a+", opener=_no_link) as file:
             return not _flock(file, fcntl.LOCK_EX)
     except OSError:
         return False

@@ -1,17 +1,18 @@
 """The training loop: batch, forward, backward, step. What is due at a step is a flat list of `if` lines.
 
 At step s (s updates are done) every rank does, in this order: wait for the step's rows, agree on a stop, save, stop if
-asked to, measure bits per byte, sample, end, train on the micro-batches of one step, log. A save comes before anything that
-could cost the weights.
+asked to, measure bits per byte and CORE, sample, end, train on the micro-batches of one step, log. A save comes before anything that
+could cost the weights, and an evaluation that fails costs neither.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,18 +22,17 @@ import torch
 from torch import nn
 
 from picotrain import checkpoint, evaluation, optim, report, sampling, schedule
+from picotrain import run as runs
 from picotrain.checkpoint.archive import Archive
-from picotrain.config import Config, load
+from picotrain.config import Config
 from picotrain.data.lanes import merge_states
-from picotrain.data.mixture import Mixture
 from picotrain.data.stream import Batch, Loader, validation_rows
-from picotrain.errors import DataError, RunError
+from picotrain.errors import DataError, Diverged, RunError
+from picotrain.evaluation.suite import core_of_model
 from picotrain.model import DTYPES, GPT
 from picotrain.monitor import Monitor
 from picotrain.parallel import Parallel, StopSignal, Watchdog
-from picotrain.plan import Plan
 from picotrain.state import TrainState
-from picotrain.tokenizer import Tokenizer, load_tokenizer
 
 FAILED_CLOSE_S = 30.0  # what an archive gets to finish in when the run ends by an error
 AFTER_BAD_DATA = "everything up to here is saved: put the shard right and resume, or resume with data.on_bad_shard=skip to pass over it"
@@ -70,6 +70,8 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             # An evaluation that a stop interrupts is given up: the next turn sees the stop and ends.
             if _due(cadence.eval_every, step, last, first=True) and not run.evaluate():
                 continue
+            if _due(cadence.core_metric_every, step, last, first=False) and not run.core():
+                continue
             if _due(cadence.sample_every, step, last, first=False) and not run.sample():
                 continue
             if last:
@@ -79,6 +81,9 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             loss = torch.zeros((), device=parallel.device)
             wait_ms, source_rows = 0.0, torch.zeros(len(run.corpus.sources))
             for micro in range(plan.grad_accum_steps):
+                given_up = micro > 0 and parallel.agree(stop.requested)
+                if given_up:
+                    break
                 batch = next(run.loader)
                 with parallel.sync_gradients(run.wrapped, on=micro == plan.grad_accum_steps - 1):
                     micro_loss = run.wrapped(batch.inputs, batch.targets) / plan.grad_accum_steps
@@ -86,6 +91,8 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
                 loss += micro_loss.detach()
                 wait_ms += batch.wait_ms
                 source_rows += torch.tensor(batch.source_rows)
+            if given_up:  # what has accumulated is dropped; the next turn saves and ends
+                continue
 
             loss = parallel.mean(loss)
             grad_norm = parallel.clip(run.model.parameters(), cadence.grad_clip)
@@ -114,12 +121,9 @@ class _Run:
 
     def __init__(self, run_dir: Path, parallel: Parallel, stop: StopSignal):
         self.dir, self.parallel, self.stop = run_dir, parallel, stop
-        self.config: Config = load(run_dir / "config.yaml")
-        self.plan = Plan.load(run_dir / "plan.json")
+        self.config: Config
+        self.config, self.plan, self.corpus, self.tokenizer = runs.read_material(run_dir)
         self.checkpoints = run_dir / "checkpoints"
-        data = json.loads((run_dir / "data.json").read_text())
-        self.corpus = Mixture.from_json(data["corpus"])
-        self.tokenizer: Tokenizer = load_tokenizer(run_dir / "tokenizer.json", self.config.tokenizer.encoder)
 
         self.archive = self._start_archive() if parallel.is_main else None
 
@@ -129,7 +133,7 @@ class _Run:
         optimizer = optim.build(self.config.optimizer, self.model, self.plan.rates)
         self.state = TrainState(self.model, optimizer)
         self.guard = optim.Guard(self.config.train.skip_loss_z, parallel.device)
-        self.watchdog = Watchdog(self.config.launch.hang_s)
+        self.watchdog = Watchdog(self.config.launch.hang_s, run_dir / "flight_recorder" / f"rank_{parallel.rank}.json")
         self.saver = checkpoint.Saver(self.checkpoints, self.config.checkpoint) if parallel.is_main else None
         self.schedule = schedule.build(self.config.schedule, self.plan.num_steps)
         self.monitor = Monitor(run_dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank)
@@ -149,7 +153,9 @@ class _Run:
             state=self.state.loader,
             on_bad_shard=self.config.data.on_bad_shard,
         )
+        self.state.loader = self.state.loader or self.loader.state  # a first step that is given up half-way saves the start
         self._failure: DataError | None = None  # what ends the run, the same on every rank
+        self._stopping_s = 0.0  # when a stop was agreed on
         self._val_rows = None  # tokenized when the first evaluation wants them
 
     def __enter__(self) -> _Run:
@@ -185,7 +191,7 @@ class _Run:
     def save(self, rolling: bool = False) -> None:
         """Begin a checkpoint of this step: rank 0 copies the tensors and writes them in the background."""
         self.monitor.flush()  # no line of a step that the checkpoint holds may be missing from metrics.jsonl
-        self.state.loader = merge_states(self.parallel.gather(self.state.loader or self.loader.state))
+        self.state.loader = merge_states(self.parallel.gather(self.state.loader))
         for text in sorted(set(chain.from_iterable(self.parallel.gather(self.loader.skipped())))):
             self.monitor.event(self.state.step, "skipped_data", text)
         loop = self.state.loop
@@ -216,13 +222,14 @@ class _Run:
         whole = checkpoint.step_dir(self.checkpoints, self.state.step)
         if checkpoint.is_whole(whole):
             return
-        self.saver.save(self.state, 0 if self.monitor.disk_full else self.monitor.metrics_bytes())
+        metrics_bytes = 0 if self.monitor.disk_full else self.monitor.metrics_bytes()
+        self.saver.save(self.state, metrics_bytes)
         self.saver.wait()
         self._report_saves()
         if checkpoint.is_whole(whole):
             return
         try:
-            elsewhere = self.saver.rescue(self.state, 0)
+            elsewhere = self.saver.rescue(self.state, metrics_bytes)
         except OSError as error:
             raise RunError(f"{whole} cannot be written, nor can the temporary folder ({error}); the last whole one stays") from error
         raise RunError(f"{whole} cannot be written; it was saved as {elsewhere} instead: free space, move it there and resume")
@@ -231,6 +238,7 @@ class _Run:
         """Record why the run stops here: a signal, or what some rank could not read. A bug in the loader is raised at once."""
         if failed is not None and not isinstance(failed, DataError):
             raise failed
+        self._stopping_s = time.monotonic()
         reasons = [text for text in self.parallel.gather(str(failed) if failed else None) if text]
         self._failure = DataError(f"{reasons[0]}\n{AFTER_BAD_DATA}") if reasons else None
         name, message = ("bad_data", reasons[0]) if reasons else ("stopped", "asked to by a signal")
@@ -253,40 +261,84 @@ class _Run:
 
     def evaluate(self) -> bool:
         """Measure bits per byte on the validation shard; False when a stop was asked for meanwhile."""
-        if self._val_rows is None:
-            self._val_rows = validation_rows(self.corpus, self.tokenizer, self.plan.seq_len, self.plan.eval_rows, self.plan.unit_bytes).rows
-        result = evaluation.bits_per_byte(
-            self.model,
-            self._val_rows,
-            self.tokenizer.token_bytes(),
-            self.config.evaluation.bpb.device_batch_size or self.plan.device_batch_size,
-            self.parallel,
-            given_up=self._given_up,
-            progress=self.monitor.progress("bits per byte"),
-        )
-        if result is None:
-            return False
-        loop, step = self.state.loop, self.state.step
-        self.monitor.val(step, result.val_bpb, result.val_loss, result.tokens, best_bpb=loop.min_val_bpb)
-        loop.val_bpb, loop.val_bpb_step = result.val_bpb, step
-        loop.min_val_bpb = min(result.val_bpb, loop.min_val_bpb or result.val_bpb)
-        if self.saver:
-            self.saver.wait()  # it measured what may still be on its way to the disk
-            checkpoint.record_metrics(self.checkpoints, step, {"val_bpb": result.val_bpb, "val_loss": result.val_loss})
+        with self._at_no_cost("bits per byte"):
+            found = evaluation.bits_per_byte(
+                self.model,
+                self._validation_rows,
+                self.tokenizer.token_bytes(),
+                self.config.evaluation.bpb.device_batch_size or self.plan.device_batch_size,
+                self.parallel,
+                given_up=self._given_up,
+                progress=self.monitor.progress("bits per byte"),
+            )
+            if found is None:
+                return False
+            result, loop, step = found[0], self.state.loop, self.state.step
+            self.monitor.val(step, result.val_bpb, result.val_loss, result.tokens, best_bpb=loop.min_val_bpb)
+            loop.val_bpb, loop.val_bpb_step = result.val_bpb, step
+            loop.min_val_bpb = min(result.val_bpb, loop.min_val_bpb or result.val_bpb)
+            self._record(val_bpb=result.val_bpb, val_loss=result.val_loss)
         return True
 
-    def _given_up(self) -> bool:
-        self.watchdog.beat()
-        return self.parallel.agree(self.stop.requested)
+    def core(self) -> bool:
+        """Measure the CORE metric; False when a stop was asked for meanwhile. Nothing without a bundle, which was said at the start."""
+        section = self.config.evaluation.core
+        if section.bundle is None:
+            return True
+        with self._at_no_cost("CORE"):
+            result = core_of_model(
+                self.model,
+                self.tokenizer,
+                lambda: runs.open_bundle(self.config),
+                self.config.train.core_metric_max_per_task,
+                self.parallel,
+                given_up=self._given_up,
+                progress=lambda label, done, total: self.monitor.progress(f"CORE {label}")(done, total),
+            )
+            if result is None:
+                return False
+            self.monitor.core(self.state.step, asdict(result))
+            self._record(core_metric=result.core_metric)
+        return True
 
     def sample(self) -> bool:
         """Generate from the configured prompts, the same on every rank; False when a stop was asked for before."""
         if self.parallel.agree(self.stop.requested):
             return False
         seed = self.config.run.seed + self.state.step
-        samples = sampling.complete(self.model, self.tokenizer, self.config.sampling.prompts, self.config.sampling, seed)
-        self.monitor.sample(self.state.step, [asdict(sample) for sample in samples])
+        with self._at_no_cost("samples"):
+            samples = sampling.complete(self.model, self.tokenizer, self.config.sampling.prompts, self.config.sampling, seed)
+            self.monitor.sample(self.state.step, [asdict(sample) for sample in samples])
         return True
+
+    def _validation_rows(self) -> evaluation.Rows:
+        """Tokenized when the first evaluation wants them, then kept."""
+        if self._val_rows is None:
+            self._val_rows = validation_rows(self.corpus, self.tokenizer, self.plan.seq_len, self.plan.eval_rows, self.plan.unit_bytes).rows
+        return evaluation.Rows(self._val_rows)
+
+    def _given_up(self) -> bool:
+        self.watchdog.beat()
+        return self.stop.requested
+
+    @contextmanager
+    def _at_no_cost(self, what: str) -> Iterator[None]:
+        """An evaluation that fails is recorded, and costs neither the run nor its weights: those were saved before, if due."""
+        try:
+            yield
+        except Diverged:  # found by the line that was waiting to be written
+            raise
+        except Exception as error:
+            trace = error.trace if isinstance(error, evaluation.EvaluationFailed) else traceback.format_exc()
+            if trace and self.parallel.is_main:
+                print(trace, file=sys.stderr, flush=True)
+            self.monitor.event(self.state.step, "evaluation_failed", f"{what}: {error}; training goes on")
+
+    def _record(self, **metrics: Any) -> None:
+        """Keep beside this step's checkpoint what was measured, once that is whole."""
+        if self.saver:
+            self.saver.wait()
+            checkpoint.record_metrics(self.checkpoints, self.state.step, metrics)
 
     def end(self, status: Literal["finished", "stopped"]) -> Outcome:
         """Close the books: the last lines, the report."""
@@ -294,6 +346,9 @@ class _Run:
         self._finish_saving()
         if status == "finished":
             self.monitor.event(self.state.step, status)
+        elif not self._failure:
+            took_s = time.monotonic() - (self.stop.requested_s or self._stopping_s)  # the signal may have been another rank's
+            self.monitor.event(self.state.step, "saved", f"whole on disk {took_s:.2f} s after the signal")
         self.monitor.close()
         if self.parallel.is_main:
             summary = report.write_report(self.dir)

@@ -13,7 +13,7 @@ loss are fp32. There is no autocast. Shapes: B rows, T tokens, C width, H heads,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -65,6 +65,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+def take(x: Tensor, wanted: Tensor) -> Tensor:
+    """The positions `wanted` (B, W) of x (B, T, C): (B, W, C)."""
+    return x.gather(1, wanted[..., None].expand(-1, -1, x.size(-1)))
+
+
 def attention_mask(start: int, tokens: int, window: int, device: torch.device) -> Tensor | None:
     """Which keys 0 .. start + tokens - 1 each query start .. start + tokens - 1 sees: itself and the `window - 1` before it.
 
@@ -89,9 +94,15 @@ class Attention(nn.Module):
         self.v = Linear(dims.width, dims.n_kv_heads * dims.head_dim)
         self.o = Linear(dims.n_heads * dims.head_dim, dims.width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None, wanted: Tensor | None = None
+    ) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = rms_norm(rotate(self.q(x).view(heads), cos, sin), self.eps).transpose(1, 2)  # (B, H, T, D)
+        if wanted is None:
+            q = rotate(self.q(x).view(heads), cos, sin)
+        else:
+            q = rotate(self.q(take(x, wanted)).view(*wanted.shape, -1, self.head_dim), cos[wanted], sin[wanted])
+        q = rms_norm(q, self.eps).transpose(1, 2)  # (B, H, T, D), or W for T
         k = rms_norm(rotate(self.k(x).view(heads), cos, sin), self.eps).transpose(1, 2)  # (B, H_kv, T, D)
         v = self.v(x).view(heads).transpose(1, 2)
         if cache is not None:
@@ -122,8 +133,17 @@ class Block(nn.Module):
         self.attn = Attention(dims, eps)
         self.mlp = MLP(dims)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.attn(rms_norm(x, self.eps), cos, sin, mask, cache)  # (B, T, C)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        y = self.attn(rms_norm(x, self.eps), cos, sin, mask, cache, wanted)
+        x = (x if wanted is None else take(x, wanted)) + y  # (B, T, C), or W for T
         return x + self.mlp(rms_norm(x, self.eps))
 
 
@@ -205,13 +225,16 @@ class LayerCache:
 
 
 class KVCache:
-    """The keys and values of `batch` rows of up to `max_len` tokens (at most the model's seq_len), so that each is computed once."""
+    """The keys and values of `batch` rows of up to `max_len` tokens (at most the model's seq_len), so that each is computed once.
 
-    def __init__(self, model: GPT, batch: int, max_len: int):
+    `more`: room for so many further tokens, of `GPT.branches`, whose positions are not their places in the cache.
+    """
+
+    def __init__(self, model: GPT, batch: int, max_len: int, more: int = 0):
         if max_len > model.seq_len:
             raise ValueError(f"a cache of {max_len} tokens for a model of {model.seq_len}")
-        self.max_len = max_len
-        size = (batch, model.dims.n_kv_heads, max_len, model.dims.head_dim)
+        self.max_len = max_len + more
+        size = (batch, model.dims.n_kv_heads, self.max_len, model.dims.head_dim)
         self.layers = [LayerCache(size, model.compute_dtype, model.embed.weight.device) for _ in model.blocks]
 
     @property
@@ -299,37 +322,66 @@ class GPT(nn.Module):
         reduction "none" gives losses (B, T). With a cache the ids follow the tokens in it, and their keys and values
         are added. last_only: logits of the last position only, (B, 1, vocab_size).
         """
-        hidden = self._hidden(ids, cache)  # (B, T, C)
+        hidden = self.hidden(ids, cache)  # (B, T, C)
         if targets is None:
-            return self._logits(hidden[:, -1:] if last_only else hidden)
+            return self.logits(hidden[:, -1:] if last_only else hidden)
         flat, flat_targets = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
         chunk_bytes = LOGIT_CHUNK_BYTES.get(hidden.device.type, LOGIT_CHUNK_BYTES_DEFAULT)
         chunk_tokens = max(1, chunk_bytes // (4 * self.head.weight.size(0)))
         if reduction == "mean" and torch.is_grad_enabled():
             return HeadLoss.apply(flat, self.head.weight, flat_targets, self._loss_of_chunk, chunk_tokens)
         chunks = zip(flat.split(chunk_tokens), flat_targets.split(chunk_tokens), strict=True)
-        losses = torch.cat([F.cross_entropy(self._logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks])
+        losses = torch.cat([F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks])
         return losses.view(targets.shape) if reduction == "none" else losses.sum() / (flat_targets >= 0).sum().clamp(min=1)
 
-    def _hidden(self, ids: Tensor, cache: KVCache | None) -> Tensor:
-        """ids (B, T) -> hidden states (B, T, C) after the last norm, in compute_dtype."""
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
+        """ids (B, T) -> hidden states (B, T, C) after the last norm, in compute_dtype; what `logits` takes.
+
+        wanted: int64 (B, W), the positions among the T whose hidden states are asked for: then (B, W, C). All others stop at
+        the last block's keys and values, and nothing is computed that is not looked at. Without a window (the last block
+        has none) and with an empty cache only. The ids of a row may be padded on the right: nothing before sees them.
+        """
         start = 0 if cache is None else cache.length
         end = start + ids.size(1)
         limit = self.seq_len if cache is None else cache.max_len
         if end > limit:
             raise ValueError(f"{end} tokens, but there is room for {limit}")
-        x = rms_norm(self.embed(ids).to(self.compute_dtype), self.eps)
-        cos, sin = self.cos[start:end].to(x.dtype), self.sin[start:end].to(x.dtype)
         masks = {window: attention_mask(start, ids.size(1), window, ids.device) for window in set(self.windows)}
-        layer_caches = [None] * len(self.blocks) if cache is None else cache.layers
-        with torch.compiler.set_stance("force_eager") if self._compiled and cache is not None else nullcontext():
-            for block, window, layer_cache in zip(self.blocks, self.windows, layer_caches, strict=True):
-                x = block(x, cos, sin, masks[window], layer_cache)
-        return rms_norm(x, self.eps)
+        return self._run(ids, self.cos[start:end], self.sin[start:end], masks, cache, wanted)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def branches(self, ids: Tensor, positions: Tensor, visible: Tensor, key_positions: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states (B, T, C) of tokens that go on from the S tokens in `cache` along several branches at once.
+
+        ids, positions: int64 (B, T); visible: bool (B, T, S + T), the cached and new tokens that each sees (itself
+        among them); key_positions: int64 (B, S + T). Positions are those of the rotary embedding, below seq_len.
+        """
+        distance = positions[:, :, None] - key_positions[:, None]  # (B, T, S + T)
+        masks = {w: (visible if w >= self.seq_len else visible & (distance < w))[:, None] for w in set(self.windows)}
+        return self._run(ids, self.cos[positions], self.sin[positions], masks, cache, None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> fp32 logits (..., vocab_size): those of the padding are cut off."""
         return softcap(self.head(hidden).float(), self.logit_softcap)[..., : self.vocab_size]
+
+    def _run(
+        self, ids: Tensor, cos: Tensor, sin: Tensor, masks: Mapping[int, Tensor | None], cache: KVCache | None, wanted: Tensor | None
+    ) -> Tensor:
+        """The blocks: ids (B, T) -> (B, T, C). cos and sin (T, 1, D / 2) or (B, T, 1, D / 2); masks by attention window."""
+        x = rms_norm(self.embed(ids).to(self.compute_dtype), self.eps)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        layer_caches = [None] * len(self.blocks) if cache is None else cache.layers
+        eager = self._compiled and (cache is not None or wanted is not None)
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            *first, last = zip(self.blocks, self.windows, layer_caches, strict=True)
+            for block, window, layer_cache in first:
+                x = block(x, cos, sin, masks[window], layer_cache)
+            block, window, layer_cache = last
+            if wanted is None:
+                x = block(x, cos, sin, masks[window], layer_cache)
+            else:
+                seen = torch.arange(ids.size(1), device=ids.device) <= wanted[..., None]  # (B, W, T)
+                x = block(x, cos, sin, seen[:, None], layer_cache, wanted)
+        return rms_norm(x, self.eps)
 
     def _loss_of_chunk(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return self._derive(logits, targets, self.logit_softcap, self.vocab_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import inspect
 import json
 import os
@@ -11,9 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from picotrain.errors import LaunchError
+from picotrain.errors import Hung, LaunchError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -33,6 +35,10 @@ REPEAT_S = 0.3
 # How long a rank waits for the others in a collective. Longer than anything one rank does alone while the others wait
 # (compiling, writing a checkpoint to a slow disk), short enough that a hang is noticed within the hour.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
+
+RECORDER = "TORCH_FR_BUFFER_SIZE", "500"  # torch keeps so many of the latest collectives, for the watchdog to write down
+
+STACKS_SIGNAL = signal.SIGUSR2  # a worker answers it with the stacks of its threads
 
 # Gradients live in the buckets that are sent, which saves a copy of them. Buffers are constants (RoPE), so they are not sent
 # at every forward; torch 2.13 renamed that option. No static_graph: a first micro-batch under no_sync fails an assertion.
@@ -55,7 +61,7 @@ class StopSignal:
     def __init__(self, on_first: Callable[[int], None] | None = None, on_second: Callable[[int], None] = exit_at_once):
         self.requested = False
         self.signum: int | None = None  # the first one
-        self._first_at = 0.0
+        self.requested_s: float | None = None  # when, by time.monotonic
         self._on_first, self._on_second = on_first, on_second
         self._previous: dict[int, Any] = {}
 
@@ -72,32 +78,69 @@ class StopSignal:
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.requested:
-            self.requested, self.signum, self._first_at = True, signum, now
+            self.requested, self.signum, self.requested_s = True, signum, now
             if self._on_first is not None:
                 self._on_first(signum)
-        elif signum != signal.SIGUSR1 and now - self._first_at > REPEAT_S:
+        elif signum != signal.SIGUSR1 and now - (self.requested_s or 0.0) > REPEAT_S:
             self._on_second(signum)
 
 
 class Watchdog:
-    """Ends a process that makes no progress: `limit_s` after the last `beat` the stacks of all its threads go to standard error
-    and it ends with code 1, so that the launcher ends the other ranks (which wait in a collective, and whose own watchdogs say
-    where). Python's own timer thread does it, in C: it works while the interpreter is stuck. None: never."""
+    """Ends a process that makes no progress: `limit_s` after the last `beat` (None: never) torch's record of the latest collectives
+    goes to `record_path`, the stacks of all threads go to standard error, and it ends with Hung's exit code. The launcher then asks
+    the other ranks for their stacks (`STACKS_SIGNAL`) and ends them. Where the interpreter itself is stuck, Python's own timer,
+    which is in C, prints the stacks and ends the process STUCK_S later."""
 
-    def __init__(self, limit_s: float | None):
-        self._limit_s, self._armed_s = limit_s, float("-inf")
+    STUCK_S = 10.0
+
+    def __init__(self, limit_s: float | None, record_path: Path | None = None):
+        self._limit_s, self._record_path = limit_s, record_path
+        self._armed_s = self._beat_s = float("-inf")
+        self._closed = threading.Event()
         self.beat()
+        if limit_s is not None:
+            threading.Thread(target=self._watch, args=(limit_s,), name="picotrain-watchdog", daemon=True).start()
 
     def beat(self) -> None:
         """Say that there is progress. Arming the timer takes a quarter of a millisecond, so it is done now and then only."""
-        now = time.monotonic()
-        if self._limit_s is not None and sys.__stderr__ is not None and now - self._armed_s > self._limit_s / 20:
-            self._armed_s = now
-            faulthandler.dump_traceback_later(self._limit_s, exit=True, file=sys.__stderr__)
+        self._beat_s = time.monotonic()
+        if self._limit_s is not None and sys.__stderr__ is not None and self._beat_s - self._armed_s > self._limit_s / 20:
+            self._armed_s = self._beat_s
+            faulthandler.dump_traceback_later(self._limit_s + self.STUCK_S, exit=True, file=sys.__stderr__)
 
     def close(self) -> None:
         """Stop watching."""
+        self._closed.set()
         faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self, limit_s: float) -> None:
+        while (left_s := self._beat_s + limit_s - time.monotonic()) > 0:
+            if self._closed.wait(left_s):
+                return
+        err = sys.__stderr__ or sys.stderr
+        rank = os.environ.get("RANK", "0")
+        err.write(f"picotrain: rank {rank} has made no progress for launch.hang_s={limit_s:g} s; its threads are at\n")
+        err.flush()
+        faulthandler.dump_traceback(file=err)
+        if self._record_path and (record := _latest_collectives()):
+            with suppress(OSError):
+                self._record_path.parent.mkdir(exist_ok=True)
+                self._record_path.write_bytes(record)
+                print(f"its latest collectives: {self._record_path}", file=err)
+        err.flush()
+        os._exit(Hung.exit_code)
+
+
+def _latest_collectives() -> bytes | None:
+    """Torch's flight recorder as JSON: the latest collectives of this rank and how far they are; None where it has recorded none."""
+    from torch._C import _distributed_c10d  # the ways to ask as JSON are private; the public ones pickle
+
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # NCCL's, gloo's
+        if dump := getattr(_distributed_c10d, name, None):
+            record = dump()
+            if json.loads(record).get("entries"):
+                return record if isinstance(record, bytes) else record.encode()
+    return None
 
 
 @dataclass(frozen=True)
@@ -129,6 +172,7 @@ class Parallel:
         if world_size == 1:
             return cls(rank, world_size, local_rank, place)
         on_gpu = place.type == "cuda"
+        os.environ.setdefault(*RECORDER)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PROCESS_GROUP_TIMEOUT, device_id=place if on_gpu else None)
         control = dist.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT) if on_gpu else dist.group.WORLD
         return cls(rank, world_size, local_rank, place, control)
@@ -230,6 +274,28 @@ STRATEGIES: dict[str, Callable[[str], Parallel]] = {"ddp": Parallel.setup}
 def build(kind: str, device: str) -> Parallel:
     """Join the run's ranks under the strategy of `parallel.kind`."""
     return STRATEGIES[kind](device)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
+
+
+def memory_in_use(device: torch.device) -> str:
+    """The most memory that this process has allocated, and what the device has, in words; "" where torch does not count."""
+    if device.type != "cuda":
+        return ""
+    peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+    return f", and {peak / 2**30:.1f} GiB of the device's {total / 2**30:.1f} GiB were allocated at the peak"
+
+
+def free_memory() -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def lost_a_peer(error: BaseException) -> bool:

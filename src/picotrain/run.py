@@ -25,7 +25,7 @@ from picotrain import __version__, hardware
 from picotrain import plan as planning
 from picotrain.config import Config, dump, load
 from picotrain.config.identity import classify_change, diff, run_name
-from picotrain.config.saved import parse_json, read_plain
+from picotrain.config.saved import parse_json, read_plain, write_whole
 from picotrain.data import sources
 from picotrain.data.mixture import Mixture
 from picotrain.data.remote import is_url
@@ -33,6 +33,7 @@ from picotrain.errors import ConfigError, DataError, Problem, RunError
 from picotrain.plan import Plan
 
 if TYPE_CHECKING:
+    from picotrain.evaluation.bundle import Bundle
     from picotrain.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
@@ -45,6 +46,8 @@ COUNTED = (
     "device_batch_size", "grad_accum_steps", "dp_size", "world_size", "num_steps", "total_tokens", "lanes", "unit_bytes",
     "bytes_per_token", "eval_rows",
 )  # fmt: skip
+# What a start writes, config.yaml last: it may be killed in between.
+WRITTEN = ("attempts", "tokenizer.json", "data.json", "environment.json", "plan.json", "overrides.txt", "config.yaml")
 PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "tokenizers", "gigatoken", "hydra-core", "pydantic", "huggingface_hub")
 
 
@@ -70,7 +73,9 @@ def locate(config: Config) -> Config:
     data = config.data.model_copy(update={"path": _absolute(config.data.path), "mixture": mixture})
     tokenizer = config.tokenizer.model_copy(update={"path": _absolute(config.tokenizer.path)})
     archive = config.archive.model_copy(update={"url": _absolute(config.archive.url)})
-    config = config.model_copy(update={"data": data, "tokenizer": tokenizer, "archive": archive})
+    core = config.evaluation.core.model_copy(update={"bundle": _absolute(config.evaluation.core.bundle)})
+    evaluation = config.evaluation.model_copy(update={"core": core})
+    config = config.model_copy(update={"data": data, "tokenizer": tokenizer, "archive": archive, "evaluation": evaluation})
     name = config.run.name or run_name(config)
     folder = Path(config.run.dir or Path("runs") / name).expanduser().absolute()
     run = config.run.model_copy(update={"name": name, "dir": str(folder), "cache_dir": str(cache_dir(config))})
@@ -99,6 +104,16 @@ def gather(config: Config, say: Say) -> Material:
     return Material(config, plan, corpus, tokenizer)
 
 
+def open_bundle(config: Config) -> Bundle:
+    """The evaluation bundle of a located config that names one, from the cache where it is a URL. Raises DataError."""
+    from picotrain.evaluation import bundle, fetch
+
+    section = config.evaluation.core
+    place = section.bundle or ""
+    folder = fetch.fetch(place, section.sha256 or "", cache_dir(config)) if is_url(place) else Path(place)
+    return bundle.read_bundle(folder, section.baseline_table)
+
+
 def is_finished(run_dir: Path, num_steps: int) -> bool:
     """Whether the run has reported the end of `num_steps` steps."""
     try:
@@ -124,13 +139,23 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
         material = _reopen(run_dir, config, say)
     else:
         check_places(run_dir)
-        if run_dir.is_dir() and any(path for path in run_dir.iterdir() if path.name != ".lock"):
+        if not _is_new(run_dir):
             raise RunError(f"{run_dir} is no run and not empty; another run.dir or run.name would be right")
         material = gather(config, say)
     if is_finished(run_dir, material.plan.num_steps):
         return None
+    if config.evaluation.core.bundle and config.train.core_metric_every > 0:
+        for task in open_bundle(config).tasks:  # what is wrong with it is said now and not after hours
+            if task.problem:
+                say(f"WARNING: CORE will lack a task: {task.problem}")
     _write(run_dir, material, overrides)
     return material.plan
+
+
+def _is_new(run_dir: Path) -> bool:
+    """Whether a run can be created here: nothing is there but what a start leaves that was killed while it created it."""
+    there = {path.name for path in run_dir.iterdir()} - {".lock"} if run_dir.is_dir() else set()
+    return not there or ("attempts" in there and there <= {*WRITTEN, *(f".{name}.tmp" for name in WRITTEN)})
 
 
 def read_material(run_dir: Path) -> Material:
@@ -188,7 +213,10 @@ def check_places(run_dir: Path) -> None:
     for folder, folders, files in os.walk(run_dir):
         for name in (*folders, *files):
             path = os.path.join(folder, name)
-            mode = os.lstat(path).st_mode
+            try:
+                mode = os.lstat(path).st_mode
+            except FileNotFoundError:  # another rank has just removed it
+                continue
             if stat.S_ISLNK(mode):
                 if not os.path.realpath(path).startswith(home + os.sep):
                     raise RunError(f"{path} is a symlink out of the run; put in its place what it leads to")
@@ -237,6 +265,8 @@ def _reopen(run_dir: Path, config: Config, say: Say) -> Material:
     corpus, tokenizer = _same_data(run_dir, pinned, config.tokenizer.path != before.tokenizer.path, say)
     plan = planning.make(pinned, config.run.name or "", corpus, old_plan.bytes_per_token)
     kept = {} if announced else {key: getattr(old_plan, key) for key in DERIVED_ONCE}
+    if config.train.device_batch_size == "auto" and (plan.hardware_name, plan.world_size) == (old_plan.hardware_name, old_plan.world_size):
+        kept |= {"device_batch_size": old_plan.device_batch_size, "grad_accum_steps": old_plan.grad_accum_steps}  # what has fitted
     return Material(config, plan.model_copy(update=kept), corpus, tokenizer)
 
 
@@ -270,9 +300,9 @@ def _write(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
         _write_json(run_dir / "data.json", {"corpus": material.corpus.to_json(), "tokenizer": described})
         _write_json(run_dir / "environment.json", environment(material.config))
         material.plan.save(run_dir / "plan.json")
-        for folder in (attempt, run_dir):
-            (folder / "overrides.txt").write_text("".join(f"{line}\n" for line in overrides))
-            (folder / "config.yaml").write_text(dump(material.config))
+        for folder, write in ((attempt, Path.write_text), (run_dir, write_whole)):
+            write(folder / "overrides.txt", "".join(f"{line}\n" for line in overrides))
+            write(folder / "config.yaml", dump(material.config))
     except OSError as error:
         raise RunError(f"{run_dir} cannot be written: {error.strerror or error}") from error
 
@@ -318,7 +348,7 @@ def _version(package: str) -> str | None:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def all_problems(*checks: Callable[[], object]) -> None:

@@ -21,9 +21,12 @@ from pathlib import Path
 
 from picotrain import hardware
 from picotrain.config import load
-from picotrain.config.schema import HardwareConfig
-from picotrain.errors import PicotrainError, Stopped
+from picotrain.config.schema import Config, HardwareConfig
+from picotrain.errors import OutOfMemory, PicotrainError, Stopped
 from picotrain.lock import RunLock
+from picotrain.plan import lighter_settings
+from picotrain.run import read_plan
+from picotrain.text import size
 
 LAUNCHER_PID = "PICOTRAIN_LAUNCHER_PID"  # set by picotrain.launch
 PARENT_POLL_S = 0.5
@@ -41,6 +44,7 @@ def main(arguments: list[str]) -> int:
         return PicotrainError.exit_code
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens: end without Python's traceback
     faulthandler.enable()  # a crash in native code shows where
+    faulthandler.register(signal.SIGUSR2)  # a launcher or a user who wants to know where a rank is
     watch_parent()
     if os.environ.get("RANK", "0") != "0":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # rank 0 prints; of the others errors are shown
@@ -57,7 +61,7 @@ def main(arguments: list[str]) -> int:
 def run(run_dir: Path) -> int:
     """Train the run in this process, as the rank that torchrun's environment names: 0 finished, 75 stopped.
 
-    Raises PicotrainError for what a user can cause.
+    Raises PicotrainError for what a user can cause, OutOfMemory among it; then the memory is free again.
     """
     config = load(run_dir / "config.yaml")
     set_up_process(config.hardware)
@@ -67,9 +71,30 @@ def run(run_dir: Path) -> int:
         ranks = parallel.build(config.parallel.kind, config.hardware.device)
         from picotrain import loop
 
-        outcome = loop.train(run_dir, ranks, stop)
-        ranks.teardown()
-    return 0 if outcome.status == "finished" else Stopped.exit_code
+        try:
+            outcome = loop.train(run_dir, ranks, stop)
+        except Exception as error:
+            if not parallel.out_of_memory(error):
+                raise
+            problem = _too_little_memory(run_dir, config, error, parallel.memory_in_use(ranks.device))
+        else:
+            ranks.teardown()
+            return 0 if outcome.status == "finished" else Stopped.exit_code
+    parallel.free_memory()  # here, since the error's frames held the tensors until now
+    raise problem
+
+
+def _too_little_memory(run_dir: Path, config: Config, error: Exception, in_use: str) -> OutOfMemory:
+    """What does not fit, what was predicted, and what would fit."""
+    plan = read_plan(run_dir)
+    settings = lighter_settings(plan, config) or ["a smaller model, or a machine with more memory"]
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    return OutOfMemory(
+        f"{rank}out of memory with micro-batches of {plan.device_batch_size} rows of {plan.seq_len:,} tokens; the plan predicted "
+        f"{size(plan.predicted_memory_bytes)}{in_use}\n  {str(error).splitlines()[0][:200]}\n"
+        "What would fit by the same prediction (the steps stay the same but where it says a new run):\n"
+        + "\n".join(f"  - {setting}" for setting in settings)
+    )
 
 
 def set_up_process(section: HardwareConfig) -> None:

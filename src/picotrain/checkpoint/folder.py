@@ -128,7 +128,7 @@ def find(root: Path, which: str) -> Path:
     if which == "last" and there:
         return there[-1]
     if which == "best":
-        name = _read_pointer(root / "best")
+        name = read_pointer(root / "best")
         if named := [path for path in there if path.name == name]:
             return named[0]
         raise CheckpointError(f"{root} has no best checkpoint: none was evaluated after its save; complete steps: {listing}")
@@ -142,7 +142,11 @@ def record_metrics(root: Path, step: int, metrics: dict[str, Any]) -> None:
     path = step_dir(root, step)
     if not is_whole(path):
         return
-    write_json(path / "metrics.json", {"step": step, **metrics})
+    try:
+        before = read_metrics(path)
+    except CheckpointError:  # a damaged note
+        before = {}
+    write_json(path / "metrics.json", {**before, "step": step, **metrics})
     scored = [(_val_bpb(other), other) for other in complete(root)]
     best = min(((bpb, other) for bpb, other in scored if bpb is not None), default=None)
     if best:
@@ -163,7 +167,7 @@ def _val_bpb(path: Path) -> float | None:
     return float(found) if isinstance(found, float) and math.isfinite(found) else None
 
 
-def _read_pointer(path: Path) -> str:
+def read_pointer(path: Path) -> str:
     """The name in a one-line file, "" when there is none or it holds none."""
     try:
         return read_plain(path, MAX_POINTER_BYTES).decode(errors="replace").strip()

@@ -7,7 +7,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from picotrain.checkpoint.folder import PREFIX, complete, read_json
+from picotrain.checkpoint.folder import PREFIX, complete, read_json, read_pointer
 from picotrain.config.schema import CheckpointConfig
 
 TRASH, TEMPORARY = ".trash-", ".tmp-"
@@ -27,7 +27,7 @@ def retain(root: Path, section: CheckpointConfig) -> None:
     if section.keep_every:
         kept |= {path for path in permanent if step_of(path) % section.keep_every == 0}
     if section.keep_best:
-        kept |= {root / _pointed_at(root / "best")}
+        kept |= {root / read_pointer(root / "best")}
     for path in there:
         if path not in kept:
             remove(path)
@@ -56,7 +56,3 @@ def is_rolling(path: Path) -> bool:
 def step_of(path: Path) -> int:
     """The step of a checkpoint's folder."""
     return int(path.name.removeprefix(PREFIX))
-
-
-def _pointed_at(pointer: Path) -> str:
-    return pointer.read_text(errors="replace").strip() if pointer.is_file() else ""

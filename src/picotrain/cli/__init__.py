@@ -95,11 +95,24 @@ def config_(overrides: Overrides = None, config: ConfigFile = None, config_dir: 
 
 
 @app.command("eval")
-def eval_(run: RunDir, checkpoint: Checkpoint = "last") -> None:
-    """Measure a checkpoint: bits per byte and loss on validation and training text, and samples."""
+def eval_(
+    run: RunDir,
+    checkpoint: Checkpoint = "last",
+    bundle: Annotated[str | None, typer.Option("--bundle", help="Folder of an evaluation bundle; default: the run's own.")] = None,
+    baseline_table: Annotated[str | None, typer.Option(help="File in the bundle with the random baselines; default: the run's.")] = None,
+    max_per_task: Annotated[int | None, typer.Option(help="Examples of each CORE task; 0: all; default: as in the run.")] = None,
+    hf: Annotated[Path | None, typer.Option("--hf", help="Measure this Hugging Face model on the run's text instead.")] = None,
+) -> None:
+    """Measure a checkpoint: bits per byte on validation and training text, the CORE tasks of a bundle, and samples.
+
+    Examples: `picotrain eval runs/d20 --checkpoint best --bundle eval_bundle`,
+    `torchrun --nproc_per_node 8 -m picotrain eval runs/d20`, `picotrain eval runs/d20 --hf models/gpt2`.
+
+    Results go to RUN/eval as JSON, CSV and Markdown. Tasks that an interrupted evaluation has finished are not evaluated again.
+    """
     from picotrain.cli import commands
 
-    raise typer.Exit(commands.evaluate(run, checkpoint))
+    raise typer.Exit(commands.evaluate(run, checkpoint, hf, bundle=bundle, baseline_table=baseline_table, max_per_task=max_per_task))
 
 
 @app.command()

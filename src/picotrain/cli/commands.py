@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from picotrain import plan as planning
 from picotrain import run as runs
@@ -98,12 +98,12 @@ def show_config(overrides: Sequence[str], config_file: Path | None, config_dir: 
     print(dump(resolved(overrides, config_file, config_dir)), end="")
 
 
-def evaluate(run: Path, which: str) -> int:
-    """Measure a checkpoint on validation and training text; write eval/step_*/results.json and results.md."""
-    from picotrain.cli.evaluate import evaluate_checkpoint
-
+def evaluate(run: Path, which: str, hf: Path | None, **options: Any) -> int:
+    """Measure a checkpoint, or a Hugging Face model on the run's text; write a folder under RUN/eval."""
     runs.require_run(run)
-    return evaluate_checkpoint(run, which)
+    from picotrain.cli.evaluate import Options, evaluate_checkpoint, evaluate_hf
+
+    return evaluate_hf(hf, run, Options(**options)) if hf else evaluate_checkpoint(run, which, Options(**options))
 
 
 def load_model(run: Path, which: str) -> tuple[runs.Material, GPT, Path]:

@@ -38,6 +38,7 @@ def plan_table(plan: Plan) -> None:
     time = UNKNOWN if plan.predicted_hours is None else f"about {plan.predicted_hours:.1f} h"
     cost = "" if plan.predicted_cost is None else f", about ${plan.predicted_cost:,.0f}"
     rates = f"matrices {plan.matrix_lr:.2g}, embedding {plan.embed_lr:.2g}, head {plan.head_lr:.2g}; weight decay {plan.weight_decay:.2g}"
+    staging = f", {size(plan.staging_bytes)} of it or of host memory for background saves (rank 0)" if plan.staging_bytes else ""
     rows = {
         "model": f"depth {plan.depth}, width {plan.width}, {plan.n_heads} heads of {plan.head_dim}{kv}, vocabulary {plan.vocab_size:,}",
         "parameters": f"{p['total']:,} = {p['matrices']:,} matrices + {p['embedding']:,} embedding + {p['head']:,} head",
@@ -50,7 +51,7 @@ def plan_table(plan: Plan) -> None:
         "data stream": units_text,
         "peak rates": rates,
         "checkpoint": size(plan.checkpoint_bytes),
-        "memory per rank": f"about {size(plan.predicted_memory_bytes)}",
+        "memory per rank": f"about {size(plan.predicted_memory_bytes)}{staging}",
         "time and cost": time + cost,
     }
     table = _grid(plan.name)

@@ -23,7 +23,8 @@ from picotrain.config.validate import explain, put, strings
 from picotrain.errors import ConfigError, Problem
 
 PLACES = ("name", "dir", "cache_dir", "resume")  # the keys of `run` that belong to one run, not to the experiment
-CADENCE = ("eval_every", "eval_tokens", "sample_every", "save_every")  # the keys of `train` that the group cadence sets
+# The keys of `train` that the group cadence sets.
+CADENCE = ("eval_every", "eval_tokens", "core_metric_every", "core_metric_max_per_task", "sample_every", "save_every")
 _PLAIN_INTERPOLATION = re.compile(r"\$\{[\w.]+\}")  # ${section.key}
 _MISSING = "???"  # OmegaConf's mark of a value that has to be given
 

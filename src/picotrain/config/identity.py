@@ -38,6 +38,8 @@ _CHANGES: dict[str, Change] = {
     "train.deterministic": "rounding",
     "train.eval_every": "free",
     "train.eval_tokens": "free",
+    "train.core_metric_every": "free",
+    "train.core_metric_max_per_task": "free",
     "train.sample_every": "free",
     "train.save_every": "free",
     "train.max_skipped": "free",
@@ -47,6 +49,7 @@ _CHANGES: dict[str, Change] = {
     "checkpoint": "free",
     "archive": "free",
     "evaluation": "rounding",
+    "evaluation.core": "free",
     "sampling": "free",
     "logger": "free",
 }
@@ -82,12 +85,13 @@ def diff(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
 def experiment_hash(config: Config) -> str:
     """8 hex digits for what makes the experiment: every key whose change a resume announces or refuses, and where
     its text and vocabulary come from. Hardware, cadence, names and the like do not count."""
-    values = {key: value for key, value in flatten(config).items() if _makes_experiment(key)}
+    values = {key: value for key, value in flatten(config).items() if makes_experiment(key)}
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
-def _makes_experiment(key: str) -> bool:
+def makes_experiment(key: str) -> bool:
+    """Whether a dotted key counts in `experiment_hash`."""
     if key == "schema_version":
         return False
     return key in ("data.path", "tokenizer.path") or classify_change(key) in ("announced", "refused")

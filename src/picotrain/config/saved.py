@@ -1,4 +1,4 @@
-"""Configs as plain YAML: writing one, and reading it back without trusting it. `read_plain` and `parse_json`: any file of a run."""
+"""Configs as plain YAML: writing one, and reading it back without trusting it. `read_plain`, `parse_json`, `write_whole`: of any file."""
 
 from __future__ import annotations
 
@@ -91,6 +91,16 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text, whole or not at all: a process that is killed in between leaves what was there before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def read_plain(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:

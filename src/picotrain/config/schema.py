@@ -225,6 +225,8 @@ class TrainConfig(Section):
     target_param_data_ratio: PositiveFloat | None = None
     eval_every: Int = 250  # steps; <= 0: off
     eval_tokens: Positive = 41_943_040
+    core_metric_every: Int = 2000  # steps; <= 0: off
+    core_metric_max_per_task: Int = 500  # examples; <= 0: all
     sample_every: Int = 2000  # steps; <= 0: off
     save_every: Int = -1  # steps; <= 0: only at the end
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -318,10 +320,30 @@ class BpbConfig(Section):
     device_batch_size: Positive | None = None  # rows per forward; null: as in training
 
 
+class CoreConfig(Section):
+    """The tasks of the CORE metric."""
+
+    bundle: Text | None = None  # folder of an evaluation bundle, or the URL of its archive; null: CORE is not evaluated
+    sha256: Text | None = None  # of the archive at that URL, 64 hex digits
+    baseline_table: Text = "eval_meta_data.csv"  # the file in the bundle that has the random baselines
+
+    def _problems(self) -> list[Problem]:
+        problems = []
+        if _CREDENTIALS.match(self.bundle or ""):
+            problems.append(Problem("evaluation.core.bundle", "holds credentials", "a URL without them"))
+        if "://" in (self.bundle or "") and self.sha256 is None:
+            hint = "the 64 digits that `sha256sum` prints for an archive you trust"
+            problems.append(Problem("evaluation.core.sha256", "a bundle from a URL needs the SHA-256 of its archive", hint))
+        elif self.sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", self.sha256):
+            problems.append(Problem("evaluation.core.sha256", f"{self.sha256!r} is no SHA-256", "64 hexadecimal digits"))
+        return problems
+
+
 class EvaluationConfig(Section):
     """What is measured on the weights."""
 
     bpb: BpbConfig = BpbConfig()
+    core: CoreConfig = CoreConfig()
 
 
 class SamplingConfig(Section):

@@ -27,14 +27,15 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from picotrain import hardware
 from picotrain.config.schema import LaunchConfig
-from picotrain.errors import Diverged, LaunchError, PicotrainError, Stopped
-from picotrain.parallel import StopSignal
+from picotrain.errors import Diverged, Hung, LaunchError, OutOfMemory, PicotrainError, Stopped
+from picotrain.parallel import STACKS_SIGNAL, StopSignal
 from picotrain.worker import LAUNCHER_PID
 
 POLL_S = 0.1  # how often the agent looks at its workers
 JOIN_TIMEOUT_S = 600  # how long nodes wait for each other: schedulers start them minutes apart at worst
+STACKS_S = 0.3  # what a rank gets to print its stacks in
 KILL_WAIT_S = 10  # how long a killed worker may take to go; one stuck in a driver call is given up
-SPOKEN = (PicotrainError.exit_code, Diverged.exit_code)  # exit codes of workers that have told the user what is wrong
+SPOKEN = (PicotrainError.exit_code, Diverged.exit_code, OutOfMemory.exit_code)  # of workers that have told the user what is wrong
 
 
 def run_workers(command: Sequence[str], nproc: int, launch: LaunchConfig, run_id: str) -> int:
@@ -141,6 +142,14 @@ class Agent(LocalElasticAgent):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
 
+    def _ask_for_stacks(self) -> None:
+        """Let the ranks that are left say where they are: a hang is understood from all of them."""
+        print("picotrain: where the other ranks are:", file=sys.stderr, flush=True)
+        for process in self._processes().values():
+            if process.poll() is None:
+                process.send_signal(STACKS_SIGNAL)
+                time.sleep(STACKS_S)  # one after the other, so that they can be told apart
+
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """One look at the workers: running, all done (finished or stopped), or failed, and then the rest is killed."""
         processes = self._processes()
@@ -150,6 +159,8 @@ class Agent(LocalElasticAgent):
         if failed:
             if not self._failed and not self._late:
                 self._failed = {worker_group.workers[rank].global_rank: (processes[rank].pid, code or 0) for rank, code in failed.items()}
+            if Hung.exit_code in failed.values():
+                self._ask_for_stacks()
             self._kill()
             return RunResult(state=WorkerState.FAILED)
         if None not in codes.values():

@@ -70,6 +70,14 @@ class Console:
             line.append(*((f"  * best so far, {change}", GOOD) if better else (f"  {change} on the best, {best_bpb:.4f}", BAD)))
         self._print(line)
 
+    def core(self, step: int, record: Mapping[str, Any]) -> None:
+        """The CORE metric, over how many tasks, and why any is missing."""
+        line = Text.assemble(self._step(step), ("  core_metric ", LABEL), (_fixed(record["core_metric"]), STRONG))
+        line.append(f"  {record['evaluated']} of {record['of']} tasks, {record['baseline_table']}", LABEL)
+        self._print(line)
+        for label, problem in record["problems"].items():
+            self._print(Text.assemble(("          ", LABEL), (f"{label}: {problem}", BAD)))
+
     def sample(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """What the model writes: each prompt, in brackets, then its continuation."""
         self._print(Text.assemble(self._step(step), ("  samples", LABEL)))

@@ -34,7 +34,7 @@ class Smoother:
         return {"mean": self._mean, "count": self._count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._mean, self._count = float(state["mean"]), int(state["count"])
+        self._mean, self._count = float(state.get("mean", 0.0)), int(state.get("count", 0))
 
 
 class Pace:

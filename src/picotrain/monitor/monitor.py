@@ -153,6 +153,12 @@ class Monitor:
         if self._console:
             self._console.val(step, record["val_bpb"], record["val_loss"], tokens, best_bpb)
 
+    def core(self, step: int, record: Mapping[str, Any]) -> None:
+        """The CORE metric, as `picotrain.evaluation.core.Core` describes it."""
+        clean = self._emit({"step": step, "kind": "core", **record})
+        if self._console:
+            self._console.core(step, clean)
+
     def sample(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """Samples: {"prompt", "text"}, `text` being what the model wrote after the prompt."""
         self._emit({"step": step, "kind": "sample", "samples": [{"prompt": s["prompt"], "text": s["text"]} for s in samples]})

@@ -1,4 +1,4 @@
-"""What came of a run: report.md with a picture of the loss, and summary.json for programs. Reads the run directory's files only."""
+"""What came of a run: report.html, report.md with its pictures, and summary.json for programs. Reads the run directory's files only."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any, TextIO
 
 from picotrain.errors import RunError
 from picotrain.metrics import plain
+from picotrain.report.charts import draw_charts
 from picotrain.report.facts import Run, read_run, summarise
+from picotrain.report.html import render_page
 from picotrain.report.markdown import render
-from picotrain.report.picture import draw_loss
+from picotrain.report.picture import draw_pictures
 from picotrain.text import clock, encodable, short
 
 __all__ = ["Run", "console_summary", "read_run", "summarise", "write_report"]
 
-PICTURE = "loss.png"
-
 
 def write_report(run_dir: Path, running: bool = False) -> dict[str, Any]:
-    """Write report.md, its picture and summary.json into `run_dir`, and return the summary: flat facts by name.
+    """Write report.html, report.md, its pictures and summary.json into `run_dir`, and return the summary: flat facts by name.
 
     Works for runs in any state; `running` says whether one that has not ended is still at work or was interrupted.
     Raises RunError where the folder holds no run or cannot be written.
@@ -30,8 +30,9 @@ def write_report(run_dir: Path, running: bool = False) -> dict[str, Any]:
     run = read_run(run_dir)
     summary = plain(summarise(run, running))
     try:
-        picture = PICTURE if draw_loss(run, run_dir / PICTURE) else None
-        _replace(run_dir / "report.md", render(run, summary, picture))
+        pictures = draw_pictures(run, run_dir)
+        _replace(run_dir / "report.md", render(run, summary, pictures.get("learned"), pictures))
+        _replace(run_dir / "report.html", render_page(run, summary, draw_charts(run)))
         _replace(run_dir / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     except OSError as error:
         raise RunError(f"{run_dir}: the report cannot be written: {error.strerror or error}") from error
@@ -66,7 +67,7 @@ def _closing_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if s["last_checkpoint"]:
         best = f", best {s['best_checkpoint']}" if s["best_checkpoint"] else ""
         lines.append(("checkpoint", f"{s['last_checkpoint']}{best}"))
-    return [*lines, ("report", s["report"])]
+    return [*lines, ("report", f"{s['report']} and report.html")]
 
 
 def _replace(path: Path, text: str) -> None:

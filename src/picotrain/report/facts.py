@@ -16,20 +16,22 @@ from pydantic import BaseModel, ValidationError
 from picotrain.config.saved import MAX_CONFIG_BYTES, parse_json, parse_yaml, read_plain
 from picotrain.errors import RunError
 from picotrain.metrics import METRICS, read_metrics
-from picotrain.report.shapes import ConfigShape, DataShape, LineShape, PlanShape, ScoreShape
+from picotrain.report.shapes import ConfigShape, DataShape, EvalShape, LineShape, ManifestShape, PlanShape, ScoreShape
 
 Record = dict[str, Any]
+STEP_FOLDER = "step_[0-9]{1,18}"
 ENDS = ("finished", "stopped", "diverged", "bad_data")  # events after which a run does not go on by itself
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One folder under checkpoints/; it is whole when its manifest, which is written last, is there."""
+    """One folder under checkpoints/; it is whole when its manifest, which is written last, is there and the sizes in it are right."""
 
     name: str
     step: int
     bytes: int
     whole: bool
+    problem: str  # why it is not whole
     val_bpb: float | None
     seconds: float | None  # that saving took
 
@@ -51,8 +53,11 @@ class Run:
     samples: list[Record]
     events: list[Record]
     last_event: str | None  # of those that metrics.jsonl itself holds
+    attempts: list[tuple[str, str]]  # every start: its number, and what was given on its command line
+    evals: list[Record]  # eval/step_*/results.json by step
     checkpoints: list[Checkpoint]
     best: str | None
+    latest: str | None
     problems: list[str]
 
 
@@ -83,8 +88,11 @@ def read_run(run_dir: Path) -> Run:
         samples=_by_step(lines, "sample"),
         events=sorted(_of_kind(cut, "event") + own_events, key=lambda event: str(event.get("time", ""))),
         last_event=own_events[-1].get("name") if own_events else None,
+        attempts=[(path.name, _read_text(path / "overrides.txt", problems)) for path in _folders(run_dir / "attempts", "[0-9]{1,9}")],
+        evals=_read_evals(run_dir / "eval", problems),
         checkpoints=checkpoints,
         best=_best(run_dir / "checkpoints" / "best", checkpoints),
+        latest=_latest(run_dir / "checkpoints" / "latest", checkpoints),
         problems=problems,
     )
 
@@ -94,6 +102,7 @@ def summarise(run: Run, running: bool = False) -> dict[str, Any]:
     plan, last = run.plan, run.train[-1] if run.train else {}
     steps_done = last["step"] + 1 if last else 0
     whole = [checkpoint for checkpoint in run.checkpoints if checkpoint.whole]
+    core = core_points(run)
     return {
         "name": plan.get("name") or (run.config.get("run") or {}).get("name") or run.dir.name,
         "status": _status(run, steps_done, running),
@@ -106,7 +115,8 @@ def summarise(run: Run, running: bool = False) -> dict[str, Any]:
         **_validation(run.val),
         "train_loss": last.get("loss"),
         "smooth_train_loss": last.get("smooth_loss"),
-        "core_metric": run.core[-1].get("core_metric") if run.core else None,
+        "core_metric": core[-1].get("core_metric") if core else None,
+        "core_step": core[-1]["step"] if core else None,
         **_throughput(run.train),
         "parameters": (plan.get("parameters") or {}).get("total"),
         "flops_per_token": plan.get("flops_per_token"),
@@ -124,6 +134,13 @@ def summarise(run: Run, running: bool = False) -> dict[str, Any]:
         "resumes": sum(event.get("name") == "resumed" for event in run.events),
         "report": str(run.dir / "report.md"),
     }
+
+
+def core_points(run: Run) -> list[Record]:
+    """CORE by step, as {step, core_metric, tasks}; `picotrain eval`, which may take more examples, over the loop at the same step."""
+    found = {line["step"]: line for line in run.core}
+    found |= {results["step"]: {**core, "step": results["step"]} for results in run.evals if (core := results.get("core"))}
+    return [found[step] for step in sorted(found) if found[step].get("core_metric") is not None or found[step].get("tasks")]
 
 
 def _status(run: Run, steps_done: int, running: bool) -> str:
@@ -261,17 +278,51 @@ def _parse_yaml(text: str, problems: list[str]) -> Record:
     return _known(value, ConfigShape, "config.yaml", problems) if isinstance(value, dict) else {}
 
 
+def _folders(root: Path, name: str) -> list[Path]:
+    """The folders in `root` whose names match; no links, which may lead out of the run."""
+    found = [path for path in root.glob("*") if re.fullmatch(name, path.name) and path.is_dir() and not path.is_symlink()]
+    return sorted(found, key=lambda path: path.name)
+
+
 def _read_checkpoints(root: Path, seconds: Mapping[Any, Any], problems: list[str]) -> list[Checkpoint]:
     found = []
-    for path in sorted(root.glob("step_*")):
-        digits = path.name.removeprefix("step_")
-        if not path.is_dir() or path.is_symlink() or not re.fullmatch("[0-9]{1,18}", digits):
-            continue
+    for path in _folders(root, STEP_FOLDER):
         n_bytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         val_bpb = _read_json(path / "metrics.json", problems, ScoreShape).get("val_bpb")
-        whole = (path / "manifest.json").is_file()
-        found.append(Checkpoint(path.name, int(digits), n_bytes, whole, val_bpb, seconds.get(f"checkpoints/{path.name}")))
+        flaw = _flaw(path, problems)
+        saved_s = seconds.get(f"checkpoints/{path.name}")
+        found.append(Checkpoint(path.name, _step_of(path), n_bytes, not flaw, flaw, val_bpb, saved_s))
     return found
+
+
+def _flaw(checkpoint: Path, problems: list[str]) -> str:
+    """Why a checkpoint cannot be whole. Sizes only: a report is written often, and hashing a large checkpoint takes minutes."""
+    if not (checkpoint / "manifest.json").is_file():
+        return "not whole: no manifest"
+    for name, listed in _read_json(checkpoint / "manifest.json", problems, ManifestShape).get("files", {}).items():
+        file = checkpoint / Path(name).name
+        if not file.is_file() or file.stat().st_size != listed["bytes"]:
+            return f"not whole: {file.name} is missing or has another size than its manifest says"
+    return ""
+
+
+def _read_evals(root: Path, problems: list[str]) -> list[Record]:
+    found = []
+    for path in _folders(root, STEP_FOLDER):
+        if results := _read_json(path / "results.json", problems, EvalShape):
+            found.append({**results, "step": _step_of(path)})
+    return sorted(found, key=lambda results: results["step"])
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _latest(pointer: Path, checkpoints: Sequence[Checkpoint]) -> str | None:
+    """What checkpoints/latest names; without it the last whole checkpoint."""
+    whole = [checkpoint.name for checkpoint in checkpoints if checkpoint.whole]
+    name = _read_text(pointer, []).strip()
+    return name if name in whole else whole[-1] if whole else None
 
 
 def _best(pointer: Path, checkpoints: Sequence[Checkpoint]) -> str | None:

@@ -16,6 +16,15 @@ class SampleShape(BaseModel):
     text: Text = ""
 
 
+class TaskShape(BaseModel):
+    """One task of CORE."""
+
+    n: Count | None = None
+    accuracy: Number | None = None
+    centered: Number | None = None
+    stderr: Number | None = None
+
+
 class LineShape(BaseModel):
     """A line of metrics.jsonl."""
 
@@ -25,11 +34,13 @@ class LineShape(BaseModel):
     time: Text | None = None
     message: Text | None = None
     path: Text | None = None
-    samples: list[SampleShape] = []
+    samples: list[SampleShape] = Field(default_factory=list)  # a plain [] would be copied for every line
     source_tokens: dict[str, Count] | None = None
     source_epochs: dict[str, Number] | None = None
     loss: Number | None = None
     smooth_loss: Number | None = None
+    lr: Number | None = None
+    grad_norm: Number | None = None
     tokens: Count | None = None
     tok_per_sec: Number | None = None
     mfu: Number | None = None
@@ -40,6 +51,7 @@ class LineShape(BaseModel):
     val_bpb: Number | None = None
     val_loss: Number | None = None
     core_metric: Number | None = None
+    tasks: dict[str, TaskShape] = Field(default_factory=dict)
     seconds: Number | None = None
 
 
@@ -114,3 +126,33 @@ class ScoreShape(BaseModel):
     """metrics.json of a checkpoint."""
 
     val_bpb: Number | None = None
+
+
+class FileShape(BaseModel):
+    bytes: Count
+
+
+class ManifestShape(BaseModel):
+    """manifest.json of a checkpoint."""
+
+    files: dict[str, FileShape] = {}
+
+
+class SplitsShape(BaseModel):
+    val: Number | None = None
+    train: Number | None = None
+    by_source: Any = None  # shown as far as it holds numbers by name
+
+
+class CoreShape(BaseModel):
+    core_metric: Number | None = None
+    tasks: dict[str, TaskShape] = {}
+
+
+class EvalShape(BaseModel):
+    """results.json of an evaluation."""
+
+    step: Count | None = None
+    bpb: SplitsShape | None = None
+    val_loss: Number | None = None
+    core: CoreShape | None = None

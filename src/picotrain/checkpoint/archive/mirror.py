@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ from picotrain.checkpoint.archive.remote import (
     steps_in,
 )
 from picotrain.checkpoint.folder import complete, is_whole, read_json, read_metrics, write_json
+from picotrain.checkpoint.retain import is_rolling
+from picotrain.config.saved import parse_json
 from picotrain.data.remote.errors import Cancelled, Missing, Transient, reason_of
 from picotrain.errors import CheckpointError, DataError, RunError
 
@@ -51,7 +54,8 @@ class Archive:
 
     Files younger than `min_age_s` wait for a later pass, since they may be half-written; checkpoints (whole or not taken) and
     metrics.jsonl (taken up to its last whole line) do not. Of the archive's checkpoints the newest `keep_last` and the best
-    are kept (None: all). `files` and `bytes` sent, `last_success` (Unix time) and `last_error` tell how it goes.
+    are kept (None: all), and a rolling one only while it is the newest. `files` and `bytes` sent, `last_success` (Unix time) and
+    `last_error` tell how it goes.
 
     Raises RunError when the protocol is unknown or cannot be written, or its package is missing.
     """
@@ -198,7 +202,7 @@ class Archive:
     def _own(self) -> None:
         """See to it that archive.json names this process: of the processes of one run, the one that started last has it."""
         try:
-            owner = json.loads(self._remote.content(OWNER))
+            owner = parse_json(self._remote.content(OWNER))
             owner = owner if isinstance(owner, dict) else {}
         except Missing:
             owner = None
@@ -304,9 +308,17 @@ class Archive:
 
     def _kept(self, whole: set[str]) -> set[str]:
         """Of these checkpoints the ones that the archive keeps; always the newest, and the run's own newest."""
-        if self._keep_last is None:
-            return whole
-        return {*by_step(whole)[-max(1, self._keep_last) :], self._newest, self._best(whole)} & whole
+        lasting = [step for step in by_step(whole) if not self._is_rolling(step)]
+        if self._keep_last is not None:
+            lasting = lasting[-max(1, self._keep_last) :]
+        return {*lasting, *by_step(whole)[-1:], self._newest, self._best(whole)} & whole
+
+    def _is_rolling(self, step: str) -> bool:
+        """Whether a checkpoint, here or there, is only kept until the next one."""
+        with suppress(CheckpointError, Missing, ValueError, AttributeError):
+            here = self._checkpoints / step
+            return is_rolling(here) if is_whole(here) else parse_json(self._manifest_there(step)).get("rolling") is True
+        return False
 
     def _best(self, whole: set[str]) -> str:
         """The better one of what the run and what the archive call best ("": none): a restored run does not know them all."""
@@ -326,7 +338,7 @@ class Archive:
         name = f"{CHECKPOINTS}/{step}/metrics.json"
         try:
             here = read_metrics(self._checkpoints / step)
-            return float((here or json.loads(self._remote.content(name)))["val_bpb"])
+            return float((here or parse_json(self._remote.content(name)))["val_bpb"])
         except (CheckpointError, Missing, ValueError, KeyError, TypeError):
             return float("inf")
 
@@ -340,7 +352,7 @@ class Archive:
                 self._send(f"{CHECKPOINTS}/{pointer}", f"{step}\n".encode(), len(step) + 1)
                 self._pointers[pointer] = step
         for step in steps_in(self._there) - self._kept(whole):
-            if self._keep_last is not None or f"{CHECKPOINTS}/{step}/{MANIFEST}" not in self._there:
+            if self._keep_last is not None or step in whole or f"{CHECKPOINTS}/{step}/{MANIFEST}" not in self._there:
                 self._remove(step)
 
     def _remove(self, step: str) -> None:

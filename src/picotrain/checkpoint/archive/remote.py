@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -11,7 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from picotrain.checkpoint.folder import PREFIX
+from picotrain.checkpoint.folder import PREFIX, Manifest
+from picotrain.config.saved import parse_json
 from picotrain.data.remote.errors import Missing, Transient, reason_of, redacted
 from picotrain.data.remote.store import Store, is_url
 from picotrain.errors import CheckpointError, DataError, RunError
@@ -126,12 +126,9 @@ def escapes(name: str) -> bool:
 def manifest_sizes(step: str, manifest: bytes) -> dict[str, int]:
     """Bytes of a checkpoint's files by its manifest. Raises CheckpointError when it is none, or names a file elsewhere."""
     try:
-        sizes = {name: described["bytes"] for name, described in json.loads(manifest)["files"].items() if described["xxh3_64"]}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{step} is damaged: its {MANIFEST} cannot be read") from error
-    if not sizes or any(escapes(name) or "/" in name or not isinstance(count, int) for name, count in sizes.items()):
-        raise CheckpointError(f"{step} is damaged: its {MANIFEST} names no files, or files outside it")
-    return sizes
+        return {name: entry.bytes for name, entry in Manifest.model_validate(parse_json(manifest)).files.items()}
+    except ValueError as error:  # pydantic's is one
+        raise CheckpointError(f"{step} is damaged: its {MANIFEST} cannot be read, or names no files, or files outside it") from error
 
 
 def steps_in(names: Iterable[str]) -> set[str]:

@@ -14,17 +14,20 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from picotrain import hardware, shape
+from picotrain.config.saved import write_whole
 from picotrain.config.schema import Config, TrainConfig
 from picotrain.data.corpus import Corpus
 from picotrain.data.mixture import Mixture
 from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
 from picotrain.errors import ConfigError, Problem
+from picotrain.plan.memory import MEMORY_SHARE, device_batch, facts, halved, lighter_settings, predict_memory, staging_bytes
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
 REPEAT_WARNING_EPOCHS = 4.0  # repeating up to about 4 times costs little (arXiv:2305.16264)
-MEMORY_SHARE = 0.85  # of a device's memory that a prediction may fill
-CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a larger micro-batch no longer raises a CPU's speed, it only takes memory
 ASSUMED_MFU = 0.40  # for the time and cost of hardware whose peak is known; an assumption, shown as one
+
+
+__all__ = ["Plan", "choose_data", "decide", "estimate_bytes_per_token", "halved", "lighter_settings", "make", "nearest", "predict_memory"]
 
 
 class Plan(BaseModel):
@@ -68,6 +71,7 @@ class Plan(BaseModel):
     head_lr: float
     weight_decay: float
     checkpoint_bytes: int
+    staging_bytes: int = 0  # host memory that rank 0 keeps for saving in the background, on a CPU part of the next
     predicted_memory_bytes: int  # per rank, an estimate
     predicted_hours: float | None
     predicted_cost: float | None  # dollars
@@ -91,12 +95,7 @@ class Plan(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write plan.json."""
-        path.write_text(self.model_dump_json(indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> Plan:
-        """Read plan.json back."""
-        return cls.model_validate_json(path.read_text())
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
 
 
 def decide(config: Config) -> Config:
@@ -155,7 +154,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     corpus = Mixture.of(data) if data else None
     train, hw = config.train, config.hardware
     assert train.seq_len is not None and hw.nproc_per_node != "auto", "plan.make wants a decided config"
-    d, params, _windows, flops = _facts(config)
+    d, params, _windows, flops = facts(config)
     per_token = bytes_per_token or estimate_bytes_per_token(config.tokenizer.vocab_size)
     corpus_tokens = corpus.text_bytes / per_token if corpus else None
     world_size = hw.nproc_per_node * config.launch.nnodes
@@ -164,7 +163,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     batch = _total_batch(config, params)
     problems += _batch_problems(train, train.seq_len, batch, world_size)
     rows = max(batch // train.seq_len, 1)
-    device_batch = _device_batch(config, d, params, rows, world_size)
+    micro_rows = device_batch(config, d, params, rows, world_size)
 
     stream = _stream_facts(config, corpus, train.seq_len)
     problems += _lane_problems(config, stream["lanes"], stream.pop("largest_source"), world_size)
@@ -179,7 +178,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     if config.optimizer.scale:
         rates = shape.scale_rates(rates, d.width, batch, total_tokens)
     hours = _hours(config, total_tokens * flops, world_size)
-    memory = predict_memory(config, d, params, device_batch)
+    memory = predict_memory(config, d, params, micro_rows)
     epochs = total_tokens / corpus_tokens if corpus_tokens else None
     return Plan(
         name=name,
@@ -189,8 +188,8 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         seq_len=train.seq_len,
         total_batch_size=batch,
         rows_per_step=rows,
-        device_batch_size=device_batch,
-        grad_accum_steps=rows // (device_batch * world_size),
+        device_batch_size=micro_rows,
+        grad_accum_steps=rows // (micro_rows * world_size),
         num_steps=num_steps,
         total_tokens=total_tokens,
         horizon=horizon,
@@ -201,6 +200,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         eval_rows=max(train.eval_tokens // train.seq_len, 1),
         **dataclasses.asdict(rates),
         checkpoint_bytes=12 * params.total,
+        staging_bytes=staging_bytes(config, params),
         predicted_memory_bytes=memory,
         predicted_hours=hours,
         predicted_cost=hours * hw.price_per_hour * config.launch.nnodes if hours and hw.price_per_hour else None,
@@ -261,25 +261,6 @@ def _hours(config: Config, flops: int, world_size: int) -> float | None:
     return flops / (peak * world_size * ASSUMED_MFU) / 3600 if peak and config.hardware.device == "cuda" else None
 
 
-def predict_memory(config: Config, d: shape.Dims, params: shape.Parameters, device_batch: int) -> int:
-    """Peak bytes per rank, an estimate: weights, gradients and two moments in fp32 (16 bytes a parameter), the
-    activations the backward needs (about 26 widths a layer and token in the compute precision) and the fp32
-    logits with their gradient (three copies at the peak)."""
-    tokens = device_batch * (config.train.seq_len or 0)
-    bytes_per_value = 2 if config.train.precision == "bf16" else 4
-    activations = tokens * d.depth * d.width * 26 * bytes_per_value
-    logits = tokens * shape.pad_vocab(config.tokenizer.vocab_size) * 4 * 3
-    return 16 * params.total + activations + logits
-
-
-def _facts(config: Config) -> tuple[shape.Dims, shape.Parameters, tuple[int, ...], int]:
-    seq_len = config.train.seq_len or shape.default_seq_len(config.model.depth)
-    d = shape.dims(config.model)
-    params = shape.parameters(d, config.tokenizer.vocab_size)
-    windows = shape.windows(config.model, seq_len)
-    return d, params, windows, shape.flops_per_token(d, params, windows, seq_len)
-
-
 def _total_batch(config: Config, params: shape.Parameters) -> int:
     seq_len = config.train.seq_len or shape.default_seq_len(config.model.depth)
     return shape.derive_batch_tokens(params, seq_len) if config.train.total_batch_size == -1 else config.train.total_batch_size
@@ -287,7 +268,7 @@ def _total_batch(config: Config, params: shape.Parameters) -> int:
 
 def _horizon_tokens(config: Config, corpus_tokens: float | None) -> tuple[int, str]:
     """Training tokens and the key that set them. Epochs of an unknown corpus count as if it had no end: 0 tokens."""
-    _, params, _, flops = _facts(config)
+    _, params, _, flops = facts(config)
     train = config.train
     batch = _total_batch(config, params)
     if train.max_steps:
@@ -338,24 +319,6 @@ def _lane_problems(config: Config, lanes: int | None, num_units: int | None, dp_
     return problems
 
 
-def _device_batch(config: Config, d: shape.Dims, params: shape.Parameters, rows: int, dp_size: int) -> int:
-    """The largest power of two that divides a rank's rows, fits the memory and, on a CPU, still pays."""
-    if config.train.device_batch_size != "auto":
-        return config.train.device_batch_size
-    hw = config.hardware
-    on_gpu = hw.device == "cuda"
-    share = 1 if on_gpu else int(hw.nproc_per_node)  # processes on a CPU share its memory
-    room = (hw.memory_bytes or 80 * 2**30) * MEMORY_SHARE / share
-    best, size = 1, 1
-    while rows % (size * dp_size) == 0:
-        fits = predict_memory(config, d, params, size) <= room
-        pays = on_gpu or size * (config.train.seq_len or 1) <= CPU_MICRO_BATCH_TOKENS
-        if fits and pays:
-            best = size
-        size *= 2
-    return best
-
-
 def _notes(
     config: Config, corpus: Mixture | None, bytes_per_token: float | None, epochs: float | None, hours: float | None, memory: int
 ) -> list[str]:
@@ -375,6 +338,8 @@ def _notes(
                 f"warning: data.cache_bytes={source.remote.cache_bytes:,} holds less than the {2 * WINDOW_SHARDS} shards of {source.name} "
                 f"that are in use at a time (about {working_set:,} bytes): shards will be fetched more than once an epoch"
             )
+    if config.train.core_metric_every > 0 and config.evaluation.core.bundle is None:
+        notes.append("CORE will not be evaluated: evaluation.core.bundle names no bundle")
     if bytes_per_token is None:
         notes.append("no tokenizer is trained yet: bytes per token is an estimate from the vocabulary size")
     if epochs and epochs > REPEAT_WARNING_EPOCHS:

@@ -1,0 +1,170 @@
+"""An evaluation bundle by URL: downloaded once, checked against its SHA-256, unpacked into the cache folder.
+
+The archive (zip or tar) is trusted with nothing: members that leave the folder, links, devices, doubles and absurd sizes
+refuse it as a whole. The folder appears under its final name only when all of it is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import os
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from picotrain.data.remote.errors import retry
+from picotrain.data.remote.store import open_store
+from picotrain.errors import DataError
+from picotrain.text import size
+
+MAX_ARCHIVE_BYTES = 4 << 30
+MAX_UNPACKED_BYTES = 16 << 30
+MAX_MEMBERS = 100_000
+BLOCK_BYTES = 1 << 20
+_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError, ValueError)
+
+
+class _Member(NamedTuple):
+    name: str
+    is_folder: bool
+    refused: str  # what kind of thing it is, where it is neither file nor folder
+    open: Callable[[], IO[bytes] | None]
+
+
+def fetch(url: str, sha256: str, cache_dir: Path, say: Callable[[str], None] = lambda text: None) -> Path:
+    """The folder of the bundle at `url`, of which the SHA-256 is known: what was fetched before, else downloaded now.
+
+    Safe to call from several processes: whoever comes second finds, or drops, what it made. Raises DataError when it cannot
+    be fetched, is another file, or is no archive of a bundle; then nothing is left behind.
+    """
+    sha256 = sha256.lower()
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise DataError(f"the SHA-256 of an evaluation bundle is 64 hex digits, not {sha256!r}")
+    folder = Path(cache_dir) / "bundles" / sha256[:16]
+    if not folder.exists():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent, ignore_cleanup_errors=True) as place:
+                archive, unpacked = Path(place) / "archive", Path(place) / "unpacked"
+                _download(url, sha256, archive, say)
+                unpack(archive, unpacked)
+                _root(unpacked)
+                _put(unpacked, folder)
+        except OSError as error:
+            raise DataError(f"the evaluation bundle cannot be put into {folder.parent}: {error.strerror or error}") from error
+    return _root(folder)
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a zip or tar archive into a new folder. Raises DataError for whatever is not plain files and folders in it."""
+    folder.mkdir()
+    left = MAX_UNPACKED_BYTES
+    try:
+        members = _zip_members(archive) if zipfile.is_zipfile(archive) else _tar_members(archive)
+        for number, member in enumerate(members, start=1):
+            if number > MAX_MEMBERS:
+                raise DataError(f"the archive has more than {MAX_MEMBERS:,} members")
+            left -= _unpack_member(member, folder, left)
+    except _BROKEN as error:
+        raise DataError(f"the archive is damaged, or neither zip nor tar: {error}") from error
+
+
+def _unpack_member(member: _Member, folder: Path, limit: int) -> int:
+    """Write one member; the bytes written, whatever the archive claims."""
+    name = PurePosixPath(member.name)
+    if member.refused:
+        raise DataError(f"the archive holds {member.refused}, {member.name!r}; a bundle has files and folders only")
+    if name.is_absolute() or ".." in name.parts or {"\\", "\0", ":"} & set(member.name):
+        raise DataError(f"the archive holds {member.name!r}, which leaves its folder")
+    path = folder / name
+    if member.is_folder:
+        path.mkdir(parents=True, exist_ok=True)
+        return 0
+    written = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = member.open()
+    if source is None:
+        raise DataError(f"the archive holds {member.name!r}, which cannot be read")
+    with closing(source), _create(path, member.name) as out:
+        while block := source.read(BLOCK_BYTES):
+            written += len(block)
+            if written > limit:
+                raise DataError(f"the archive unpacks to more than {size(MAX_UNPACKED_BYTES)}")
+            out.write(block)
+    return written
+
+
+def _create(path: Path, name: str) -> IO[bytes]:
+    try:
+        return open(path, "xb")
+    except (FileExistsError, IsADirectoryError):
+        raise DataError(f"the archive holds {name!r} twice") from None
+
+
+def _zip_members(archive: Path) -> Iterator[_Member]:
+    with zipfile.ZipFile(archive) as file:
+        for info in file.infolist():
+            mode = info.external_attr >> 16
+            odd = stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
+            yield _Member(info.filename, info.is_dir(), "a link or device" if odd else "", lambda info=info: file.open(info))
+
+
+def _tar_members(archive: Path) -> Iterator[_Member]:
+    with tarfile.open(archive, "r:*") as file:
+        for info in file:
+            odd = not (info.isreg() or info.isdir())
+            yield _Member(info.name, info.isdir(), "a link or device" if odd else "", lambda info=info: file.extractfile(info))
+
+
+def _download(url: str, sha256: str, archive: Path, say: Callable[[str], None]) -> None:
+    base, question_mark, query = url.partition("?")
+    base, _, name = base.rpartition("/")
+    stop = threading.Event()
+    store = open_store(base + question_mark + query, stop)
+    say(f"fetching the evaluation bundle {store.where(name)}")
+    arrived = 0
+
+    def attempt() -> str:
+        nonlocal arrived
+        digest, arrived = hashlib.sha256(), 0
+        with open(archive, "wb") as out, closing(store.read(name)[1]) as blocks:
+            for block in blocks:
+                arrived += len(block)
+                if arrived > MAX_ARCHIVE_BYTES:
+                    raise DataError(f"{store.where(name)} has more than {size(MAX_ARCHIVE_BYTES)}")
+                digest.update(block)
+                out.write(block)
+        return digest.hexdigest()
+
+    found = retry(attempt, store.where(name), stop, say, lambda: 0)
+    if found != sha256:
+        raise DataError(f"{store.where(name)} has the SHA-256 {found} ({arrived:,} bytes), expected was {sha256}; it is not used")
+
+
+def _put(unpacked: Path, folder: Path) -> None:
+    """Give the unpacked folder its name, unless another process was first."""
+    try:
+        os.rename(unpacked, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(unpacked, ignore_errors=True)
+
+
+def _root(folder: Path) -> Path:
+    """Where core.yaml is: in the folder, or in the only one that it holds."""
+    inner = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    for place in (folder, *inner):
+        if (place / "core.yaml").is_file():
+            return place
+    raise DataError(f"{folder.name} is no evaluation bundle: there is no core.yaml in it")

@@ -1,0 +1,90 @@
+"""All tasks of a bundle, one after the other: inside a training, and with results kept so that what was interrupted goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from picotrain.config.saved import parse_json, read_plain, write_whole
+from picotrain.evaluation.bundle import Bundle, Task
+from picotrain.evaluation.core import Core, TaskResult, evaluate_task, summary
+from picotrain.evaluation.scorer import GptScorer, Scorer
+from picotrain.evaluation.together import together
+from picotrain.model import GPT
+from picotrain.parallel import Parallel
+from picotrain.tokenizer import Tokenizer
+
+Progress = Callable[[str, int, int], None]  # task, examples done, examples in all, of this rank
+
+
+def core_of_model(
+    model: GPT,
+    tokenizer: Tokenizer,
+    open_bundle: Callable[[], Bundle],
+    max_per_task: int,
+    parallel: Parallel,
+    given_up: Callable[[], bool],
+    progress: Progress,
+) -> Core | None:
+    """CORE of a model in training, which stays as it is; None when any rank gave up. Raises EvaluationFailed on every rank where
+    the bundle cannot be opened on some; what is wrong with a task costs that task."""
+    bundles: list[Bundle] = []
+    together(parallel, lambda: bundles.append(open_bundle()))
+    scorer, results = GptScorer(model, tokenizer), []
+    was_training = model.training
+    model.eval()
+    try:
+        # Every batch has a shape of its own: compiled code would be compiled anew for each.
+        with torch.compiler.set_stance("force_eager"):
+            for task in bundles[0].tasks:
+                results.append(evaluate_task(scorer, task, max_per_task, parallel, given_up, progress))
+                if results[-1].given_up:
+                    return None
+    finally:
+        model.train(was_training)
+    return summary(bundles[0], results, max_per_task)
+
+
+def core_results(
+    scorer: Scorer,
+    bundle: Bundle,
+    max_per_task: int,
+    parallel: Parallel,
+    store: Path | None,
+    key: dict[str, Any],
+    progress: Progress,
+) -> list[TaskResult]:
+    """The results of all tasks of a bundle. store: a folder that keeps each task's, to be read back by a later call with the
+    same `key` (JSON: what identifies the weights and how they are used) for the same task; None: nothing is kept."""
+    results = []
+    for task in bundle.tasks:
+        file = store and store / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', task.label)}.json"
+        identity = {**key, "task": _identity(task), "max_per_task": max_per_task}
+        kept = parallel.gather(_kept(file, identity) if file and parallel.is_main else None)[0]
+        result = TaskResult.from_dict(kept) if kept else evaluate_task(scorer, task, max_per_task, parallel, progress=progress)
+        if file and parallel.is_main and not kept and result.accuracy is not None:  # what failed is tried again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps({"key": identity, "result": result.as_dict()}) + "\n")
+        results.append(result)
+    return results
+
+
+def _identity(task: Task) -> dict[str, Any]:
+    """What a task's result depends on, its examples by their file's size and time."""
+    facts = {name: str(value) for name, value in asdict(task).items()}
+    with_stat = task.path.stat() if task.path and task.path.is_file() else None
+    return facts | {"bytes": with_stat and with_stat.st_size, "modified_ns": with_stat and with_stat.st_mtime_ns}
+
+
+def _kept(file: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    try:
+        found = parse_json(read_plain(file))
+        return found["result"] if found["key"] == identity else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
