@@ -85,7 +85,7 @@ class Hit:
     """A kill that was carried out, and what the run was doing by the files it left."""
 
     kill: Kill
-    phase: str
+    phases: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,15 @@ class Eye:
     def mark(self) -> None:
         self._old_folders, self._old_time = self._temporary(), self._metrics_time()
 
-    def phase(self) -> str:
-        """creation, start-up, compilation, evaluation, sampling, saving, ending, or training."""
+    def phases(self) -> frozenset[str]:
+        """What the loop does, and "saving" where that goes on in the background."""
+        saving = {"saving"} if self._temporary() - self._old_folders else set()
+        return frozenset({self._phase(), *saving})
+
+    def _phase(self) -> str:
+        """creation, start-up, compilation, evaluation, sampling, ending, or training."""
         if not (self.run / "config.yaml").exists():
             return "creation"
-        if self._temporary() - self._old_folders:
-            return "saving"
         records = self._records()
         if self._metrics_time() == self._old_time or not records:
             return "start-up"
@@ -210,7 +213,7 @@ class Chaos:
         self._new_run()
 
     def __str__(self) -> str:
-        counts = Counter(f"{hit.kill.victim} in {hit.phase}" for hit in self.hits)
+        counts = Counter(f"{hit.kill.victim} in {' and '.join(sorted(hit.phases))}" for hit in self.hits)
         listing = ", ".join(f"{count} x {what}" for what, count in sorted(counts.items()))
         return f"{len(self.hits)} kills ({listing}), {self.finished} runs compared"
 
@@ -249,8 +252,7 @@ class Chaos:
         self._kill([self._process.pid] if kill.victim == "launcher" else marked(self.mark))
         self._process.wait()
         self._process = None
-        phase = self._note(kill)
-        return kill.at in ("random", "operation", phase)
+        return self._fell_right(kill)
 
     def _moment(self, kill: Kill, tries: int) -> Callable[[], bool]:
         if kill.at == "random":
@@ -258,7 +260,7 @@ class Chaos:
             return lambda: time.monotonic() > at_s
         if kill.at == "operation":
             return self.folder.with_suffix(".spent").exists
-        return lambda: self.eye.phase() == kill.at
+        return lambda: kill.at in self.eye.phases()
 
     def _kill_rank(self, kill: Kill) -> bool:
         """Kill one of the workers, as soon as there are any, and wait until all are new."""
@@ -267,14 +269,15 @@ class Chaos:
         if not workers:  # the run has just ended
             return False
         self._kill([self.rng.choice(sorted(workers))])
-        phase = self._note(kill)
+        right = self._fell_right(kill)
         self.eye.mark()
         self._until(lambda: not workers.keys() & (now := marked(self.mark)).keys() and len(list(filter(None, now.values()))) >= 2)
-        return kill.at in ("random", phase)
+        return right
 
-    def _note(self, kill: Kill) -> str:
-        self.hits.append(Hit(kill, self.eye.phase()))
-        return self.hits[-1].phase
+    def _fell_right(self, kill: Kill) -> bool:
+        """Note where a kill fell by what it left, and whether it should have."""
+        self.hits.append(Hit(kill, self.eye.phases()))
+        return kill.at in {"random", "operation", *self.hits[-1].phases}
 
     def _kill(self, pids: Iterable[int]) -> None:
         """By SIGKILL, and of a whole tree also what was started meanwhile."""

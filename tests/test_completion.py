@@ -43,7 +43,7 @@ def test_nothing_typed_offers_groups_and_sections():
 
 def test_a_prefix_offers_groups_sections_and_keys_one_part_at_a_time():
     assert complete(["train"], "mod") == ["model=", "model."]
-    assert complete(["train"], "evaluation.") == ["evaluation.bpb."]
+    assert complete(["train"], "evaluation.") == ["evaluation.bpb.", "evaluation.core."]
     assert complete(["train"], "train.s") == ["train.seq_len=", "train.sample_every=", "train.save_every=", "train.skip_loss_z="]
     assert complete(["train"], "train.frob") == []
 

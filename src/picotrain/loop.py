@@ -221,7 +221,7 @@ class _Run:
         self._report_saves()
         whole = checkpoint.step_dir(self.checkpoints, self.state.step)
         if checkpoint.is_whole(whole):
-            return
+            return self.saver.tidy()  # an earlier process may have been killed before it did
         metrics_bytes = 0 if self.monitor.disk_full else self.monitor.metrics_bytes()
         self.saver.save(self.state, metrics_bytes)
         self.saver.wait()
@@ -348,7 +348,7 @@ class _Run:
             self.monitor.event(self.state.step, status)
         elif not self._failure:
             took_s = time.monotonic() - (self.stop.requested_s or self._stopping_s)  # the signal may have been another rank's
-            self.monitor.event(self.state.step, "saved", f"whole on disk {took_s:.2f} s after the signal")
+            self.monitor.event(self.state.step, "stopped", f"whole on disk {took_s:.2f} s after the signal")
         self.monitor.close()
         if self.parallel.is_main:
             summary = report.write_report(self.dir)
@@ -366,6 +366,7 @@ class _Run:
         """Go on from the newest whole checkpoint, if there is one; the step it was saved at."""
         path = checkpoint.newest(self.checkpoints, self.monitor.warn)
         if path is None:
+            torch.manual_seed(self.config.run.seed)  # nothing draws from it yet; what will, goes on from its checkpoints
             self.model.init_weights(self.config.run.seed)
             self.monitor.start(0)
             return None

@@ -95,6 +95,11 @@ class Saver:
             self._thread.join()
             self._thread = None
 
+    def tidy(self) -> None:
+        """Remove what the rules of retention do not keep, as every save does."""
+        self.wait()
+        retain(self.root, self._section)
+
     def rescue(self, state: TrainState, metrics_bytes: int) -> Path:
         """Write the checkpoint into the system's temporary folder, as nothing else works. Raises OSError where that fails, too."""
         place = Path(tempfile.mkdtemp(prefix=f"picotrain-{self.root.parent.name}-"))

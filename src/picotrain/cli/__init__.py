@@ -115,6 +115,29 @@ def eval_(
     raise typer.Exit(commands.evaluate(run, checkpoint, hf, bundle=bundle, baseline_table=baseline_table, max_per_task=max_per_task))
 
 
+@app.command("compare")
+def compare_(
+    models: Annotated[
+        list[str], typer.Argument(metavar="A B...", help="RUN, RUN@best, RUN@STEP, RUN/checkpoints/step_..., or a Hugging Face folder.")
+    ],
+    html: Annotated[Path | None, typer.Option("--html", help="Write it as one self-contained page, too.")] = None,
+    bundle: Annotated[Path | None, typer.Option("--bundle", help="CORE tasks; default: evaluation.core.bundle of A's config.")] = None,
+    max_per_task: Annotated[int | None, typer.Option(min=0, help="CORE examples of a task; default: as A's config, 0: all.")] = None,
+    documents: Annotated[int | None, typer.Option(min=1, help="Validation documents, spread evenly; default: all.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say whether models differ by more than the noise: A is the baseline, every other one is compared with it.
+
+    Example: `picotrain compare runs/a runs/b@best --bundle eval_bundle --html ab.html`.
+
+    Bits per byte of whole documents of A's validation shard, so that tokenizers and contexts may differ; CORE task by task;
+    what differs in config, data and speed; samples side by side; and warnings where the comparison is not fair.
+    """
+    from picotrain.cli import compare
+
+    raise typer.Exit(compare.compare(models, html, bundle, max_per_task, documents, json))
+
+
 @app.command()
 def sample(
     run: RunDir,

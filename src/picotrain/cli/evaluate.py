@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,9 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from picotrain import evaluation, parallel, sampling
 from picotrain import run as runs
-from picotrain.checkpoint.folder import read_json
 from picotrain.cli import say
 from picotrain.cli.commands import load_model
+from picotrain.cli.subjects import checkpoint_key, folder_key
 from picotrain.config.saved import write_whole
 from picotrain.data.origins import validation_documents, validation_origins
 from picotrain.data.stream import validation_rows
@@ -65,8 +66,8 @@ def evaluate_checkpoint(run: Path, which: str, options: Options) -> int:
         model = model.to(ranks.device, model.compute_dtype)  # the same numbers, without a cast of all weights at every call
         subject = RunModel(run.name, model, material.tokenizer)
         scores = _bits_per_byte(material, model, ranks, show)
-        weights = {"weights": {name: entry["xxh3_64"] for name, entry in read_json(path / "manifest.json")["files"].items()}}
-        core, predictions = _core(material.config, subject, ranks, run / "eval" / path.name / "tasks", weights, show)
+        key = checkpoint_key(path, ranks.device.type)
+        core, predictions = _core(material.config, subject, ranks, run / "eval" / path.name / "tasks", key, show)
         prompts = dict.fromkeys((*material.config.sampling.prompts, ""))  # and one from nothing
         samples = sampling.complete(model, material.tokenizer, list(prompts), material.config.sampling, seed=0) if ranks.is_main else []
     results = {
@@ -93,17 +94,22 @@ def evaluate_hf(path: Path, run: Path, options: Options) -> int:
         window = min(subject.seq_len or material.plan.seq_len, material.plan.seq_len)
         found = score_documents(subject, texts, window, ranks, lambda done, total: show("bits per byte", done, total))
         folder = run / "eval" / f"hf-{subject.name}"
-        core, predictions = _core(config, subject, ranks, folder / "tasks", {"hf": str(path.absolute()), **_files(path)}, show)
-    nats = float(found.bits.sum()) * 0.6931471805599453
+        core, predictions = _core(config, subject, ranks, folder / "tasks", folder_key(path, ranks.device.type), show)
+        options_ = config.sampling
+        samples = [
+            {"prompt": prompt, "text": subject.complete(prompt, options_.max_tokens, options_.temperature, options_.top_k, seed=i)}
+            for i, prompt in enumerate(dict.fromkeys((*options_.prompts, "")))
+            if ranks.is_main
+        ]
     results = {
         "hf": str(path),
         "parameters": subject.parameters,
         "window": window,
         "bpb": {"val": found.bpb},
-        "val_loss": nats / max(1, int(found.tokens.sum())),
+        "val_loss": float(found.bits.sum()) * math.log(2) / max(1, int(found.tokens.sum())),
         "tokens": {"val": int(found.tokens.sum())},
         "core": core and dataclasses.asdict(core),
-        "samples": [],
+        "samples": samples,
     }
     if ranks.is_main:
         _write(folder, f"{subject.name} on the documents of {run.name}", results, predictions)
@@ -178,23 +184,18 @@ def _bits_per_byte(material: runs.Material, model: Any, ranks: Parallel, show: S
     }
 
 
-def _core(config: Any, subject: Subject, ranks: Parallel, store: Path, weights: dict[str, Any], show: Show) -> tuple[Core | None, Any]:
+def _core(config: Any, subject: Subject, ranks: Parallel, store: Path, key: dict[str, Any], show: Show) -> tuple[Core | None, Any]:
     """CORE and the predictions of its tasks; nothing without a bundle."""
     if config.evaluation.core.bundle is None:
         return None, []
     bundle: Bundle = runs.open_bundle(config)
-    key = weights | {"baseline_table": bundle.baseline_table, "device": ranks.device.type}
+    key = key | {"baseline_table": bundle.baseline_table}
     max_per_task = config.train.core_metric_max_per_task
     found = core_results(subject.scorer, bundle, max_per_task, ranks, store, key, lambda *at: show(f"CORE {at[0]}", *at[1:]))
     for result in found:
         if result.traceback and ranks.is_main:
             say(result.traceback)
     return summary(bundle, found, max_per_task), found
-
-
-def _files(path: Path) -> dict[str, Any]:
-    """Sizes and times of a folder's weights: what tells that they are others."""
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(path.glob("*.safetensors"))}
 
 
 def _write(folder: Path, title: str, results: dict[str, Any], tasks: list[TaskResult]) -> None:

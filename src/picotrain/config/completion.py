@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {  # and their own commands; a test compa
     "plan": (),
     "config": (),
     "eval": (),
+    "compare": (),
     "sample": (),
     "report": (),
     "doctor": (),
@@ -37,6 +38,8 @@ def complete(words: Sequence[str], current: str) -> list[str]:
         return [name for name in COMMANDS.get(command, COMMANDS) if name.startswith(current)]
     if command == "completion":
         return [shell for shell in SHELLS if shell.startswith(current)]
+    if command == "compare":  # nothing but paths
+        return []
     if current.startswith("-") or words[-1] in ("--config", "--config-dir") or (len(words) == 1 and command in _RUN_COMMANDS):
         return []
     groups = () if "--config" in words else GROUPS

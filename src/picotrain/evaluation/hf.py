@@ -20,15 +20,20 @@ LOGITS_AT_ONCE = {"cpu": 1 << 26}  # numbers; it gives them for every position, 
 LOGITS_AT_ONCE_DEFAULT = 1 << 29
 
 
-def is_hugging_face(path: Path) -> bool:
-    """Whether a folder is one of these, and not a run."""
-    return (path / "config.json").is_file() and not (path / "config.yaml").exists()
-
-
 def require_transformers(key: str = "--hf") -> None:
     """Raise ConfigError where the package is missing; `key`: what asked for it."""
     if find_spec("transformers") is None:
         raise ConfigError([Problem(key, "the package transformers is not installed", "pip install 'picotrain[hf]'")])
+
+
+def read_context(path: Path) -> int | None:
+    """The longest sequence that the model of a folder takes, None: it does not say. Raises CheckpointError."""
+    from transformers import AutoConfig
+
+    try:
+        return _context(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} cannot be loaded by transformers: {_first_line(error)}") from error
 
 
 class HuggingFaceModel:
@@ -58,7 +63,7 @@ class HuggingFaceModel:
             raise CheckpointError(f"{path}: its tokenizer has neither a beginning- nor an end-of-sequence token to lead a text with")
         self.name, self.bos_id = path.name, int(bos_id)
         config = self._model.config
-        self.seq_len: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.seq_len = _context(config)
         self.vocab_size = len(self._tokenizer)
         numbers = LOGITS_AT_ONCE.get(self._model.device.type, LOGITS_AT_ONCE_DEFAULT)
         self.batch_tokens = max(1, min(PLAIN_BATCH_TOKENS, numbers // max(1, getattr(config, "vocab_size", self.vocab_size))))
@@ -112,6 +117,10 @@ class HuggingFaceModel:
 
     def _encode_one(self, text: str) -> list[int]:
         return self.encode([text])[0].tolist()
+
+
+def _context(config: Any) -> int | None:
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 def _accelerators(device: torch.device) -> list[int]:

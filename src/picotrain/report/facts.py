@@ -132,6 +132,7 @@ def summarise(run: Run, running: bool = False) -> dict[str, Any]:
         "last_checkpoint": whole[-1].name if whole else None,
         "checkpoints": len(whole),
         "resumes": sum(event.get("name") == "resumed" for event in run.events),
+        "failed_evaluations": sum(event.get("name") == "evaluation_failed" for event in run.events),
         "report": str(run.dir / "report.md"),
     }
 

@@ -35,7 +35,7 @@ PAGE = """<!DOCTYPE html>
 </head>
 <body>
 <header>
-<h1>{name}</h1> <span class="status {status}">{status_words}</span>
+<h1>{name}</h1> <span class="status {badge}">{status}</span>
 {top}
 <dl class="tiles">
 {tiles}
@@ -56,7 +56,8 @@ def render_page(run: Run, summary: Summary, charts: Charts) -> str:
     return fill(
         title=f"{summary['name']}: {summary['status']}",
         name=summary["name"],
-        status=summary["status"],
+        status=summary["status"].replace("_", " "),
+        badge=summary["status"],
         found=sections(run, summary),
         tiles=_tiles(summary),
         footer="Written by picotrain from the files of the run directory. Each step, unbinned: metrics.jsonl.",
@@ -64,8 +65,13 @@ def render_page(run: Run, summary: Summary, charts: Charts) -> str:
     )
 
 
-def fill(title: str, name: str, status: str, found: Sequence[Section], tiles: Iterable[str], footer: str, charts: Charts) -> str:
-    """A page of these sections, of which the first stands above the tiles (see `tile`). Every text is escaped here."""
+def fill(
+    title: str, name: str, status: str, badge: str, found: Sequence[Section], tiles: Iterable[str], footer: str, charts: Charts
+) -> str:
+    """A page of these sections, of which the first stands above the tiles (see `tile`). Every text is escaped here.
+
+    badge: the style sheet's class of the status.
+    """
     top, *rest = found
     return PAGE.format(
         policy=POLICY,
@@ -73,7 +79,7 @@ def fill(title: str, name: str, status: str, found: Sequence[Section], tiles: It
         style=STYLE.read_text(encoding="utf-8"),
         name=_text(name),
         status=_text(status),
-        status_words=_text(status).replace("_", " "),
+        badge=_text(badge),
         top="\n".join(_block(block, charts) for block in top.blocks),
         tiles="\n".join(tiles),
         choice=_choice(charts),

@@ -1,0 +1,152 @@
+"""CORE and other evaluations inside a run and by `picotrain eval`: what lands where, and that a failure costs nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import lines, losses, picotrain
+from test_hardships import patched
+
+TASKS = {"colours": "multiple_choice", "names": "schema", "ends": "language_modeling"}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small tasks, and one whose file breaks off in its third line."""
+    root = tmp_path_factory.mktemp("eval") / "bundle"
+    (root / "eval_data").mkdir(parents=True)
+    rows = {
+        "colours": [{"query": f"the cat sees {i}", "choices": ["the river.", "two apples."], "gold": i % 2} for i in range(12)],
+        "names": [{"context_options": ["the cat", "a dog"], "continuation": f"sees the river {i}", "gold": i % 2} for i in range(8)],
+        "ends": [{"context": f"a small model {i} reads ", "continuation": "seven tokens"} for i in range(9)],
+    }
+    entries = []
+    for label, kind in [*TASKS.items(), ("torn", "multiple_choice")]:
+        text = "".join(json.dumps(row) + "\n" for row in rows.get(label, rows["colours"][:2]))
+        text += '{"query": "half' if label == "torn" else ""
+        (root / "eval_data" / f"{label}.jsonl").write_text(text)
+        entries.append(
+            f"- label: {label}\n  dataset_uri: {label}.jsonl\n  num_fewshot: [{2 * (kind != 'schema')}]\n  icl_task_type: {kind}\n"
+        )
+    (root / "core.yaml").write_text("icl_tasks:\n" + "".join(entries))
+    baselines = "".join(f"{label},{0 if label == 'ends' else 50}\n" for label in [*TASKS, "torn"])
+    (root / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\n{baselines}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tiny, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that measured CORE at step 6 and at its end."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    done = picotrain("train", *tiny(folder, "train.core_metric_every=6", f"evaluation.core.bundle={bundle}", "train.save_every=6"))
+    assert done.returncode == 0, done.stderr
+    (folder.parent / "out").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def test_core_in_a_run_is_in_its_metrics_its_checkpoint_and_its_report(run, bundle):
+    records = lines(run, "core")
+    assert [record["step"] for record in records] == [6, 12]
+    last = records[-1]
+    assert {label: task["n"] for label, task in last["tasks"].items()} == {"colours": 12, "names": 8, "ends": 9, "torn": 0}
+    centered = [task["centered"] for task in last["tasks"].values() if task["centered"] is not None]
+    assert len(centered) == 3 and last["core_metric"] == pytest.approx(sum(centered) / 3)
+    assert (last["evaluated"], last["of"]) == (3, 4) and "torn.jsonl, line 3" in last["problems"]["torn"].replace(":3", ", line 3")
+    assert last["baseline_table"].startswith("eval_meta_data.csv") and last["bundle"] == str(bundle)
+    beside = json.loads((run / "checkpoints/step_00000012/metrics.json").read_text())
+    assert beside["core_metric"] == last["core_metric"] and "val_bpb" in beside
+    assert "colours" in (run / "report.md").read_text() and "colours" in (run / "report.html").read_text()
+    assert "core_metric" in (run.parent / "out").read_text()
+
+
+def test_without_a_bundle_the_start_says_so_once_and_no_figure_is_made_up(tmp_path, tiny):
+    done = picotrain("train", *tiny(tmp_path / "run", "train.max_steps=2"))
+    assert (done.stdout + done.stderr).count("CORE will not be evaluated") == 1
+    assert lines(tmp_path / "run", "core") == []
+    assert "not evaluated" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_bundle_that_is_not_there_ends_the_start_before_anything_is_trained(tmp_path, tiny):
+    done = picotrain("train", *tiny(tmp_path / "run", f"evaluation.core.bundle={tmp_path / 'nowhere'}"))
+    assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+    url = picotrain("train", *tiny(tmp_path / "run", "evaluation.core.bundle=https://example.org/bundle.zip"))
+    assert url.returncode == 2 and "evaluation.core.sha256" in url.stderr
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_an_evaluation_that_raises_on_one_rank_costs_neither_run_nor_weights(tmp_path, tiny, bundle, nproc):
+    code = f"""
+from picotrain import sampling
+def broken(self, ids, *rest, **more):
+    if not self.training and os.environ.get("RANK", "0") == "{nproc - 1}":
+        raise ZeroDivisionError("in an evaluation")
+    return forward(self, ids, *rest, **more)
+model.GPT.forward = broken
+model.GPT.hidden = (lambda hidden: lambda self, *a, **k: 1 / 0 if not self.training and os.environ.get("RANK", "0") == "{nproc - 1}" else hidden(self, *a, **k))(model.GPT.hidden)
+"""
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    words = (f"hardware.nproc_per_node={nproc}", "train.device_batch_size=4", "train.max_steps=6", "train.eval_every=3")
+    words += ("train.core_metric_every=3", "train.sample_every=3", f"evaluation.core.bundle={bundle}")
+    assert picotrain("train", *tiny(straight, *words)).returncode == 0
+    done = picotrain("train", *tiny(run, *words), env=patched(tmp_path / "patch", code))
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(straight)
+    failed = [event["message"] for event in lines(run, "event") if event["name"] == "evaluation_failed"]
+    assert sum("bits per byte" in message for message in failed) == 3 and any("ZeroDivisionError" in message for message in failed)
+    assert "evaluations failed" in done.stdout and "in broken" in done.stderr  # the summary, and where it was
+    assert lines(run, "val") == [] and all(record["core_metric"] is None for record in lines(run, "core"))
+
+
+def evaluate(run: Path, *words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else ["-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "picotrain", "eval", str(run), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+
+
+def test_eval_writes_json_csv_markdown_and_predictions_and_agrees_with_the_run(run):
+    done = evaluate(run)
+    assert done.returncode == 0, done.stderr
+    folder = run / "eval" / "step_00000012"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["core"]["core_metric"] == pytest.approx(lines(run, "core")[-1]["core_metric"])
+    with (folder / "core.csv").open() as file:
+        table = {row["task"]: row for row in csv.DictReader(file)}
+    assert set(table) == {"colours", "names", "ends", "torn", "CORE"} and "torn.jsonl" in table["torn"]["problem"]
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert sum(one["task"] == "colours" for one in predictions) == 12
+    share = sum(one["correct"] for one in predictions if one["task"] == "names") / 8
+    assert share == float(table["names"]["accuracy"]) == results["core"]["tasks"]["names"]["accuracy"]
+    assert [sample["prompt"] for sample in results["samples"]][-1] == ""  # one from nothing
+    assert "colours" in done.stdout and (folder / "results.md").read_text() in done.stdout
+
+
+def test_an_interrupted_eval_goes_on_with_the_tasks_that_are_missing_and_other_settings_begin_anew(run):
+    tasks = run / "eval" / "step_00000012" / "tasks"
+    assert evaluate(run).returncode == 0
+    kept = {file.name: file.stat().st_mtime_ns for file in tasks.iterdir()}
+    (tasks / "names.json").unlink()
+    assert evaluate(run).returncode == 0
+    again = {file.name: file.stat().st_mtime_ns for file in tasks.iterdir()}
+    assert {name for name in kept if kept[name] != again[name]} == {"names.json"}
+    assert evaluate(run, "--max-per-task", "4").returncode == 0
+    assert json.loads((tasks.parent / "results.json").read_text())["core"]["tasks"]["colours"]["n"] == 4
+
+
+def test_two_ranks_find_what_one_finds(run):
+    assert evaluate(run, "--max-per-task", "7").returncode == 0
+    folder = run / "eval" / "step_00000012"
+    alone = json.loads((folder / "results.json").read_text()), (folder / "predictions.jsonl").read_text()
+    for file in (folder / "tasks").iterdir():
+        file.unlink()
+    done = evaluate(run, "--max-per-task", "7", ranks=2)
+    assert done.returncode == 0, done.stderr
+    both = json.loads((folder / "results.json").read_text()), (folder / "predictions.jsonl").read_text()
+    assert both[1] == alone[1] and both[0]["core"] == alone[0]["core"]
+    assert both[0]["bpb"] == pytest.approx(alone[0]["bpb"], rel=1e-6) and both[0]["samples"] == alone[0]["samples"]
