@@ -31,9 +31,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = "".join(json.dumps(row) + "\n" for row in rows.get(label, rows["colours"][:2]))
         text += '{"query": "half' if label == "torn" else ""
         (root / "eval_data" / f"{label}.jsonl").write_text(text)
-        entries.append(
-            f"- label: {label}\n  dataset_uri: {label}.jsonl\n  num_fewshot: [{2 * (kind != 'schema')}]\n  icl_task_type: {kind}\n"
-        )
+        shots = 0 if kind == "schema" else 2
+        entries.append(f"- label: {label}\n  dataset_uri: {label}.jsonl\n  num_fewshot: [{shots}]\n  icl_task_type: {kind}\n")
     (root / "core.yaml").write_text("icl_tasks:\n" + "".join(entries))
     baselines = "".join(f"{label},{0 if label == 'ends' else 50}\n" for label in [*TASKS, "torn"])
     (root / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\n{baselines}")
@@ -82,13 +81,14 @@ def test_a_bundle_that_is_not_there_ends_the_start_before_anything_is_trained(tm
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_an_evaluation_that_raises_on_one_rank_costs_neither_run_nor_weights(tmp_path, tiny, bundle, nproc):
     code = f"""
-from picotrain import sampling
-def broken(self, ids, *rest, **more):
-    if not self.training and os.environ.get("RANK", "0") == "{nproc - 1}":
-        raise ZeroDivisionError("in an evaluation")
-    return forward(self, ids, *rest, **more)
-model.GPT.forward = broken
-model.GPT.hidden = (lambda hidden: lambda self, *a, **k: 1 / 0 if not self.training and os.environ.get("RANK", "0") == "{nproc - 1}" else hidden(self, *a, **k))(model.GPT.hidden)
+hidden = model.GPT.hidden
+def breaking(method):
+    def broken(self, *rest, **more):
+        if not self.training and os.environ.get("RANK", "0") == "{nproc - 1}":
+            raise ZeroDivisionError("in an evaluation")
+        return method(self, *rest, **more)
+    return broken
+model.GPT.forward, model.GPT.hidden = breaking(forward), breaking(hidden)
 """
     straight, run = tmp_path / "straight", tmp_path / "run"
     words = (f"hardware.nproc_per_node={nproc}", "train.device_batch_size=4", "train.max_steps=6", "train.eval_every=3")
