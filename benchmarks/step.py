@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from picotrain import hardware, optim, shape
-from picotrain.config.schema import AdamWConfig, HardwareConfig, ModelConfig
+from picotrain.config.schema import HardwareConfig, ModelConfig, OptimizerConfig
 from picotrain.model import DTYPES, GPT
 from picotrain.worker import set_up_process
 
@@ -56,7 +56,8 @@ def measure(depth: int, args: argparse.Namespace) -> dict[str, Any]:
     model.init_weights(0)
     if args.compile:
         model.compile_blocks()
-    optimizer = optim.build(AdamWConfig(matrix_lr=1, embed_lr=1, head_lr=1), model, RATES)
+    own = {"momentum": 0.95, "ns_steps": 5} if args.optimizer == "muon" else {}
+    optimizer = optim.build(OptimizerConfig(kind=args.optimizer, matrix_lr=1, embed_lr=1, head_lr=1, **own), model, RATES)
     ids = torch.randint(args.vocab, (args.batch, args.seq_len), device=args.device)
     seconds = []
     for _ in range(args.warmup + args.steps):
@@ -67,6 +68,14 @@ def measure(depth: int, args: argparse.Namespace) -> dict[str, Any]:
         synchronize(args.device)
         seconds.append(time.perf_counter() - started)
     step_s = statistics.median(seconds[args.warmup :])
+    model(ids, ids).backward()
+    optimizer_seconds = []
+    for _ in range(5):  # by itself, after the steps: a wait for the device within them would slow them down
+        synchronize(args.device)
+        started = time.perf_counter()
+        optimizer.step()
+        synchronize(args.device)
+        optimizer_seconds.append(time.perf_counter() - started)
     tokens_per_s = args.batch * args.seq_len / step_s
     name = torch.cuda.get_device_name() if args.device == "cuda" else hardware.cpu().name
     peak = hardware.peak_flops(name)
@@ -84,6 +93,8 @@ def measure(depth: int, args: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "tok_per_sec": round(tokens_per_s),
         "step_ms": round(1000 * step_s, 1),
+        "optimizer": args.optimizer,
+        "optimizer_ms": round(1000 * statistics.median(optimizer_seconds), 1),
         "first_step_s": round(seconds[0], 2),
         "gflops": round(flops * tokens_per_s / 1e9, 1),
         "matmul_gflops": round(ceiling / 1e9, 1),
@@ -103,6 +114,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     args = parser.parse_args()

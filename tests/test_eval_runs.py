@@ -149,4 +149,4 @@ def test_two_ranks_find_what_one_finds(run):
     assert done.returncode == 0, done.stderr
     both = json.loads((folder / "results.json").read_text()), (folder / "predictions.jsonl").read_text()
     assert both[1] == alone[1] and both[0]["core"] == alone[0]["core"]
-    assert both[0]["bpb"] == pytest.approx(alone[0]["bpb"], rel=1e-6) and both[0]["samples"] == alone[0]["samples"]
+    assert both[0]["bpb"]["val"] == pytest.approx(alone[0]["bpb"]["val"], rel=1e-6) and both[0]["samples"] == alone[0]["samples"]

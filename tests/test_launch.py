@@ -65,8 +65,7 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> bool:
 
 
 # Each launcher is a process of its own, so that it can be signalled and killed; torch is imported once for all of them.
-LAUNCHERS = multiprocessing.get_context("forkserver")
-LAUNCHERS.set_forkserver_preload(["picotrain.launch.agent"])
+LAUNCHERS = multiprocessing.get_context("forkserver")  # conftest says what it has imported
 
 
 def run_launcher(folder: Path, nproc: int, section: LaunchConfig) -> None:

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -177,8 +178,10 @@ def write(root: Path, parts: dict[str, Tensors], scalars: dict[str, Any], shard_
     tmp = root / f".tmp-{final.name}"
     tmp.mkdir()
     try:
-        _write_tensors(tmp, parts, shard_bytes)
         write_json(tmp / "state.json", scalars)
+        _write_tensors(tmp, parts, shard_bytes)
+        if not (tmp / "state.json").is_file():  # torch's writer makes a folder that is gone anew, wherever that leads
+            raise FileNotFoundError(2, "the run directory is gone", str(root.parent))
         files = {path.name: describe(path) for path in sorted(tmp.iterdir())}
         write_json(tmp / "manifest.json", {"rolling": rolling, "files": files})
         fsync(tmp)
@@ -187,6 +190,9 @@ def write(root: Path, parts: dict[str, Tensors], scalars: dict[str, Any], shard_
         tmp.rename(final)
     except OSError:
         shutil.rmtree(tmp, ignore_errors=True)  # a full disk has no room for halves
+        with suppress(OSError):  # they are empty only when torch's writer has made them
+            root.rmdir()
+            root.parent.rmdir()
         raise
     fsync(root)
     write_pointer(root, "latest", final)
