@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import lines, losses, picotrain
 from test_hardships import patched
+from test_hf import gpt2  # noqa: F401  # a fixture
 
 TASKS = {"colours": "multiple_choice", "names": "schema", "ends": "language_modeling"}
 
@@ -150,3 +151,24 @@ def test_two_ranks_find_what_one_finds(run):
     both = json.loads((folder / "results.json").read_text()), (folder / "predictions.jsonl").read_text()
     assert both[1] == alone[1] and both[0]["core"] == alone[0]["core"]
     assert both[0]["bpb"]["val"] == pytest.approx(alone[0]["bpb"]["val"], rel=1e-6) and both[0]["samples"] == alone[0]["samples"]
+
+
+def test_a_hugging_face_model_is_measured_on_the_runs_documents_and_bundle(run, gpt2):  # noqa: F811
+    done = picotrain("eval", str(run), "--hf", str(gpt2), "--max-per-task", "5")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((run / "eval" / f"hf-{gpt2.name}" / "results.json").read_text())
+    assert results["core"]["tasks"]["ends"]["n"] == 5 and results["window"] <= 32 and results["bpb"]["val"] > 1
+    assert "Whole documents" in done.stdout
+    nowhere = picotrain("eval", str(run), "--hf", str(run))
+    assert nowhere.returncode == 2 and "no Hugging Face model" in nowhere.stderr
+
+
+def test_compare_takes_over_what_eval_has_measured(run):
+    assert picotrain("eval", str(run), "--checkpoint", "6", "--max-per-task", "7").returncode == 0
+    assert picotrain("eval", str(run), "--max-per-task", "7").returncode == 0
+    files = sorted((run / "eval").glob("step_*/tasks/*.json"))
+    before = [file.stat().st_mtime_ns for file in files]
+    done = picotrain("compare", f"{run}@6", str(run), "--max-per-task", "7", "--documents", "20")
+    assert done.returncode == 0, done.stderr
+    assert len(files) == 6 and [file.stat().st_mtime_ns for file in files] == before
+    assert "colours" in done.stdout

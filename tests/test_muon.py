@@ -366,14 +366,17 @@ def test_two_processes_train_like_one(tmp_path: Path, tiny):
 # -- the config
 
 
-def test_the_rate_of_the_matrices_does_not_fall_with_the_width_and_a_checkpoint_has_one_moment_of_them(tiny, tmp_path: Path):
+def test_the_rate_of_the_matrices_is_the_same_for_every_width_and_batch_and_a_checkpoint_has_one_moment_of_them(tiny, tmp_path: Path):
     from picotrain import plan
 
     def made(*words: str) -> plan.Plan:
         return plan.make(plan.decide(compose([*tiny(tmp_path), *words])), "x")
 
     narrow, wide = (made("optimizer=muon", "optimizer.scale=true", f"model.width={width}") for width in (64, 256))
-    assert narrow.matrix_lr == wide.matrix_lr == pytest.approx(0.01 * math.sqrt(256 / 2**19))
+    assert narrow.matrix_lr == wide.matrix_lr == 0.01
+    larger = made("optimizer=muon", "optimizer.scale=true", "train.total_batch_size=512")
+    assert larger.matrix_lr == 0.01 and larger.embed_lr == pytest.approx(math.sqrt(2) * narrow.embed_lr)
+    assert larger.weight_decay == pytest.approx(narrow.weight_decay)  # batch / tokens: as many steps, the same decay in each
     assert narrow.embed_lr == pytest.approx(2 * wide.embed_lr)
     adamw = made()
     assert adamw.checkpoint_bytes == 12 * adamw.parameters["total"]
