@@ -130,7 +130,7 @@ class _Run:
         if self.config.train.deterministic:
             torch.use_deterministic_algorithms(True)
         self.model = GPT(self.config.model, self.plan.vocab_size, self.plan.seq_len, DTYPES[self.plan.precision]).to(parallel.device)
-        optimizer = optim.build(self.config.optimizer, self.model, self.plan.rates)
+        optimizer = optim.build(self.config.optimizer, self.model, self.plan.rates, parallel)
         self.state = TrainState(self.model, optimizer)
         self.guard = optim.Guard(self.config.train.skip_loss_z, parallel.device)
         self.watchdog = Watchdog(self.config.launch.hang_s, run_dir / "flight_recorder" / f"rank_{parallel.rank}.json")

@@ -40,6 +40,9 @@ RECORDER = "TORCH_FR_BUFFER_SIZE", "500"  # torch keeps so many of the latest co
 
 STACKS_SIGNAL = signal.SIGUSR2  # a worker answers it with the stacks of its threads
 
+# torch 2.13 renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 # Gradients live in the buckets that are sent, which saves a copy of them. Buffers are constants (RoPE), so they are not sent
 # at every forward; torch 2.13 renamed that option. No static_graph: a first micro-batch under no_sync fails an assertion.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -254,6 +257,15 @@ class Parallel:
         parts = [torch.empty_like(mine) for _ in range(self.world_size)]
         dist.all_gather(parts, mine, group=self.control)
         return [json.loads(part[:size].numpy().tobytes()) for part, size in zip(parts, sizes.tolist(), strict=True)]
+
+    def gather_tensor(self, value: Tensor) -> Tensor:
+        """Every rank's tensor, all of one shape and dtype, in rank order: (world_size, *shape). On CUDA the host does not wait."""
+        if self.world_size == 1:
+            return value[None]
+        parts = value.new_empty((self.world_size, *value.shape))
+        # As bytes: what is moved is not computed with, and not every backend knows every dtype.
+        _all_gather(parts.flatten().view(torch.uint8), value.flatten().view(torch.uint8))
+        return parts
 
     def barrier(self) -> None:
         """Wait until every rank is here; without a device sync."""

@@ -122,20 +122,24 @@ def derive_batch_tokens(params: Parameters, seq_len: int) -> int:
     return max(2 ** round(math.log2(ideal)), seq_len)
 
 
-def scale_rates(base: Rates, width: int, batch_tokens: int, total_tokens: int) -> Rates:
+def scale_rates(base: Rates, width: int, batch_tokens: int, total_tokens: int, orthogonal: bool = False) -> Rates:
     """Rates given at the reference point, moved to this width, batch and horizon.
 
     * Every rate grows with sqrt(batch / 2^19): the square-root rule for Adam (arXiv:2205.10287).
     * Matrices fall with 1 / width, as in the maximal update parametrization (arXiv:2203.03466, table 8); embedding
       and head fall with 1 / sqrt(width), nanochat's empirical rule.
+    * The rate of orthogonal updates (Muon's) of matrices stays as it is. They have the same spectral norm at every width, which is
+      what that parametrization wants (arXiv:2310.17813). nanochat assumes the square-root rule for the batch; here the rate of
+      2^19 tokens was also the best of five at 2^12 (docs/log.md, 2026-11-23).
     * Decay keeps the time scale batch / (lr x decay x tokens) of the weights' moving average constant
-      (arXiv:2405.13698): decay x sqrt(batch / 2^19) x D_ref / D.
+      (arXiv:2405.13698): decay x sqrt(batch / 2^19) x D_ref / D, for orthogonal updates decay x batch / 2^19 x D_ref / D.
     """
     batch_scale = math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
     width_scale = REFERENCE_WIDTH / width
+    decay_scale = batch_scale**2 if orthogonal else batch_scale
     return Rates(
-        matrix_lr=base.matrix_lr * batch_scale * width_scale,
+        matrix_lr=base.matrix_lr * (1.0 if orthogonal else batch_scale * width_scale),
         embed_lr=base.embed_lr * batch_scale * math.sqrt(width_scale),
         head_lr=base.head_lr * batch_scale * math.sqrt(width_scale),
-        weight_decay=base.weight_decay * batch_scale * (DEFAULT_RATIO * REFERENCE_PARAMS / total_tokens),
+        weight_decay=base.weight_decay * decay_scale * (DEFAULT_RATIO * REFERENCE_PARAMS / total_tokens),
     )

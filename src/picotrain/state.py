@@ -79,8 +79,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         key, _, name = flat.partition(".")
         if name not in parameters:
             raise CheckpointError(f"the checkpoint's optimizer state {flat!r} belongs to no parameter of this model")
-        # Kernels that update many tensors at once trust these shapes. Scalars are counters.
-        if not tensor.is_floating_point() or tensor.shape not in (torch.Size(), parameters[name].shape):
+        # Kernels that update many tensors at once trust these shapes. Counters are scalars.
+        if not tensor.is_floating_point() or tensor.shape != (torch.Size() if key == "step" else parameters[name].shape):
             raise CheckpointError(
                 f"the checkpoint's optimizer state {flat!r} does not fit its parameter: {tensor.dtype} {tuple(tensor.shape)}"
             )
@@ -89,7 +89,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     names = {parameter: name for name, parameter in parameters.items()}
     for group in optimizer.param_groups:
         of_group = [names[parameter] for parameter in group["params"]]
-        wanted = _state_keys(optimizer) or set().union(*(found[name] for name in of_group))
+        wanted = _state_keys(optimizer, group) or set().union(*(found[name] for name in of_group))
         for name in of_group:
             if found[name] and found[name].keys() != wanted:
                 odd = ", ".join(sorted(found[name].keys() ^ wanted))
@@ -99,6 +99,7 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
             optimizer.state[parameter] |= found[name]
 
 
-def _state_keys(optimizer: torch.optim.Optimizer) -> set[str]:
-    """What an optimizer keeps of each parameter, where that is known before its first step."""
-    return {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
+def _state_keys(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> set[str]:
+    """What an optimizer keeps of each parameter of a group, where that is known before its first step: a group may say it."""
+    adamw = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.AdamW) else set()
+    return set(group.get("keeps", adamw))

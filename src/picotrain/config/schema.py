@@ -181,10 +181,10 @@ class TokenizerConfig(Section):
     encoder: Literal["auto", "gigatoken", "tokenizers"] = "auto"
 
 
-class AdamWConfig(Section):
-    """AdamW with one rate for matrices, one for the embedding and one for the head."""
+class OptimizerConfig(Section):
+    """AdamW, or Muon for matrices beside it, with one rate for matrices, one for the embedding and one for the head."""
 
-    kind: Literal["adamw"] = "adamw"
+    kind: Literal["adamw", "muon"] = "adamw"
     matrix_lr: PositiveFloat
     embed_lr: PositiveFloat
     head_lr: PositiveFloat
@@ -193,6 +193,20 @@ class AdamWConfig(Section):
     eps: PositiveFloat = 1e-10
     weight_decay: NonNegative = 0.1  # on matrices only
     scale: StrictBool = True  # rates and decay follow batch, width and horizon (picotrain.shape.scale_rates)
+    momentum: Decay | None = None  # kind=muon: decay of the gradient's moving average, per step
+    ns_steps: Annotated[int, Field(ge=1, le=10), _Number] | None = None  # kind=muon: of the Newton-Schulz iteration
+
+    def _problems(self) -> list[Problem]:
+        given = [key for key in ("momentum", "ns_steps") if getattr(self, key) is not None]
+        if self.kind == "muon" and len(given) < 2:
+            return [Problem("optimizer.kind", "muon needs optimizer.momentum and optimizer.ns_steps, too", "add optimizer=muon")]
+        if self.kind == "adamw":
+            rule = "is read for optimizer.kind=muon only, and this is adamw"
+            return [Problem(f"optimizer.{key}", rule, "add optimizer=muon") for key in given]
+        return []
+
+
+AdamWConfig = OptimizerConfig  # which is AdamW where nothing else is said
 
 
 class ScheduleConfig(Section):
@@ -370,7 +384,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     schedule: ScheduleConfig
     train: TrainConfig = TrainConfig()
     hardware: HardwareConfig = HardwareConfig()

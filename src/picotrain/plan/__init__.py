@@ -20,7 +20,16 @@ from picotrain.data.corpus import Corpus
 from picotrain.data.mixture import Mixture
 from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
 from picotrain.errors import ConfigError, Problem
-from picotrain.plan.memory import MEMORY_SHARE, device_batch, facts, halved, lighter_settings, predict_memory, staging_bytes
+from picotrain.plan.memory import (
+    MEMORY_SHARE,
+    checkpoint_bytes,
+    device_batch,
+    facts,
+    halved,
+    lighter_settings,
+    predict_memory,
+    staging_bytes,
+)
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
 REPEAT_WARNING_EPOCHS = 4.0  # repeating up to about 4 times costs little (arXiv:2305.16264)
@@ -176,7 +185,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     total_tokens = num_steps * batch
     rates = shape.Rates(config.optimizer.matrix_lr, config.optimizer.embed_lr, config.optimizer.head_lr, config.optimizer.weight_decay)
     if config.optimizer.scale:
-        rates = shape.scale_rates(rates, d.width, batch, total_tokens)
+        rates = shape.scale_rates(rates, d.width, batch, total_tokens, orthogonal=config.optimizer.kind == "muon")
     hours = _hours(config, total_tokens * flops, world_size)
     memory = predict_memory(config, d, params, micro_rows)
     epochs = total_tokens / corpus_tokens if corpus_tokens else None
@@ -199,7 +208,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         bytes_per_token=per_token,
         eval_rows=max(train.eval_tokens // train.seq_len, 1),
         **dataclasses.asdict(rates),
-        checkpoint_bytes=12 * params.total,
+        checkpoint_bytes=checkpoint_bytes(config, params),
         staging_bytes=staging_bytes(config, params),
         predicted_memory_bytes=memory,
         predicted_hours=hours,

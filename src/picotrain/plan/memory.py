@@ -16,20 +16,25 @@ CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a larger micro-batch no longer rais
 
 
 def predict_memory(config: Config, d: shape.Dims, params: shape.Parameters, device_batch: int) -> int:
-    """Peak bytes per rank, an estimate: weights, gradients and two moments in fp32 (16 bytes a parameter), the
+    """Peak bytes per rank, an estimate: what a checkpoint holds and gradients, all in fp32 (16 bytes a parameter with AdamW), the
     activations the backward needs (about 26 widths a layer and token in the compute precision) and the fp32
-    logits with their gradient (three copies at the peak)."""
+    logits with their gradient (three copies at the peak). What Muon's step takes for itself comes when activations are gone."""
     staging = staging_bytes(config, params) if config.hardware.device == "cpu" else 0
     tokens = device_batch * (config.train.seq_len or 0)
     bytes_per_value = 2 if config.train.precision == "bf16" else 4
     activations = tokens * d.depth * d.width * 26 * bytes_per_value
     logits = tokens * shape.pad_vocab(config.tokenizer.vocab_size) * 4 * 3
-    return 16 * params.total + staging + activations + logits
+    return checkpoint_bytes(config, params) + 4 * params.total + staging + activations + logits
+
+
+def checkpoint_bytes(config: Config, params: shape.Parameters) -> int:
+    """Weights and what the optimizer keeps of them, in fp32: two moments, but one of a matrix under Muon."""
+    return 12 * params.total - (4 * params.matrices if config.optimizer.kind == "muon" else 0)
 
 
 def staging_bytes(config: Config, params: shape.Parameters) -> int:
-    """The host copies of weights and two moments that are kept from save to save."""
-    return 12 * params.total if config.checkpoint.background else 0
+    """The host copies of weights and moments that are kept from save to save."""
+    return checkpoint_bytes(config, params) if config.checkpoint.background else 0
 
 
 def halved(plan: Plan, config: Config) -> Plan | None:

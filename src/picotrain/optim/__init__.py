@@ -1,4 +1,4 @@
-"""Parameter groups and the optimizer."""
+"""Parameter groups and the optimizer: fused AdamW, or Muon for the matrices and AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from picotrain.config.schema import AdamWConfig
+from picotrain.config.schema import OptimizerConfig
+from picotrain.optim.muon import Muon
+from picotrain.parallel import Parallel
 from picotrain.shape import Rates
+
+__all__ = ["Guard", "Muon", "build", "param_groups", "set_lr"]
 
 
 def param_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
@@ -25,18 +29,30 @@ def param_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
     ]
 
 
-def build(section: AdamWConfig, model: nn.Module, rates: Rates) -> torch.optim.Optimizer:
-    """Fused AdamW (arXiv:1711.05101): one kernel per group reads and writes every state once."""
+def build(section: OptimizerConfig, model: nn.Module, rates: Rates, parallel: Parallel | None = None) -> torch.optim.Optimizer:
+    """The optimizer of a config's section, with the groups of `param_groups`. parallel: the ranks that share its work; None: no others.
+
+    adamw: fused AdamW (arXiv:1711.05101), one kernel per group reads and writes every state once. muon: that for embedding and
+    head, `Muon` for the matrices, its matmuls in the model's compute dtype.
+    """
     groups = [group | {"lr": group["peak_lr"]} for group in param_groups(model, rates)]
-    return torch.optim.AdamW(groups, betas=(section.beta1, section.beta2), eps=section.eps, fused=True)
+    adamw = {"betas": (section.beta1, section.beta2), "eps": section.eps, "fused": True}
+    if section.kind == "adamw":
+        return torch.optim.AdamW(groups, **adamw)
+    assert section.momentum is not None and section.ns_steps is not None, "the schema asks for them"
+    *tables, matrices = groups
+    return Muon(
+        tables, matrices, adamw=adamw, momentum=section.momentum, steps=section.ns_steps,
+        dtype=getattr(model, "compute_dtype", torch.float32), parallel=parallel,
+    )  # fmt: skip
 
 
 class Guard:
     """Decides on the device, without a host sync, whether an update is skipped: when loss or gradient norm is not finite or,
     with `max_z`, when the loss is more than so many standard deviations above the mean of the last WINDOW good ones.
 
-    The same on every rank, since loss and norm are. The fused optimizer takes the decision as `found_inf` and leaves weights,
-    moments and its step counter as they are.
+    The same on every rank, since loss and norm are. Fused AdamW and Muon take the decision as `found_inf` and leave weights,
+    moments and step counters as they are.
     """
 
     WINDOW = 100
