@@ -79,7 +79,7 @@ def test_a_bundle_that_is_not_there_ends_the_start_before_anything_is_trained(tm
     assert url.returncode == 2 and "evaluation.core.sha256" in url.stderr
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_evaluation_that_raises_on_one_rank_costs_neither_run_nor_weights(tmp_path, tiny, bundle, nproc):
     code = f"""
 hidden = model.GPT.hidden
@@ -105,9 +105,11 @@ model.GPT.forward, model.GPT.hidden = breaking(forward), breaking(hidden)
 
 
 def evaluate(run: Path, *words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "-m"] if ranks > 1 else ["-m"]
+    if ranks == 1:
+        return picotrain("eval", str(run), *words)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, "picotrain", "eval", str(run), *words]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *launcher, "-m", "picotrain", "eval", str(run), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
 
 

@@ -37,7 +37,7 @@ model.GPT.forward = small
 """
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_out_of_memory_with_an_automatic_batch_is_tried_again_smaller_with_the_same_steps(tmp_path, tiny, nproc):
     straight, run = tmp_path / "straight", tmp_path / "run"
     ranks = f"hardware.nproc_per_node={nproc}"
@@ -63,7 +63,7 @@ def test_out_of_memory_with_a_chosen_batch_names_what_would_fit(tmp_path, tiny):
 # -- signals
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_signal_between_micro_batches_drops_the_step_that_is_begun_and_loses_nothing(tmp_path, tiny, nproc):
     code = f"""
 count = 0
@@ -158,5 +158,6 @@ def test_a_run_goes_through_one_two_four_and_one_process_and_reads_the_same_rows
         expected, found = (checkpoint.load_tensors(end, part) for end in ends)
         assert expected.keys() == found.keys()
         assert all(torch.allclose(expected[name], found[name], atol=2e-3) for name in expected)
+    assert [record["world_size"] for record in lines(run, "train")] == [1] * 3 + [2] * 3 + [4] * 3 + [1] * 3
     cursors = [json.loads((end / "state.json").read_text())["dataloader_state_dict"] for end in ends]
     assert cursors[0] == cursors[1]

@@ -185,7 +185,10 @@ OTHER_TENSORS = {
     "moments of another shape": (tensors(OPTIMIZER, lambda t: t.update({"exp_avg.embed.weight": torch.zeros(2)})), "does not fit"),
     "moments that are integers": (tensors(OPTIMIZER, lambda t: t.update({"exp_avg.embed.weight": torch.zeros(2).long()})), "does not fit"),
     "a moment missing": (tensors(OPTIMIZER, lambda t: t.pop("exp_avg_sq.head.weight")), "exp_avg_sq on one side"),
-    "a foreign moment": (tensors(OPTIMIZER, lambda t: t.update({"__class__.head.weight": torch.zeros(())})), "__class__ on one side"),
+    "a foreign moment": (
+        tensors(OPTIMIZER, lambda t: t.update({"__class__.head.weight": torch.zeros_like(t["exp_avg.head.weight"])})),
+        "__class__ on one side",
+    ),
     "of no parameter": (tensors(OPTIMIZER, lambda t: t.update({"exp_avg.nothing": torch.zeros(1)})), "belongs to no parameter"),
 }
 

@@ -150,21 +150,6 @@ def test_a_signal_saves_ends_as_resumable_and_the_rest_is_as_if_undisturbed(tmp_
         assert_same_run(tmp_path / "straight", run_dir)
 
 
-def test_one_two_and_one_process_train_on_the_same_rows(tmp_path: Path, tiny):
-    """Extending the horizon stops a run at an exact step; the constant schedule keeps the rates the same."""
-    straight, mixed = tmp_path / "straight", tmp_path / "mixed"
-    assert picotrain("train", *tiny(straight)).returncode == 0
-    assert picotrain("train", *tiny(mixed, "train.max_steps=4")).returncode == 0
-    two = picotrain("resume", str(mixed), "train.max_steps=8", "hardware.nproc_per_node=2")
-    assert two.returncode == 0, two.stdout + two.stderr
-    one = picotrain("resume", str(mixed), "train.max_steps=12", "hardware.nproc_per_node=1")
-    assert one.returncode == 0, one.stderr
-    assert losses(mixed) == pytest.approx(losses(straight), rel=1e-4)
-    state = [checkpoint.read_state(checkpoint.find(run / "checkpoints", "last"))["dataloader_state_dict"] for run in (straight, mixed)]
-    assert state[0] == state[1]
-    assert [record["world_size"] for record in lines(mixed, "train")] == [1] * 4 + [2] * 4 + [1] * 4
-
-
 def test_accumulation_and_micro_batches_change_only_the_rounding(tmp_path: Path, tiny):
     for rows in (8, 2):
         assert picotrain("train", *tiny(tmp_path / str(rows), f"train.device_batch_size={rows}", "train.max_steps=6")).returncode == 0

@@ -487,4 +487,4 @@ def test_memory_stays_within_the_stated_bound_whatever_the_number_of_shards(tmp_
     of_a_slice = 5 + 4 + 2  # bytes: text, ids, rows; this tokenizer makes a token of every byte
     bound = lanes * 2 * slice_bytes * 2 + stream.WORKERS * slice_bytes * of_a_slice + (1 << 20)
     assert max(peaks) < bound
-    assert abs(peaks[0] - peaks[1]) < slice_bytes
+    assert peaks[1] < peaks[0] + slice_bytes  # six times the shards, no more memory

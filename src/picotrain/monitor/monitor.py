@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -168,7 +169,9 @@ class Monitor:
     def checkpoint(self, step: int, path: Path, seconds: float, stall_s: float | None = None) -> None:
         """A checkpoint that stands in the folder `path`; the loop was held for `stall_s` of the seconds it took."""
         if self._console:
-            n_bytes = sum(file.stat().st_size for file in path.iterdir()) if path.is_dir() else 0  # retention may have been faster
+            n_bytes = 0
+            with suppress(OSError):  # retention may be faster, and remove it meanwhile
+                n_bytes = sum(file.stat().st_size for file in path.iterdir())
             where = str(path.relative_to(self.run_dir) if path.is_relative_to(self.run_dir) else path)
             self._emit(
                 {
