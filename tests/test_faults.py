@@ -211,6 +211,7 @@ def test_a_spike_is_skipped_once_the_window_is_full_and_does_not_enter_it():
 # -- ranks
 
 
+@pytest.mark.slow  # the one that stands still is started again in the same way
 def test_a_rank_that_dies_comes_back_by_itself_from_the_last_checkpoint(tmp_path, tiny):
     straight, run = tmp_path / "straight", tmp_path / "run"
     words = ("hardware.nproc_per_node=2", "train.device_batch_size=4", "train.max_steps=60", "train.save_every=10", "train.eval_every=0")
