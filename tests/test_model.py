@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from picotrain import model as model_module
 from picotrain.config.schema import ModelConfig
-from picotrain.model import GPT, KVCache, attention_mask, rms_norm, rotate
+from picotrain.model import GPT, KVCache, attention, attention_mask, gpt, rms_norm, rotate
+from picotrain.model import loss as loss_module
 
 VOCAB = 300  # no multiple of 64: the last 20 of 320 rows are padding
 SEQ_LEN = 32
@@ -98,7 +98,8 @@ class Parity:
                 our_heads.append(x)
             return self.norm(x, eps)
 
-        self.monkeypatch.setattr(model_module, "rms_norm", spy)
+        self.monkeypatch.setattr(attention, "rms_norm", spy)
+        self.monkeypatch.setattr(gpt, "rms_norm", spy)
         for layer in self.theirs.model.layers:
             for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
                 norm.register_forward_hook(lambda module, inputs, output: their_heads.append(inputs[0].transpose(1, 2)))
@@ -121,7 +122,7 @@ def test_logits_are_those_of_nanochat_in_transformers(monkeypatch, head_dim, n_k
 
 def test_parity_fails_when_rope_and_norm_are_swapped(monkeypatch):
     parity, angles = Parity(monkeypatch), []
-    monkeypatch.setattr(model_module, "rotate", lambda x, cos, sin: (angles.append((cos, sin)), x)[1])
+    monkeypatch.setattr(attention, "rotate", lambda x, cos, sin: (angles.append((cos, sin)), x)[1])
     parity.norm = lambda x, eps: rotate(rms_norm(x, eps), *angles[-1]) if x.dim() == 4 else rms_norm(x, eps)
     logits, heads = parity.differences()
     assert heads > 1e-2
@@ -136,7 +137,7 @@ def test_parity_fails_without_the_softcap(monkeypatch):
 
 def test_parity_fails_when_the_rotation_turns_the_other_way(monkeypatch):
     parity = Parity(monkeypatch)
-    monkeypatch.setattr(model_module, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
+    monkeypatch.setattr(attention, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
     assert parity.differences()[0] > 1e-2
 
 
@@ -146,7 +147,7 @@ def test_parity_fails_when_neighbours_are_rotated_instead_of_halves(monkeypatch)
         return torch.stack((a * cos + b * sin, b * cos - a * sin), dim=-1).flatten(-2)
 
     parity = Parity(monkeypatch)
-    monkeypatch.setattr(model_module, "rotate", interleaved)
+    monkeypatch.setattr(attention, "rotate", interleaved)
     assert parity.differences()[0] > 1e-2
 
 
@@ -265,7 +266,7 @@ def gradients(model: GPT, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("softcap", [15.0, None])
 @pytest.mark.parametrize("chunk_tokens", [7, 1000])
 def test_the_loss_and_its_gradients_are_those_of_the_definition(monkeypatch, softcap, chunk_tokens):
-    monkeypatch.setitem(model_module.LOGIT_CHUNK_BYTES, "cpu", 4 * 320 * chunk_tokens)
+    monkeypatch.setitem(loss_module.LOGIT_CHUNK_BYTES, "cpu", 4 * 320 * chunk_tokens)
     model, ids, targets = small(logit_softcap=softcap), ids_of(2, SEQ_LEN), ids_of(2, SEQ_LEN, seed=3)
     targets[:, ::5] = -1  # ignored
     loss, expected = model(ids, targets), reference_loss(model, ids, targets)

@@ -52,10 +52,11 @@ def main(arguments: list[str]) -> int:
     try:
         load(run_dir / "config.yaml")  # a folder without a run is refused before a lock is put into it
         with _lock(run_dir):
-            return run(run_dir)
+            code = run(run_dir)
     except Exception as error:
         _let_others_speak(error)
-        return _fail(error)
+        code = _fail(error)
+    return _leave(code)
 
 
 def run(run_dir: Path) -> int:
@@ -163,15 +164,18 @@ def _let_others_speak(error: Exception) -> None:
 
 
 def _fail(error: Exception) -> int:
-    """Say what is wrong: one message for a user's error, the traceback for a bug; the exit code.
-
-    One of several ranks ends right here: leaving the interpreter may wait for peers, which wait for this rank's end.
-    """
+    """Say what is wrong: one message for a user's error, the traceback for a bug; the exit code."""
     if isinstance(error, PicotrainError):
         print(f"picotrain: {error}", file=sys.stderr)
     else:
         traceback.print_exception(error)
-    code = error.exit_code if isinstance(error, PicotrainError) else 1
+    return error.exit_code if isinstance(error, PicotrainError) else 1
+
+
+def _leave(code: int) -> int:
+    """The exit code; one of several ranks ends right here. Leaving the interpreter may wait for peers, which wait for this rank's
+    end, and now and then one of torch's threads aborts in it (seen with gloo, torch 2.13): a finished run would look failed.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,0 +1,24 @@
+"""The model: a decoder-only GPT as one plain nn.Module.
+
+    ids -> embed -> norm -> [x + attn(norm(x)), x + mlp(norm(x))] per block -> norm -> head -> soft-cap -> logits
+
+With windows off it is, definition by definition, NanoChat of `transformers`: rotary positions and then a norm on queries
+and keys, ReLU-squared MLP, RMSNorm without weights (also after the embedding), no biases, an untied head whose logits
+are capped by a tanh. The names of its parameters are the names in a checkpoint.
+
+Precision: weights are fp32; `Linear` casts its weight, and `GPT` the embedding's output, to `compute_dtype`. Logits and
+loss are fp32. There is no autocast. Shapes: B rows, T tokens, C width, H heads, D head_dim, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from picotrain.model.attention import attention_mask
+from picotrain.model.cache import KVCache
+from picotrain.model.gpt import GPT
+from picotrain.model.layers import rms_norm, rotate
+
+__all__ = ["DTYPES", "GPT", "KVCache", "attention_mask", "rms_norm", "rotate"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the names of train.precision

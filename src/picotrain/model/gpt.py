@@ -1,0 +1,182 @@
+"""The model itself: embedding, blocks, head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from picotrain import shape
+from picotrain.config.schema import ModelConfig
+from picotrain.model import loss
+from picotrain.model.attention import Attention, attention_mask
+from picotrain.model.cache import KVCache, LayerCache
+from picotrain.model.layers import MLP, Linear, rms_norm, rotary_angles, softcap, take
+from picotrain.model.loss import HeadLoss, losses_and_slopes
+
+
+class Block(nn.Module):
+    """One layer. It knows neither its index nor its window, so that all layers share one compiled code."""
+
+    def __init__(self, dims: shape.Dims, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.attn = Attention(dims, eps)
+        self.mlp = MLP(dims)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+        wanted: Tensor | None = None,
+    ) -> Tensor:
+        y = self.attn(rms_norm(x, self.eps), cos, sin, mask, cache, wanted)
+        x = (x if wanted is None else take(x, wanted)) + y  # (B, T, C), or W for T
+        return x + self.mlp(rms_norm(x, self.eps))
+
+
+class GPT(nn.Module):
+    """The model of a config, for `vocab_size` ids and rows of up to `seq_len` tokens.
+
+    Its weights hold nothing meaningful until `init_weights` or a checkpoint has filled them. For inference only,
+    `model.to(model.compute_dtype)` gives the same numbers without casting weights at every call.
+    """
+
+    cos: Tensor  # (seq_len, 1, D / 2), fp32
+    sin: Tensor
+
+    def __init__(self, model: ModelConfig, vocab_size: int, seq_len: int, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.dims = dims = shape.dims(model)
+        self.vocab_size, self.seq_len, self.compute_dtype = vocab_size, seq_len, compute_dtype
+        self.eps, self.logit_softcap = model.norm_eps, model.logit_softcap
+        self.windows = shape.windows(model, seq_len)
+        rows = shape.pad_vocab(vocab_size)
+        self.embed = nn.Embedding(rows, dims.width, _weight=torch.empty(rows, dims.width))
+        self.blocks = nn.ModuleList(Block(dims, model.norm_eps) for _ in range(dims.depth))
+        self.head = Linear(dims.width, rows)
+        angles = rotary_angles(seq_len, dims.head_dim, model.rope_theta)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self._derive = losses_and_slopes
+        self._compiled = False
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Draw all weights, on the CPU, so that a seed gives the same ones on every device (as nanochat does).
+
+        Embedding: normal, std 1. Head: normal, std 0.001 (the first loss is ln(vocab_size)). q, k, v and up: uniform
+        with std 1 / sqrt(width). o and down: zero (every block starts as the identity).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        bound = math.sqrt(3 / self.dims.width)
+        for name, parameter in self.named_parameters():
+            weight = torch.zeros(parameter.shape)
+            if name == "embed.weight":
+                weight.normal_(0, 1, generator=generator)
+            elif name == "head.weight":
+                weight.normal_(0, 0.001, generator=generator)
+            elif not name.endswith(("attn.o.weight", "mlp.down.weight")):
+                weight.uniform_(-bound, bound, generator=generator)
+            parameter.copy_(weight)
+
+    def num_parameters(self) -> int:
+        """All weights, padding of the vocabulary included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks and the loss in place: one code for all layers, and no name changes.
+
+        Shapes are static: a batch of another shape compiles once more. Calls with a cache stay uncompiled, because
+        there every token has another shape.
+        """
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self._derive = torch.compile(losses_and_slopes, dynamic=False)
+        self._compiled = True
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        reduction: Literal["mean", "none"] = "mean",
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits (B, T, vocab_size), or the cross-entropy loss in nats where there are targets; both fp32.
+
+        ids, targets: (B, T) int64. A target of -1 is ignored: its loss is 0 and the mean is over the others.
+        reduction "none" gives losses (B, T). With a cache the ids follow the tokens in it, and their keys and values
+        are added. last_only: logits of the last position only, (B, 1, vocab_size).
+        """
+        hidden = self.hidden(ids, cache)  # (B, T, C)
+        if targets is None:
+            return self.logits(hidden[:, -1:] if last_only else hidden)
+        flat, flat_targets = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
+        chunk_bytes = loss.LOGIT_CHUNK_BYTES.get(hidden.device.type, loss.LOGIT_CHUNK_BYTES_DEFAULT)
+        chunk_tokens = max(1, chunk_bytes // (4 * self.head.weight.size(0)))
+        if reduction == "mean" and torch.is_grad_enabled():
+            return HeadLoss.apply(flat, self.head.weight, flat_targets, self._loss_of_chunk, chunk_tokens)
+        chunks = zip(flat.split(chunk_tokens), flat_targets.split(chunk_tokens), strict=True)
+        losses = torch.cat([F.cross_entropy(self.logits(h), t, ignore_index=-1, reduction="none") for h, t in chunks])
+        return losses.view(targets.shape) if reduction == "none" else losses.sum() / (flat_targets >= 0).sum().clamp(min=1)
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
+        """ids (B, T) -> hidden states (B, T, C) after the last norm, in compute_dtype; what `logits` takes.
+
+        wanted: int64 (B, W), the positions among the T whose hidden states are asked for: then (B, W, C). All others stop at
+        the last block's keys and values, and nothing is computed that is not looked at. Without a window (the last block
+        has none) and with an empty cache only. The ids of a row may be padded on the right: nothing before sees them.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + ids.size(1)
+        limit = self.seq_len if cache is None else cache.max_len
+        if end > limit:
+            raise ValueError(f"{end} tokens, but there is room for {limit}")
+        masks = {window: attention_mask(start, ids.size(1), window, ids.device) for window in set(self.windows)}
+        return self._run(ids, self.cos[start:end], self.sin[start:end], masks, cache, wanted)
+
+    def branches(self, ids: Tensor, positions: Tensor, visible: Tensor, key_positions: Tensor, cache: KVCache) -> Tensor:
+        """Hidden states (B, T, C) of tokens that go on from the S tokens in `cache` along several branches at once.
+
+        ids, positions: int64 (B, T); visible: bool (B, T, S + T), the cached and new tokens that each sees (itself
+        among them); key_positions: int64 (B, S + T). Positions are those of the rotary embedding, below seq_len.
+        """
+        distance = positions[:, :, None] - key_positions[:, None]  # (B, T, S + T)
+        masks = {w: (visible if w >= self.seq_len else visible & (distance < w))[:, None] for w in set(self.windows)}
+        return self._run(ids, self.cos[positions], self.sin[positions], masks, cache, None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> fp32 logits (..., vocab_size): those of the padding are cut off."""
+        return softcap(self.head(hidden).float(), self.logit_softcap)[..., : self.vocab_size]
+
+    def _run(
+        self, ids: Tensor, cos: Tensor, sin: Tensor, masks: Mapping[int, Tensor | None], cache: KVCache | None, wanted: Tensor | None
+    ) -> Tensor:
+        """The blocks: ids (B, T) -> (B, T, C). cos and sin (T, 1, D / 2) or (B, T, 1, D / 2); masks by attention window."""
+        x = rms_norm(self.embed(ids).to(self.compute_dtype), self.eps)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        layer_caches = [None] * len(self.blocks) if cache is None else cache.layers
+        eager = self._compiled and (cache is not None or wanted is not None)
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            *first, last = zip(self.blocks, self.windows, layer_caches, strict=True)
+            for block, window, layer_cache in first:
+                x = block(x, cos, sin, masks[window], layer_cache)
+            block, window, layer_cache = last
+            if wanted is None:
+                x = block(x, cos, sin, masks[window], layer_cache)
+            else:
+                seen = torch.arange(ids.size(1), device=ids.device) <= wanted[..., None]  # (B, W, T)
+                x = block(x, cos, sin, seen[:, None], layer_cache, wanted)
+        return rms_norm(x, self.eps)
+
+    def _loss_of_chunk(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self._derive(logits, targets, self.logit_softcap, self.vocab_size)
