@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import torch
 
-from picotrain.model.attention import attention_mask
 from picotrain.model.cache import KVCache
 from picotrain.model.gpt import GPT
 from picotrain.model.layers import rms_norm, rotate
+from picotrain.model.masks import attention_mask
 
 __all__ = ["DTYPES", "GPT", "KVCache", "attention_mask", "rms_norm", "rotate"]
 

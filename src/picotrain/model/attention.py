@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from picotrain import shape
+from picotrain.model import kernels
 from picotrain.model.cache import LayerCache
 from picotrain.model.layers import Linear, rms_norm, rotate, take
-
-
-def attention_mask(start: int, tokens: int, window: int, device: torch.device) -> Tensor | None:
-    """Which keys 0 .. start + tokens - 1 each query start .. start + tokens - 1 sees: itself and the `window - 1` before it.
-
-    Boolean (tokens, start + tokens), true where it sees; None where the kernel's own causality says the same.
-    """
-    end = start + tokens
-    if end <= window and (start == 0 or tokens == 1):
-        return None
-    distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
-    return (distance >= 0) & (distance < window)
 
 
 class Attention(nn.Module):
@@ -36,8 +24,11 @@ class Attention(nn.Module):
         self.o = Linear(dims.n_heads * dims.head_dim, dims.width)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None, wanted: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, sees: int | Tensor | None, cache: LayerCache | None, wanted: Tensor | None = None
     ) -> Tensor:
+        """x (B, T, C) -> (B, T, C), or (B, W, C) with `wanted`. sees: which keys a query sees, as a window of tokens that ends with
+        its own where every token is query and key, else as a mask (None: all up to its own).
+        """
         heads = (*x.shape[:2], -1, self.head_dim)
         if wanted is None:
             q = rotate(self.q(x).view(heads), cos, sin)
@@ -48,6 +39,9 @@ class Attention(nn.Module):
         v = self.v(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H_kv, start + T, D)
-        causal = mask is None and x.size(1) > 1  # a single query sees every key
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        if isinstance(sees, int):
+            y = kernels.attend(q, k, v, sees, self.head_dim**-0.5)
+        else:
+            causal = sees is None and x.size(1) > 1  # a single query sees every key
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=causal, enable_gqa=self.grouped)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)

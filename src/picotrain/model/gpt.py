@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from picotrain import shape
 from picotrain.config.schema import ModelConfig
 from picotrain.model import loss
-from picotrain.model.attention import Attention, attention_mask
+from picotrain.model.attention import Attention
 from picotrain.model.cache import KVCache, LayerCache
 from picotrain.model.layers import MLP, Linear, rms_norm, rotary_angles, softcap, take
 from picotrain.model.loss import HeadLoss, losses_and_slopes
+from picotrain.model.masks import attention_mask
 
 
 class Block(nn.Module):
@@ -34,11 +35,11 @@ class Block(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
+        sees: int | Tensor | None = None,
         cache: LayerCache | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        y = self.attn(rms_norm(x, self.eps), cos, sin, mask, cache, wanted)
+        y = self.attn(rms_norm(x, self.eps), cos, sin, sees, cache, wanted)
         x = (x if wanted is None else take(x, wanted)) + y  # (B, T, C), or W for T
         return x + self.mlp(rms_norm(x, self.eps))
 
@@ -141,8 +142,10 @@ class GPT(nn.Module):
         limit = self.seq_len if cache is None else cache.max_len
         if end > limit:
             raise ValueError(f"{end} tokens, but there is room for {limit}")
-        masks = {window: attention_mask(start, ids.size(1), window, ids.device) for window in set(self.windows)}
-        return self._run(ids, self.cos[start:end], self.sin[start:end], masks, cache, wanted)
+        sees: dict[int, int | Tensor | None] = {window: window for window in self.windows}
+        if cache is not None or wanted is not None:
+            sees = {window: attention_mask(start, ids.size(1), window, ids.device) for window in sees}
+        return self._run(ids, self.cos[start:end], self.sin[start:end], sees, cache, wanted)
 
     def branches(self, ids: Tensor, positions: Tensor, visible: Tensor, key_positions: Tensor, cache: KVCache) -> Tensor:
         """Hidden states (B, T, C) of tokens that go on from the S tokens in `cache` along several branches at once.
@@ -151,17 +154,23 @@ class GPT(nn.Module):
         among them); key_positions: int64 (B, S + T). Positions are those of the rotary embedding, below seq_len.
         """
         distance = positions[:, :, None] - key_positions[:, None]  # (B, T, S + T)
-        masks = {w: (visible if w >= self.seq_len else visible & (distance < w))[:, None] for w in set(self.windows)}
-        return self._run(ids, self.cos[positions], self.sin[positions], masks, cache, None)
+        sees = {w: (visible if w >= self.seq_len else visible & (distance < w))[:, None] for w in set(self.windows)}
+        return self._run(ids, self.cos[positions], self.sin[positions], sees, cache, None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> fp32 logits (..., vocab_size): those of the padding are cut off."""
         return softcap(self.head(hidden).float(), self.logit_softcap)[..., : self.vocab_size]
 
     def _run(
-        self, ids: Tensor, cos: Tensor, sin: Tensor, masks: Mapping[int, Tensor | None], cache: KVCache | None, wanted: Tensor | None
+        self,
+        ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        sees: Mapping[int, int | Tensor | None],
+        cache: KVCache | None,
+        wanted: Tensor | None,
     ) -> Tensor:
-        """The blocks: ids (B, T) -> (B, T, C). cos and sin (T, 1, D / 2) or (B, T, 1, D / 2); masks by attention window."""
+        """The blocks: ids (B, T) -> (B, T, C). cos and sin (T, 1, D / 2) or (B, T, 1, D / 2); sees, as `Attention` takes it, by window."""
         x = rms_norm(self.embed(ids).to(self.compute_dtype), self.eps)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         layer_caches = [None] * len(self.blocks) if cache is None else cache.layers
@@ -169,14 +178,14 @@ class GPT(nn.Module):
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             *first, last = zip(self.blocks, self.windows, layer_caches, strict=True)
             for block, window, layer_cache in first:
-                x = block(x, cos, sin, masks[window], layer_cache)
+                x = block(x, cos, sin, sees[window], layer_cache)
             block, window, layer_cache = last
             if wanted is None:
-                x = block(x, cos, sin, masks[window], layer_cache)
+                x = block(x, cos, sin, sees[window], layer_cache)
             else:
-                seen = torch.arange(ids.size(1), device=ids.device) <= wanted[..., None]  # (B, W, T)
-                x = block(x, cos, sin, seen[:, None], layer_cache, wanted)
+                up_to = torch.arange(ids.size(1), device=ids.device) <= wanted[..., None]  # (B, W, T)
+                x = block(x, cos, sin, up_to[:, None], layer_cache, wanted)
         return rms_norm(x, self.eps)
 
-    def _loss_of_chunk(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss_of_chunk(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._derive(logits, targets, self.logit_softcap, self.vocab_size)
