@@ -61,6 +61,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(path)
 
 
+FEATURES = {"value_embeds": True, "residual_scalars": True, "smear": True, "qk_scale": 1.4}
+
+
 def build(vocab_size: int, seq_len: int = SEQ_LEN, **options: Any) -> GPT:
     """A model of which every part matters: fresh weights have zero matrices and a head near zero."""
     config = ModelConfig(**{"depth": 3, "width": 64, "head_dim": 16, **options})
@@ -69,8 +72,10 @@ def build(vocab_size: int, seq_len: int = SEQ_LEN, **options: Any) -> GPT:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name == "head.weight" or name.endswith(("attn.o.weight", "mlp.down.weight")):
-                weight.copy_(torch.randn(weight.shape, generator=generator) * weight.size(1) ** -0.5)
+            if name in ("head.weight", "smear.strength", "smear.gate.weight") or name.endswith(
+                (".o.weight", ".down.weight", "_gate.weight")
+            ):
+                weight.copy_(torch.randn(weight.shape, generator=generator) * weight.size(-1) ** -0.5)
     return model
 
 
@@ -202,7 +207,7 @@ def test_predictions_equal_the_plain_ones(tmp_path: Path, model: GPT, tokenizer:
     assert len({str(one.prediction) for one in result.predictions}) > 1 or kind == "schema"
 
 
-@pytest.mark.parametrize("options", [{"window_pattern": "SSL"}, {"n_kv_heads": 2}, {"logit_softcap": None}])
+@pytest.mark.parametrize("options", [{"window_pattern": "SSL"}, {"n_kv_heads": 2}, {"logit_softcap": None}, FEATURES])
 @pytest.mark.parametrize("kind", list(TEMPLATES))
 def test_predictions_equal_the_plain_ones_for_every_kind_of_model(tmp_path: Path, tokenizer: Tokenizer, options: dict[str, Any], kind: str):
     model = build(tokenizer.vocab_size, **options)

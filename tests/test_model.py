@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from picotrain import shape
 from picotrain.config.schema import ModelConfig
 from picotrain.model import GPT, KVCache, attention, attention_mask, gpt, rms_norm, rotate
 from picotrain.model import loss as loss_module
@@ -24,7 +25,7 @@ def small(depth: int = 2, vocab_size: int = VOCAB, seq_len: int = SEQ_LEN, dtype
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            std = 1.0 if name == "embed.weight" else (10 if name == "head.weight" else 2) / math.sqrt(parameter.size(1))
+            std = 1.0 if name == "embed.weight" else (10 if name == "head.weight" else 2) / math.sqrt(parameter.size(-1))
             parameter.normal_(0, std, generator=generator)
     return model
 
@@ -214,7 +215,12 @@ def test_a_mask_shows_a_query_itself_and_the_window_before_it():
 # ---------------------------------------------------------------- cache
 
 
-@pytest.mark.parametrize("config", [{}, {"n_kv_heads": 1}, {"window_pattern": "SL"}, {"n_kv_heads": 2, "window_pattern": "SSSL"}])
+FEATURES = {"value_embeds": True, "residual_scalars": True, "smear": True, "qk_scale": 1.4}
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"n_kv_heads": 1}, {"window_pattern": "SL"}, {"n_kv_heads": 2, "window_pattern": "SSSL"}, {"n_kv_heads": 2} | FEATURES]
+)
 @pytest.mark.parametrize("chunks", [[1] * SEQ_LEN, [10] + [1] * 22, [5, 1, 20, 6]], ids=["one by one", "prefill", "chunks"])
 def test_decoding_with_a_cache_equals_the_full_forward(config, chunks):
     model, ids = small(depth=4, **config), ids_of(2, SEQ_LEN)
@@ -223,6 +229,34 @@ def test_decoding_with_a_cache_equals_the_full_forward(config, chunks):
         parts = [model(chunk, cache=cache) for chunk in ids.split(chunks, dim=1)]
         assert cache.length == SEQ_LEN
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("feature", [{key: value} for key, value in FEATURES.items()])
+def test_each_feature_changes_the_model_and_no_position_sees_later_tokens(feature):
+    model, ids = small(**feature), ids_of(2, SEQ_LEN)
+    plain, changed = small(), ids.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % VOCAB
+    with torch.no_grad():
+        plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in plain.state_dict()})
+        a, b = model(ids), model(changed)
+        assert (a - plain(ids)).abs().max() > 1e-2
+    torch.testing.assert_close(a[:, :20], b[:, :20], rtol=0, atol=1e-5)
+    assert (a[:, 20:] - b[:, 20:]).abs().amax(dim=-1).min() > 1e-2
+
+
+def test_fresh_features_count_as_planned_and_all_but_value_embeddings_and_scale_begin_as_the_plain_model():
+    config = ModelConfig(depth=4, head_dim=16, width=64, **FEATURES)
+    model = GPT(config, VOCAB, SEQ_LEN)
+    model.init_weights(0)
+    planned = shape.parameters(model.dims, VOCAB, config)
+    assert model.num_parameters() == planned.total
+    assert planned.value_embeds == 2 * 320 * 64 and planned.scalars == 2 * 4 + 32 + 1
+    plain = GPT(ModelConfig(depth=4, head_dim=16, width=64), VOCAB, SEQ_LEN)
+    plain.init_weights(0)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.state_dict().items())
+    ids = ids_of(1, SEQ_LEN)
+    with torch.no_grad():  # o and down are zero: only the residual stream counts, which the last norm rescales
+        torch.testing.assert_close(model(ids), plain(ids), rtol=1e-4, atol=1e-5)
 
 
 def test_a_cleared_cache_starts_anew():

@@ -28,6 +28,16 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_decay():
     assert {name: group["weight_decay"] for name, group in groups.items()} == {"embed": 0.0, "head": 0.0, "matrices": 0.1}
 
 
+def test_value_embeddings_go_with_the_embedding_and_scalars_have_a_rate_of_their_own():
+    gpt = GPT(ModelConfig(depth=2, head_dim=16, width=32, value_embeds=True, residual_scalars=True, smear=True), 100, 16)
+    names = {id(parameter): name for name, parameter in gpt.named_parameters()}
+    groups = {g["name"]: g for g in optim.param_groups(gpt, Rates(0.01, 0.2, 0.004, 0.1, scalar_lr=0.02))}
+    assert [names[id(p)] for p in groups["embed"]["params"]] == ["embed.weight", "value_embeds.1.weight"]
+    assert groups["scalars"]["peak_lr"] == 0.02 and groups["scalars"]["weight_decay"] == 0.0
+    assert {names[id(p)].partition(".")[0] for p in groups["scalars"]["params"]} == {"residual_scalars", "smear"}
+    assert all(names[id(p)].startswith("blocks.") for p in groups["matrices"]["params"])
+
+
 def test_fused_adamw_takes_the_steps_of_the_plain_one():
     ours, theirs = model(), model()
     fused = optim.build(SECTION, ours, RATES)

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 # Values derived once: a resumed run reads them back instead of deriving them anew.
-DERIVED_ONCE = ("num_steps", "total_tokens", "horizon", "matrix_lr", "embed_lr", "head_lr", "weight_decay", "bytes_per_token", "epochs")
+DERIVED_ONCE = (
+    "num_steps", "total_tokens", "horizon", "matrix_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "bytes_per_token", "epochs",
+)  # fmt: skip
 # Numbers of a plan that something is divided by or as many of which are made.
 COUNTED = (
     "depth", "width", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "seq_len", "total_batch_size", "rows_per_step",

@@ -7,12 +7,13 @@ ratio of 12 and a batch of 2^19 tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 REFERENCE_WIDTH = 768
 REFERENCE_BATCH_TOKENS = 2**19
 REFERENCE_PARAMS = 12 * 12 * 768**2 + 32_768 * 768  # matrices and head at depth 12
+GATE_CHANNELS = 32  # of a hidden state that the gates of value embeddings and smear look at: a few are as good as all
 DEFAULT_RATIO = 12.0  # training tokens per matrix or head parameter
 
 
@@ -29,6 +30,12 @@ class ModelSection(Protocol):
     def n_kv_heads(self) -> int | None: ...
     @property
     def window_pattern(self) -> str: ...
+    @property
+    def value_embeds(self) -> bool: ...
+    @property
+    def residual_scalars(self) -> bool: ...
+    @property
+    def smear(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,12 @@ class Parameters:
     embedding: int
     matrices: int
     head: int
+    value_embeds: int = 0
+    scalars: int = 0  # residual scalars and smear
 
     @property
     def total(self) -> int:
-        return self.embedding + self.matrices + self.head
+        return self.embedding + self.matrices + self.head + self.value_embeds + self.scalars
 
     @property
     def scaling(self) -> int:
@@ -62,12 +71,13 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Rates:
-    """Peak learning rates by parameter group, and the decay of the matrices."""
+    """Peak learning rates by parameter group, and the decay of the matrices. `scalar_lr` is for residual scalars and smear."""
 
     matrix_lr: float
     embed_lr: float
     head_lr: float
     weight_decay: float
+    scalar_lr: float = 0.0
 
 
 def dims(model: ModelSection) -> Dims:
@@ -94,11 +104,26 @@ def windows(model: ModelSection, seq_len: int) -> tuple[int, ...]:
     return (*sizes[:-1], seq_len)
 
 
-def parameters(d: Dims, vocab_size: int) -> Parameters:
-    """Weights by part; norms carry none and there are no biases."""
+def value_embedding_layers(model: ModelSection) -> tuple[int, ...]:
+    """The layers with value embeddings: every other one, the last among them."""
+    return tuple(range((model.depth - 1) % 2, model.depth, 2)) if model.value_embeds else ()
+
+
+def parameters(d: Dims, vocab_size: int, model: ModelSection | None = None) -> Parameters:
+    """Weights by part; norms carry none and there are no biases. model: whose optional parts count; None: it has none."""
     attention = d.width * d.head_dim * (2 * d.n_heads + 2 * d.n_kv_heads)
-    table = pad_vocab(vocab_size) * d.width
-    return Parameters(embedding=table, matrices=d.depth * (attention + 2 * d.width * d.mlp_width), head=table)
+    rows = pad_vocab(vocab_size)
+    matrices = d.depth * (attention + 2 * d.width * d.mlp_width)
+    plain = Parameters(embedding=rows * d.width, matrices=matrices, head=rows * d.width)
+    if model is None:
+        return plain
+    tables, gate = len(value_embedding_layers(model)), min(GATE_CHANNELS, d.width)
+    return replace(
+        plain,
+        matrices=matrices + tables * gate * d.n_kv_heads,
+        value_embeds=tables * rows * d.n_kv_heads * d.head_dim,
+        scalars=2 * d.depth * model.residual_scalars + (gate + 1) * model.smear,
+    )
 
 
 def flops_per_token(d: Dims, params: Parameters, layer_windows: tuple[int, ...], seq_len: int) -> int:
@@ -141,5 +166,6 @@ def scale_rates(base: Rates, width: int, batch_tokens: int, total_tokens: int, o
         matrix_lr=base.matrix_lr * (1.0 if orthogonal else batch_scale * width_scale),
         embed_lr=base.embed_lr * batch_scale * math.sqrt(width_scale),
         head_lr=base.head_lr * batch_scale * math.sqrt(width_scale),
+        scalar_lr=base.scalar_lr * batch_scale,
         weight_decay=base.weight_decay * decay_scale * (DEFAULT_RATIO * REFERENCE_PARAMS / total_tokens),
     )

@@ -75,6 +75,11 @@ class ModelConfig(Section):
     logit_softcap: PositiveFloat | None = 15.0  # null: off
     norm_eps: PositiveFloat = 1e-6
     rope_theta: PositiveFloat = 10_000.0
+    # What the fastest recipes add (picotrain.model.features); the plain model, which export knows, has none of it.
+    value_embeds: StrictBool = False  # a table of values by token in every other layer
+    residual_scalars: StrictBool = False  # learned factors of residual stream and embedding at each layer
+    smear: StrictBool = False  # a gated share of the token before
+    qk_scale: PositiveFloat = 1.0  # factor of the attention logits
 
     def _problems(self) -> list[Problem]:
         width = self.width or -(-64 * self.depth // self.head_dim) * self.head_dim
@@ -188,6 +193,7 @@ class OptimizerConfig(Section):
     matrix_lr: PositiveFloat
     embed_lr: PositiveFloat
     head_lr: PositiveFloat
+    scalar_lr: PositiveFloat = 0.02  # of residual scalars and smear
     beta1: Decay = 0.9
     beta2: Decay = 0.95
     eps: PositiveFloat = 1e-10

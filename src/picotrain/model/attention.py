@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from picotrain import shape
 from picotrain.model import kernels
 from picotrain.model.cache import LayerCache
+from picotrain.model.features import gate_channels
 from picotrain.model.layers import Linear, rms_norm, rotate, take
 
 
 class Attention(nn.Module):
     """Causal self-attention; with fewer key/value heads than query heads it is grouped-query (arXiv:2305.13245)."""
 
-    def __init__(self, dims: shape.Dims, eps: float):
+    def __init__(self, dims: shape.Dims, eps: float, qk_scale: float = 1.0, value_gate: bool = False):
         super().__init__()
         self.head_dim, self.eps = dims.head_dim, eps
+        self.scale = qk_scale * dims.head_dim**-0.5
         self.grouped = dims.n_kv_heads < dims.n_heads
         self.q = Linear(dims.width, dims.n_heads * dims.head_dim)
         self.k = Linear(dims.width, dims.n_kv_heads * dims.head_dim)
         self.v = Linear(dims.width, dims.n_kv_heads * dims.head_dim)
         self.o = Linear(dims.n_heads * dims.head_dim, dims.width)
+        self.value_gate = Linear(gate_channels(dims.width), dims.n_kv_heads) if value_gate else None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, sees: int | Tensor | None, cache: LayerCache | None, wanted: Tensor | None = None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        sees: int | Tensor | None,
+        cache: LayerCache | None,
+        wanted: Tensor | None = None,
+        values: Tensor | None = None,
     ) -> Tensor:
         """x (B, T, C) -> (B, T, C), or (B, W, C) with `wanted`. sees: which keys a query sees, as a window of tokens that ends with
-        its own where every token is query and key, else as a mask (None: all up to its own).
+        its own where every token is query and key, else as a mask (None: all up to its own). values: value embeddings (B, T, H_kv D).
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         if wanted is None:
@@ -36,12 +47,16 @@ class Attention(nn.Module):
             q = rotate(self.q(take(x, wanted)).view(*wanted.shape, -1, self.head_dim), cos[wanted], sin[wanted])
         q = rms_norm(q, self.eps).transpose(1, 2)  # (B, H, T, D), or W for T
         k = rms_norm(rotate(self.k(x).view(heads), cos, sin), self.eps).transpose(1, 2)  # (B, H_kv, T, D)
-        v = self.v(x).view(heads).transpose(1, 2)
+        v = self.v(x).view(heads)  # (B, T, H_kv, D)
+        if self.value_gate is not None and values is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, H_kv), 1 at first
+            v = v + gate[..., None] * values.view(heads)
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H_kv, start + T, D)
         if isinstance(sees, int):
-            y = kernels.attend(q, k, v, sees, self.head_dim**-0.5)
+            y = kernels.attend(q, k, v, sees, self.scale)
         else:
             causal = sees is None and x.size(1) > 1  # a single query sees every key
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=causal, enable_gqa=self.grouped)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=causal, scale=self.scale, enable_gqa=self.grouped)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)

@@ -38,6 +38,7 @@ class KVCache:
         if max_len > model.seq_len:
             raise ValueError(f"a cache of {max_len} tokens for a model of {model.seq_len}")
         self.max_len = max_len + more
+        self.ids = torch.empty((batch, self.max_len), dtype=torch.int64, device=model.embed.weight.device)
         size = (batch, model.dims.n_kv_heads, self.max_len, model.dims.head_dim)
         self.layers = [LayerCache(size, model.compute_dtype, model.embed.weight.device) for _ in model.blocks]
 

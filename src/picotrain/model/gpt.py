@@ -16,6 +16,7 @@ from picotrain.config.schema import ModelConfig
 from picotrain.model import loss
 from picotrain.model.attention import Attention
 from picotrain.model.cache import KVCache, LayerCache
+from picotrain.model.features import ResidualScalars, Smear, previous_ids
 from picotrain.model.layers import MLP, Linear, rms_norm, rotary_angles, softcap, take
 from picotrain.model.loss import HeadLoss, losses_and_slopes
 from picotrain.model.masks import attention_mask
@@ -24,10 +25,10 @@ from picotrain.model.masks import attention_mask
 class Block(nn.Module):
     """One layer. It knows neither its index nor its window, so that all layers share one compiled code."""
 
-    def __init__(self, dims: shape.Dims, eps: float):
+    def __init__(self, dims: shape.Dims, eps: float, qk_scale: float = 1.0, value_gate: bool = False):
         super().__init__()
         self.eps = eps
-        self.attn = Attention(dims, eps)
+        self.attn = Attention(dims, eps, qk_scale, value_gate)
         self.mlp = MLP(dims)
 
     def forward(
@@ -38,8 +39,13 @@ class Block(nn.Module):
         sees: int | Tensor | None = None,
         cache: LayerCache | None = None,
         wanted: Tensor | None = None,
+        values: Tensor | None = None,  # (B, T, H_kv D)
+        mix: tuple[Tensor, Tensor, Tensor] | None = None,  # factors of x and of the embedding, (), and the embedding (B, T, C)
     ) -> Tensor:
-        y = self.attn(rms_norm(x, self.eps), cos, sin, sees, cache, wanted)
+        if mix is not None:
+            of_stream, of_embedding, embedding = mix
+            x = of_stream.to(x.dtype) * x + of_embedding.to(x.dtype) * embedding
+        y = self.attn(rms_norm(x, self.eps), cos, sin, sees, cache, wanted, values)
         x = (x if wanted is None else take(x, wanted)) + y  # (B, T, C), or W for T
         return x + self.mlp(rms_norm(x, self.eps))
 
@@ -62,8 +68,15 @@ class GPT(nn.Module):
         self.windows = shape.windows(model, seq_len)
         rows = shape.pad_vocab(vocab_size)
         self.embed = nn.Embedding(rows, dims.width, _weight=torch.empty(rows, dims.width))
-        self.blocks = nn.ModuleList(Block(dims, model.norm_eps) for _ in range(dims.depth))
+        with_values = shape.value_embedding_layers(model)
+        self.blocks = nn.ModuleList(Block(dims, model.norm_eps, model.qk_scale, i in with_values) for i in range(dims.depth))
         self.head = Linear(dims.width, rows)
+        values_width = dims.n_kv_heads * dims.head_dim
+        self.value_embeds = nn.ModuleDict(
+            {str(i): nn.Embedding(rows, values_width, _weight=torch.empty(rows, values_width)) for i in with_values}
+        )
+        self.residual_scalars = ResidualScalars(dims.depth) if model.residual_scalars else None
+        self.smear = Smear(dims.width) if model.smear else None
         angles = rotary_angles(seq_len, dims.head_dim, model.rope_theta)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -74,8 +87,9 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Draw all weights, on the CPU, so that a seed gives the same ones on every device (as nanochat does).
 
-        Embedding: normal, std 1. Head: normal, std 0.001 (the first loss is ln(vocab_size)). q, k, v and up: uniform
-        with std 1 / sqrt(width). o and down: zero (every block starts as the identity).
+        Embedding: normal, std 1. Head: normal, std 0.001 (the first loss is ln(vocab_size)). q, k, v, up and value embeddings:
+        uniform with std 1 / sqrt(width). o and down: zero (every block starts as the identity). Gates and smear: zero. Residual
+        scalars: 1 for the stream, 0.1 for the embedding.
         """
         generator = torch.Generator().manual_seed(seed)
         bound = math.sqrt(3 / self.dims.width)
@@ -85,7 +99,9 @@ class GPT(nn.Module):
                 weight.normal_(0, 1, generator=generator)
             elif name == "head.weight":
                 weight.normal_(0, 0.001, generator=generator)
-            elif not name.endswith(("attn.o.weight", "mlp.down.weight")):
+            elif name.startswith("residual_scalars."):
+                weight.fill_(1.0 if name.endswith(".stream") else 0.1)
+            elif not name.endswith(("attn.o.weight", "mlp.down.weight", "attn.value_gate.weight")) and not name.startswith("smear."):
                 weight.uniform_(-bound, bound, generator=generator)
             parameter.copy_(weight)
 
@@ -145,7 +161,10 @@ class GPT(nn.Module):
         sees: dict[int, int | Tensor | None] = {window: window for window in self.windows}
         if cache is not None or wanted is not None:
             sees = {window: attention_mask(start, ids.size(1), window, ids.device) for window in sees}
-        return self._run(ids, self.cos[start:end], self.sin[start:end], sees, cache, wanted)
+        before = None  # the ids before these, where they are not simply the ids' own
+        if self.smear is not None and cache is not None and start:
+            before = torch.cat((cache.ids[:, start - 1 : start], ids[:, :-1]), dim=1)
+        return self._run(ids, self.cos[start:end], self.sin[start:end], sees, cache, wanted, before)
 
     def branches(self, ids: Tensor, positions: Tensor, visible: Tensor, key_positions: Tensor, cache: KVCache) -> Tensor:
         """Hidden states (B, T, C) of tokens that go on from the S tokens in `cache` along several branches at once.
@@ -155,7 +174,10 @@ class GPT(nn.Module):
         """
         distance = positions[:, :, None] - key_positions[:, None]  # (B, T, S + T)
         sees = {w: (visible if w >= self.seq_len else visible & (distance < w))[:, None] for w in set(self.windows)}
-        return self._run(ids, self.cos[positions], self.sin[positions], sees, cache, None)
+        before = None
+        if self.smear is not None:
+            before = previous_ids(ids, positions, visible, key_positions, torch.cat((cache.ids[:, : cache.length], ids), dim=1))
+        return self._run(ids, self.cos[positions], self.sin[positions], sees, cache, None, before)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> fp32 logits (..., vocab_size): those of the padding are cut off."""
@@ -169,23 +191,40 @@ class GPT(nn.Module):
         sees: Mapping[int, int | Tensor | None],
         cache: KVCache | None,
         wanted: Tensor | None,
+        before: Tensor | None,
     ) -> Tensor:
-        """The blocks: ids (B, T) -> (B, T, C). cos and sin (T, 1, D / 2) or (B, T, 1, D / 2); sees, as `Attention` takes it, by window."""
-        x = rms_norm(self.embed(ids).to(self.compute_dtype), self.eps)
+        """The blocks: ids (B, T) -> (B, T, C). cos and sin (T, 1, D / 2) or (B, T, 1, D / 2); sees, as `Attention` takes it, by window;
+        before: the id one position before each (B, T), -1: none; None: as they stand.
+        """
+        x = self._embedded(ids, before)
+        if cache is not None:
+            cache.ids[:, cache.length : cache.length + ids.size(1)] = ids
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         layer_caches = [None] * len(self.blocks) if cache is None else cache.layers
         eager = self._compiled and (cache is not None or wanted is not None)
+        embedding, last = x, len(self.blocks) - 1
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
-            *first, last = zip(self.blocks, self.windows, layer_caches, strict=True)
-            for block, window, layer_cache in first:
-                x = block(x, cos, sin, sees[window], layer_cache)
-            block, window, layer_cache = last
-            if wanted is None:
-                x = block(x, cos, sin, sees[window], layer_cache)
-            else:
-                up_to = torch.arange(ids.size(1), device=ids.device) <= wanted[..., None]  # (B, W, T)
-                x = block(x, cos, sin, up_to[:, None], layer_cache, wanted)
+            for i, (block, window, layer_cache) in enumerate(zip(self.blocks, self.windows, layer_caches, strict=True)):
+                values = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
+                scalars = self.residual_scalars
+                mix = (scalars.stream[i], scalars.embedding[i], embedding) if scalars is not None else None
+                if wanted is None or i < last:
+                    x = block(x, cos, sin, sees[window], layer_cache, None, values, mix)
+                else:
+                    up_to = torch.arange(ids.size(1), device=ids.device) <= wanted[..., None]  # (B, W, T)
+                    x = block(x, cos, sin, up_to[:, None], layer_cache, wanted, values, mix)
         return rms_norm(x, self.eps)
+
+    def _embedded(self, ids: Tensor, before: Tensor | None) -> Tensor:
+        """What enters the first block: (B, T) -> (B, T, C)."""
+        x = rms_norm(self.embed(ids).to(self.compute_dtype), self.eps)
+        if self.smear is None:
+            return x
+        if before is None:
+            previous = F.pad(x, (0, 0, 1, -1))  # each token's forerunner; the first has none
+        else:
+            previous = rms_norm(self.embed(before.clamp(min=0)).to(x.dtype), self.eps) * (before >= 0)[..., None]
+        return self.smear(x, previous)
 
     def _loss_of_chunk(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self._derive(logits, targets, self.logit_softcap, self.vocab_size)

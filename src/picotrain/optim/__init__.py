@@ -15,17 +15,21 @@ from picotrain.shape import Rates
 __all__ = ["Guard", "Muon", "build", "param_groups", "set_lr"]
 
 
-def param_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
-    """The embedding, the head and all matrices in between, each with its peak rate; only matrices decay.
+_GROUP_OF = {"embed": "embed", "value_embeds": "embed", "head": "head", "residual_scalars": "scalars", "smear": "scalars"}
 
-    Every parameter is in exactly one group: matrices are what is neither embedding nor head.
+
+def param_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
+    """The embeddings, the head, the scalars if there are any, and last all matrices in between, each with its peak rate; only
+    matrices decay. Every parameter is in exactly one group: matrices are what belongs to no other.
     """
-    named = dict(model.named_parameters())
-    tables = {"embed": named.pop("embed.weight"), "head": named.pop("head.weight")}
+    rate_of = {"embed": rates.embed_lr, "head": rates.head_lr, "scalars": rates.scalar_lr, "matrices": rates.matrix_lr}
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in rate_of}
+    for name, parameter in model.named_parameters():
+        members[_GROUP_OF.get(name.partition(".")[0], "matrices")].append(parameter)
     return [
-        {"name": "embed", "params": [tables["embed"]], "peak_lr": rates.embed_lr, "weight_decay": 0.0},
-        {"name": "head", "params": [tables["head"]], "peak_lr": rates.head_lr, "weight_decay": 0.0},
-        {"name": "matrices", "params": list(named.values()), "peak_lr": rates.matrix_lr, "weight_decay": rates.weight_decay},
+        {"name": name, "params": members[name], "peak_lr": rate, "weight_decay": rates.weight_decay if name == "matrices" else 0.0}
+        for name, rate in rate_of.items()
+        if members[name]
     ]
 
 

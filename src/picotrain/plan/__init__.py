@@ -79,6 +79,7 @@ class Plan(BaseModel):
     embed_lr: float
     head_lr: float
     weight_decay: float
+    scalar_lr: float = 0.0
     checkpoint_bytes: int
     staging_bytes: int = 0  # host memory that rank 0 keeps for saving in the background, on a CPU part of the next
     predicted_memory_bytes: int  # per rank, an estimate
@@ -88,7 +89,7 @@ class Plan(BaseModel):
 
     @property
     def rates(self) -> shape.Rates:
-        return shape.Rates(self.matrix_lr, self.embed_lr, self.head_lr, self.weight_decay)
+        return shape.Rates(self.matrix_lr, self.embed_lr, self.head_lr, self.weight_decay, self.scalar_lr)
 
     @property
     def stream(self) -> dict[str, Any]:
@@ -183,9 +184,10 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         raise ConfigError(problems)
 
     total_tokens = num_steps * batch
-    rates = shape.Rates(config.optimizer.matrix_lr, config.optimizer.embed_lr, config.optimizer.head_lr, config.optimizer.weight_decay)
-    if config.optimizer.scale:
-        rates = shape.scale_rates(rates, d.width, batch, total_tokens, orthogonal=config.optimizer.kind == "muon")
+    o = config.optimizer
+    rates = shape.Rates(o.matrix_lr, o.embed_lr, o.head_lr, o.weight_decay, o.scalar_lr)
+    if o.scale:
+        rates = shape.scale_rates(rates, d.width, batch, total_tokens, orthogonal=o.kind == "muon")
     hours = _hours(config, total_tokens * flops, world_size)
     memory = predict_memory(config, d, params, micro_rows)
     epochs = total_tokens / corpus_tokens if corpus_tokens else None
@@ -242,7 +244,7 @@ def _model_facts(config: Config, d: shape.Dims, params: shape.Parameters) -> dic
         "n_kv_heads": d.n_kv_heads,
         "head_dim": d.head_dim,
         "vocab_size": config.tokenizer.vocab_size,
-        "parameters": {"embedding": params.embedding, "matrices": params.matrices, "head": params.head, "total": params.total},
+        "parameters": {part: n for part, n in dataclasses.asdict(params).items() if n} | {"total": params.total},
     }
 
 

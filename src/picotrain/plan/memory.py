@@ -88,6 +88,6 @@ def facts(config: Config) -> tuple[shape.Dims, shape.Parameters, tuple[int, ...]
     """What the model's shape says: dimensions, parameters, each layer's attention window, FLOPs per token."""
     seq_len = config.train.seq_len or shape.default_seq_len(config.model.depth)
     d = shape.dims(config.model)
-    params = shape.parameters(d, config.tokenizer.vocab_size)
+    params = shape.parameters(d, config.tokenizer.vocab_size, config.model)
     windows = shape.windows(config.model, seq_len)
     return d, params, windows, shape.flops_per_token(d, params, windows, seq_len)
