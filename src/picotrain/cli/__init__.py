@@ -173,6 +173,31 @@ def doctor_(overrides: Overrides = None, config: ConfigFile = None, config_dir: 
     raise typer.Exit(run(overrides or [], config, config_dir))
 
 
+@app.command("bench", context_settings={"ignore_unknown_options": True}, add_help_option=False)
+def bench_(
+    ctx: typer.Context,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Benchmarks, or one and options of its own.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="The whole set, about half an hour on two cores.")] = False,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda; auto: an NVIDIA GPU where there is one.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON lines: versions and hardware, then one a setting.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write all of it as one JSON file, too.")] = None,
+) -> None:
+    """Measure this machine: matmul ceiling, training step, loader, checkpoint and sampling, in about two minutes.
+
+    Examples: `picotrain bench`, `picotrain bench --full --out results.json`,
+    `picotrain bench step --depth 4 6 --compile`, `picotrain bench loader --path corpora/mine`.
+
+    Benchmarks: matmul, step, loader, checkpoint, sampling, startup, corpus, core; those named run as in the set, with
+    the options that follow a single name (`picotrain bench step --help` lists them). It needs no network.
+    """
+    if names and names[0] in ("--help", "-h"):  # after a name it asks for the options of that one
+        print(ctx.get_help())
+        raise typer.Exit
+    from picotrain.cli import bench
+
+    raise typer.Exit(bench.bench(names or [], full, device, json, out))
+
+
 @data_app.command("show")
 def data_show(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Prepare a corpus if need be and print what is in it, e.g. `picotrain data show data=files data.path=texts/`."""

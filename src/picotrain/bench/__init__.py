@@ -1,0 +1,83 @@
+"""Benchmarks: the figures that the docs claim, measured. Run by `picotrain bench` as a set, or one by one by the scripts in benchmarks/.
+
+A benchmark is a module of this package, named as in NAMES, with
+
+    __doc__              what it measures and what its figures mean: the help of its script
+    arguments(parser)    its options, for its script and for `picotrain bench NAME` alike
+    run(options)         an iterator of one dict per setting, each to be printed as one JSON line
+
+How such a line is shown in the table stands in `table`; which settings belong to a set, in `sets`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, Protocol, cast
+
+from picotrain.errors import PicotrainError
+
+NAMES = ("matmul", "step", "loader", "checkpoint", "sampling", "startup", "corpus", "core")
+
+
+class Benchmark(Protocol):
+    """What a module of a benchmark holds."""
+
+    __doc__: str | None
+
+    def arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def run(self, options: argparse.Namespace) -> Iterator[dict[str, Any]]: ...
+
+
+def load(name: str) -> Benchmark:
+    """The benchmark of that name; brings what it measures, torch for most."""
+    return cast(Benchmark, importlib.import_module(f"picotrain.bench.{name}"))
+
+
+class _Parser(argparse.ArgumentParser):
+    """One message for a user's mistake, without all of the options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(PicotrainError.exit_code, f"error: {message}; `{self.prog} --help` lists what there is\n")
+
+
+def parser(name: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a benchmark's options."""
+    benchmark = load(name)
+    found = _Parser(prog=prog, description=benchmark.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    benchmark.arguments(found)
+    return found
+
+
+def script(name: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run a benchmark in this process and print a JSON line per setting; the exit code. arguments: None for those of the command line."""
+    end_on_sigterm()
+    options = parser(name, prog).parse_args(arguments)
+    try:
+        for line in load(name).run(options):
+            print(json.dumps(line), flush=True)
+    except PicotrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def words(options: argparse.Namespace) -> list[str]:
+    """Options as the words of a command line that give them back."""
+    found: list[str] = []
+    for key, value in vars(options).items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            found += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return found
+
+
+def end_on_sigterm() -> None:
+    """Make SIGTERM unwind this process like an exit, so that it ends the processes it has started."""
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))

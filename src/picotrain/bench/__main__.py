@@ -1,0 +1,10 @@
+"""`python -m picotrain.bench NAME [OPTION]...`: one benchmark in this process, a JSON line per setting."""
+
+import sys
+
+from picotrain.bench import NAMES, script
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [] or sys.argv[1] not in NAMES:
+        sys.exit(f"usage: python -m picotrain.bench {'|'.join(NAMES)} [OPTION]...")
+    sys.exit(script(sys.argv[1], sys.argv[2:], prog=f"picotrain bench {sys.argv[1]}"))

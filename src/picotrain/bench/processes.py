@@ -1,0 +1,37 @@
+"""Benchmarks in processes of their own: none inherits another's memory, threads or compiled code, and one that fails costs no other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from picotrain.errors import PicotrainError
+
+
+class BenchmarkFailed(PicotrainError):
+    """A benchmark's process did not end well; its exit code, and as the message what it said."""
+
+    def __init__(self, name: str, code: int, said: str):
+        mistake = code == PicotrainError.exit_code and said.startswith("error: ")  # of the user, already one message
+        super().__init__(said.removeprefix("error: ").strip() if mistake else f"the benchmark {name} ended with exit code {code}:\n{said}")
+        self.exit_code = code if code > 0 else 1  # below 0: by a signal
+
+
+def lines(name: str, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The lines of a benchmark as they come. Its process is ended when the iterator is. Raises BenchmarkFailed."""
+    command = [sys.executable, "-m", "picotrain.bench", name, *arguments]
+    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
+        assert process.stdout
+        try:
+            for line in process.stdout:
+                yield json.loads(line)
+        except BaseException:
+            process.terminate()
+            raise
+        if process.wait():
+            said.seek(0)
+            raise BenchmarkFailed(name, process.returncode, said.read())

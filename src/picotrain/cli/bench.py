@@ -1,0 +1,153 @@
+"""`picotrain bench`: a set of benchmarks, each in a process of its own; one table, or JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from picotrain import bench as benchmarks
+from picotrain import hardware
+from picotrain.bench import sets
+from picotrain.bench.environment import environment
+from picotrain.bench.processes import BenchmarkFailed, lines
+from picotrain.bench.sets import Task
+from picotrain.bench.table import Row, rows
+from picotrain.cli import say
+from picotrain.cli.show import console
+from picotrain.config.keys import nearest
+from picotrain.config.saved import write_whole
+from picotrain.errors import PicotrainError
+from picotrain.hardware import Machine
+from picotrain.text import clock
+
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+
+
+def bench(given: Sequence[str], full: bool, device: str, as_json: bool, out: Path | None) -> int:
+    """Run the benchmarks named in `given`, whose options may follow a single name, or a set of them; the exit code.
+
+    A benchmark that fails costs no other: the exit code is that of the first one that did.
+    """
+    names, own = split(given)
+    if {"-h", "--help"} & {*own}:
+        return benchmarks.script(names[0], ["--help"], prog=f"picotrain bench {names[0]}")
+    machine = machine_for(device)
+    tasks = [Task(name, [*arguments, *own]) for name, arguments in sets.tasks(names, full, machine)]
+    where = environment(machine)
+    record = Record(where, out, as_json)
+    if full and not names:
+        say("core is left out, as it needs files of yours: picotrain bench core --bundle FOLDER --corpus FOLDER")
+    benchmarks.end_on_sigterm()
+    codes = []
+    try:
+        for number, task in enumerate(tasks, 1):
+            with progress(task, number, len(tasks)):
+                codes.append(_measure(task, record))
+    except KeyboardInterrupt:
+        codes = [INTERRUPTED]
+    if not as_json and any("said" not in line for line in record.results):
+        show(where, record.results)
+    return next((code for code in codes if code), 0)
+
+
+def split(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of benchmarks, and the options that follow a single one. Raises PicotrainError for an unknown name."""
+    first = next((index for index, word in enumerate(given) if word.startswith("-")), len(given))
+    names, own = list(given[:first]), list(given[first:])
+    for name in names:
+        if name not in benchmarks.NAMES:
+            meant = f"nearest: {', '.join(found)}; " if (found := nearest(name, benchmarks.NAMES)) else ""
+            raise PicotrainError(f"there is no benchmark {name!r} ({meant}all: {', '.join(benchmarks.NAMES)})")
+    if own and len(names) != 1:
+        raise PicotrainError(f"{own[0]} is an option of a single benchmark; name it before, e.g. `picotrain bench step --depth 6`")
+    return names, own
+
+
+def machine_for(device: str) -> Machine:
+    """This machine as the benchmarks are to use it; auto: an NVIDIA GPU where there is one. Raises PicotrainError."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise PicotrainError(f"--device {device}: benchmarks run on cpu or cuda; auto takes the GPU where there is one")
+    found = hardware.detect()
+    if device == "cuda" and found.device != "cuda":
+        raise PicotrainError(f"--device cuda: no NVIDIA GPU was found here, this machine has {found.name}; --device cpu would be right")
+    return found if found.device == "cuda" and device != "cpu" else hardware.cpu()
+
+
+class Record:
+    """The lines so far: on standard output as JSON lines, in a file as one object that is whole after every line."""
+
+    def __init__(self, where: dict[str, Any], out: Path | None, as_json: bool):
+        self.results: list[dict[str, Any]] = []
+        self._where, self._out, self._as_json = where, out, as_json
+        self._print({"environment": where})
+        self._write()
+
+    def add(self, line: dict[str, Any]) -> None:
+        self.results.append(line)
+        self._print(line)
+        self._write()
+
+    def _print(self, line: dict[str, Any]) -> None:
+        if self._as_json:
+            print(json.dumps(line), flush=True)
+
+    def _write(self) -> None:
+        if not self._out:
+            return
+        try:
+            write_whole(self._out, json.dumps({"environment": self._where, "results": self.results}, indent=1) + "\n")
+        except OSError as error:
+            raise PicotrainError(f"{self._out} cannot be written ({error.strerror}); name a file in a folder that is there") from error
+
+
+def _measure(task: Task, record: Record) -> int:
+    """Run one benchmark in a process of its own; its exit code. Of one that fails, what it said is shown and kept."""
+    try:
+        for line in lines(task.name, task.arguments):
+            record.add(line)
+    except BenchmarkFailed as error:
+        say(f"error: {error}")
+        failure = {"not_measured": f"it ended with exit code {error.exit_code}", "said": str(error)}
+        record.add({"benchmark": task.name, "arguments": task.arguments} | failure)
+        return error.exit_code
+    return 0
+
+
+@contextmanager
+def progress(task: Task, number: int, count: int) -> Iterator[None]:
+    """What is being measured, on standard error: a spinner on a terminal, elsewhere a line when it is done."""
+    err, started = Console(stderr=True, highlight=False), time.monotonic()
+    text = f"{number} of {count}: {' '.join([task.name, *task.arguments])}"
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        bar.add_task(text, total=None)
+        yield
+    if not err.is_terminal:
+        say(f"{text}  {clock(time.monotonic() - started)}")
+
+
+def show(where: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+    """Print the table."""
+    hw, packages = where["hardware"], where["packages"]
+    at = f" at {where['commit'][:9]}" if where["commit"] else ""
+    machine = f"{hw['name']} ({hw['device']}), {hw['threads']} threads, torch {packages['torch']}, picotrain {where['picotrain']}{at}"
+    out = console()
+    out.print(f"{machine}, {where['time'][:10]}", style="bold", markup=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in Row._fields:
+        table.add_column(name, justify="right" if name == "figure" else "left", no_wrap=name in ("figure", "benchmark"))
+    before = ""
+    for line in results:
+        for row in rows(line):
+            table.add_row("" if row.benchmark == before else row.benchmark, *row[1:])
+            before = row.benchmark
+    out.print(table, markup=False)
