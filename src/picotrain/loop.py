@@ -157,6 +157,8 @@ class _Run:
         self._failure: DataError | None = None  # what ends the run, the same on every rank
         self._stopping_s = 0.0  # when a stop was agreed on
         self._val_rows = None  # tokenized when the first evaluation wants them
+        if self.plan.compile:
+            self._compile()
 
     def __enter__(self) -> _Run:
         return self
@@ -169,6 +171,16 @@ class _Run:
         if self.archive:
             self.archive.close(min(self.config.archive.close_s, FAILED_CLOSE_S))  # does nothing after `end`
         self.monitor.close()
+
+    def _compile(self) -> None:
+        """Pass a batch of zeros through the model and back, which compiles it: then the first step takes as long as any other, and
+        training time does not hold the compiler's. Weights, moments and random states stay as they are.
+        """
+        started_s = time.perf_counter()
+        ids = torch.zeros(self.plan.device_batch_size, self.plan.seq_len, dtype=torch.int64, device=self.parallel.device)
+        self.wrapped(ids, ids).backward()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.monitor.event(self.state.step, "compiled", f"in {time.perf_counter() - started_s:.1f} s, which is no training time")
 
     def _start_archive(self) -> Archive | None:
         section = self.config.archive

@@ -114,6 +114,11 @@ def _core(line: Line) -> Found:
     return [(f"d{line['depth']} {line['precision']}, all tasks", f"{line['ratio']}", "times", f"the plain implementation; {differ}")]
 
 
+def _time_to_bpb(line: Line) -> Found:
+    compared = f"{'at most' if line['reached'] else 'NOT'} {line['target']}, {brief(line['command_s'])} with all around the steps"
+    return [(f"{line['recipe']}, {line['steps']} steps, {brief(line['steps_s'])}", f"{line['val_bpb']:.4f}", "BPB", compared)]
+
+
 _ROWS: dict[str, Callable[[Line], Found]] = {
     "matmul": _matmul,
     "step": _step,
@@ -122,6 +127,7 @@ _ROWS: dict[str, Callable[[Line], Found]] = {
     "signal": _signal,
     "sampling": _sampling,
     "startup": _startup,
+    "time_to_bpb": _time_to_bpb,
     "corpus_start": _corpus_start,
     "corpus_ranks": _corpus_ranks,
     "core": _core,

@@ -33,6 +33,7 @@ from picotrain.plan.memory import (
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
 REPEAT_WARNING_EPOCHS = 4.0  # repeating up to about 4 times costs little (arXiv:2305.16264)
+COMPILE_FLOPS = 3e13  # of training on a CPU from which on torch.compile is taken: a minute or so
 ASSUMED_MFU = 0.40  # for the time and cost of hardware whose peak is known; an assumption, shown as one
 
 
@@ -117,7 +118,7 @@ def decide(config: Config) -> Config:
     nproc = (known.count if known else 1) if hw.nproc_per_node == "auto" else hw.nproc_per_node
     name = hw.name or (known.name if known else device)
     fast_bf16 = known.fast_bf16 if known and not hw.name else device == "cuda"
-    use_compile = device == "cuda" if hw.compile == "auto" else hw.compile
+    use_compile = _compile_pays(config, device) if hw.compile == "auto" else hw.compile
     return config.model_copy(
         update={
             "hardware": hw.model_copy(
@@ -138,6 +139,14 @@ def decide(config: Config) -> Config:
             ),
         }
     )
+
+
+def _compile_pays(config: Config, device: str) -> bool:
+    """Always on a GPU. On a CPU where there is a C++ compiler and enough to do: compiling takes about as long as 4e12 FLOPs and
+    makes the rest a quarter faster (docs/log.md, 2026-11-25)."""
+    if device != "cpu":
+        return device == "cuda"
+    return hardware.has_compiler() and _horizon_tokens(config, None)[0] * facts(config)[3] > COMPILE_FLOPS
 
 
 def estimate_bytes_per_token(vocab_size: int) -> float:
