@@ -30,7 +30,7 @@ from picotrain.data.stream import Batch, Loader, validation_rows
 from picotrain.errors import DataError, Diverged, RunError
 from picotrain.evaluation.suite import core_of_model
 from picotrain.model import DTYPES, GPT
-from picotrain.monitor import Monitor
+from picotrain.monitor import Monitor, profiler
 from picotrain.parallel import Parallel, StopSignal, Watchdog
 from picotrain.state import TrainState
 
@@ -77,6 +77,7 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             if last:
                 return run.end("finished")
 
+            run.profiler.begin(step)  # records a few steps, if it was asked to
             started_s = time.perf_counter() - run.loader.waited_ms / 1000
             loss = torch.zeros((), device=parallel.device)
             wait_ms, source_rows = 0.0, torch.zeros(len(run.corpus.sources))
@@ -138,6 +139,7 @@ class _Run:
         self.schedule = schedule.build(self.config.schedule, self.plan.num_steps)
         self.monitor = Monitor(run_dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank)
         self.resumed_step = self._restore()
+        self.profiler = profiler.build(self.monitor, parallel.device, self.state.step)
 
         if self.plan.compile:
             self.model.compile_blocks()
@@ -164,6 +166,7 @@ class _Run:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.profiler.close()  # while the watchdog still watches: it waits for the device
         self.watchdog.close()
         self.loader.close()
         if self.saver:
@@ -258,10 +261,13 @@ class _Run:
 
     def log(self, step: int, started_s: float, batch: Batch, source_rows: torch.Tensor, **values: Any) -> None:
         """Record a step whose last micro-batch was `batch`; source_rows: of this rank, by source."""
+        if self.profiler.on:
+            values["profiled"] = True
         self.monitor.train_step(
             step=step, started_s=started_s, lr=self.plan.matrix_lr * values["lr_factor"],
             epoch=batch.epoch, pq=batch.pq, rg=batch.rg, **values, **self._by_source(source_rows, batch.source_epochs),
         )  # fmt: skip
+        self.profiler.end(step)
 
     def _by_source(self, rows: torch.Tensor, epochs: Sequence[float]) -> dict[str, Any]:
         """What a mixture's train lines say beside: tokens of the step (all ranks) and epochs (this rank's lanes) by source."""
@@ -336,6 +342,7 @@ class _Run:
     @contextmanager
     def _at_no_cost(self, what: str) -> Iterator[None]:
         """An evaluation that fails is recorded, and costs neither the run nor its weights: those were saved before, if due."""
+        self.profiler.finish(self.state.step)
         try:
             yield
         except Diverged:  # found by the line that was waiting to be written
@@ -356,6 +363,7 @@ class _Run:
         """Close the books: the last lines, the report."""
         self.loader.close()
         self._finish_saving()
+        self.profiler.finish(self.state.step)
         if status == "finished":
             self.monitor.event(self.state.step, status)
         elif not self._failure:

@@ -52,6 +52,7 @@ _CHANGES: dict[str, Change] = {
     "evaluation.core": "free",
     "sampling": "free",
     "logger": "free",
+    "profiler": "free",
 }
 
 

@@ -382,6 +382,14 @@ class LoggerConfig(Section):
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
+class ProfilerConfig(Section):
+    """A look into a few steps, written to profile/ in the run directory."""
+
+    enabled: StrictBool = False
+    first_step: NonNegativeInt | None = None  # null: the fourth step of a start, once in a run
+    steps: Positive = 3
+
+
 class Config(Section):
     """Everything a run does."""
 
@@ -401,3 +409,4 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
     logger: LoggerConfig = LoggerConfig()
+    profiler: ProfilerConfig = ProfilerConfig()

@@ -221,7 +221,8 @@ class Monitor:
         dt_s = fetched_s - max(started_s, self._fetched_s)
         self._fetched_s = fetched_s
         self.total_training_time_s += dt_s
-        self._pace.update(dt_s)
+        if not values.get("profiled"):
+            self._pace.update(dt_s)
         left_out = bool(float(values["skipped"]))
         self.skipped += left_out
         self._skipped_in_row = self._skipped_in_row + 1 if left_out else 0

@@ -189,6 +189,8 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
 
     tokens, horizon = _horizon_tokens(config, corpus_tokens)
     num_steps = max(1, math.ceil(tokens / batch)) if batch > 0 else 1
+    if corpus or not train.num_train_epochs:  # else their number is not known yet
+        problems += _profiler_problems(config, num_steps)
     if problems:
         raise ConfigError(problems)
 
@@ -337,6 +339,13 @@ def _lane_problems(config: Config, lanes: int | None, num_units: int | None, dp_
             )
         )
     return problems
+
+
+def _profiler_problems(config: Config, num_steps: int) -> list[Problem]:
+    first = config.profiler.first_step if config.profiler.enabled else None
+    if first is None or first < num_steps:
+        return []
+    return [Problem("profiler.first_step", f"step {first:,} does not come: the run has {num_steps:,} steps", f"at most {num_steps - 1:,}")]
 
 
 def _notes(

@@ -20,6 +20,7 @@ from picotrain.report.shapes import ConfigShape, DataShape, EvalShape, LineShape
 
 Record = dict[str, Any]
 STEP_FOLDER = "step_[0-9]{1,18}"
+ASIDE = ("profiled", "profile_failed")  # events that say nothing about where a run stands
 ENDS = ("finished", "stopped", "diverged", "bad_data")  # events after which a run does not go on by itself
 
 
@@ -87,7 +88,7 @@ def read_run(run_dir: Path) -> Run:
         core=_by_step(lines, "core"),
         samples=_by_step(lines, "sample"),
         events=sorted(_of_kind(cut, "event") + own_events, key=lambda event: str(event.get("time", ""))),
-        last_event=own_events[-1].get("name") if own_events else None,
+        last_event=next((name for event in reversed(own_events) if (name := event.get("name")) not in ASIDE), None),
         attempts=[(path.name, _read_text(path / "overrides.txt", problems)) for path in _folders(run_dir / "attempts", "[0-9]{1,9}")],
         evals=_read_evals(run_dir / "eval", problems),
         checkpoints=checkpoints,
@@ -182,8 +183,9 @@ def _validation(val: Sequence[Record]) -> dict[str, Any]:
 
 
 def _throughput(train: Sequence[Record]) -> dict[str, Any]:
-    """Medians over the steps but the first, which compiles and warms up, and how much of the time waited for data."""
-    steady = train[1:] or train
+    """Medians over the steps but the first, which compiles and warms up, and those that the profiler slowed, and how much of the
+    time waited for data."""
+    steady = [line for line in train[1:] if not line.get("profiled")] or train
     dt_ms = sum(line.get("dt_ms") or 0 for line in steady)
     total_s = train[-1].get("total_training_time_s") if train else 0.0
     return {

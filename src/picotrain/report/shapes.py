@@ -53,6 +53,7 @@ class LineShape(BaseModel):
     core_metric: Number | None = None
     tasks: dict[str, TaskShape] = Field(default_factory=dict)
     seconds: Number | None = None
+    profiled: bool | None = None
 
 
 class PlanShape(BaseModel):

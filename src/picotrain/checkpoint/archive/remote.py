@@ -20,7 +20,7 @@ OWNER, CONFIG, METRICS = "archive.json", "config.yaml", "metrics.jsonl"
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 FILES = (CONFIG, "plan.json", "data.json", "tokenizer.json", "environment.json", "overrides.txt", f"{METRICS}*")
 FILES += ("report.md", "report.html", "summary.json", "*.png", "*.svg", "wandb_id.txt")
-FOLDERS = ("attempts", "eval")
+FOLDERS = ("attempts", "eval", "profile")
 RENAMING = ("file", "local", "sftp", "ssh")  # where a half-written file would be seen: written beside, then moved
 MAX_MANIFEST_BYTES = 16 << 20
 

@@ -1,0 +1,159 @@
+"""What a profile says, as Markdown that a person reads: where the time of a step goes, and who holds its memory. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from picotrain.text import size
+
+TOP, LEAST = 25, 0.001  # rows of a table, and the share of the whole that is worth one; the rest is one line below them
+NO_OPERATOR = "(no operator: Python, waiting)"
+MAX_NAME = 90  # characters of a name: those of C++ templates run to thousands
+
+
+@dataclass(frozen=True)
+class Timed:
+    """An operator on the host or a kernel on the device, over all its calls in the window: the time in itself, not in what it calls."""
+
+    name: str
+    shapes: str  # of its inputs; "" where they are not known
+    calls: int
+    self_ms: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Bytes taken (above 0) or given back (below) by what ran at that time: an operator, or NO_OPERATOR."""
+
+    time_ns: int
+    address: int
+    bytes: int
+    total_bytes: int  # allocated on the device after it
+    by: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """What was looked at: whole steps, and how long they took in all."""
+
+    title: str
+    first: int
+    steps: int
+    wall_ms: float
+    notes: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        return f"step {self.first}" if self.steps == 1 else f"steps {self.first} to {self.first + self.steps - 1}"
+
+    def heading(self) -> list[str]:
+        """The first lines of every table."""
+        took = f"{self.steps} step{'s' * (self.steps > 1)}, {self.wall_ms / self.steps:,.1f} ms each, the profiler's own cost included"
+        return [f"# {self.title}: {self}", "", "; ".join([took, *self.notes]) + ".", ""]
+
+
+def by_name(rows: Iterable[Timed]) -> list[Timed]:
+    """One row a name, whatever the shapes; the longest first."""
+    merged: dict[str, Timed] = {}
+    for row in rows:
+        before = merged.get(row.name, Timed(row.name, "", 0, 0.0))
+        merged[row.name] = replace(before, calls=before.calls + row.calls, self_ms=before.self_ms + row.self_ms)
+    return sorted(merged.values(), key=lambda row: -row.self_ms)
+
+
+def headline(rows: Sequence[Timed], window: Window, count: int = 3) -> str:
+    """The few that take most of the time: "mm 49 %, mul 14 %"."""
+    named = [row for row in by_name(rows) if row.name != NO_OPERATOR][:count]
+    return ", ".join(f"{_name(row.name.removeprefix('aten::'), 50)} {100 * row.self_ms / window.wall_ms:.0f} %" for row in named)
+
+
+def kernels_markdown(window: Window, host: Sequence[Timed], device: Sequence[Timed] | None) -> str:
+    """kernels.md: kernels of the device by their time, then operators of the host by the time in themselves, by name and by
+    shape. Shares are of the window's wall time. `device`: None on a CPU, where operators are all there is."""
+    lines = window.heading()
+    if device is not None:
+        busy = 100 * sum(row.self_ms for row in device) / window.wall_ms
+        lines += ["## Kernels by time on the device", ""]
+        if device:
+            lines += [f"Together {busy:.1f} % of the wall time; streams run side by side, so that it may be above 100 %.", ""]
+            lines += _timed(by_name(device), window, "kernel")
+        else:
+            lines += ["None was recorded. CUPTI, which records them, said why on standard error; often it wants more rights.", ""]
+    lines += ["## Operators by their own time on the host", ""]
+    if device is not None:
+        lines += ["The host runs ahead of the device: this time counts only where the device waits for it.", ""]
+    lines += _timed(by_name(host), window, "operator")
+    lines += ["## The same by the shapes of their inputs", ""]
+    shaped = sorted((row for row in host if row.shapes), key=lambda row: -row.self_ms)
+    return "\n".join([*lines, *_timed(shaped, window, "operator", with_shapes=True)])
+
+
+def memory_markdown(window: Window, allocations: Sequence[Allocation], device: str) -> str:
+    """memory.md: by what allocated them, the bytes alive at the peak, and all that was allocated in a step."""
+    lines = window.heading()
+    ordered = sorted(allocations, key=lambda allocation: allocation.time_ns)
+    if not ordered:
+        return "\n".join([*lines, f"Nothing was allocated on {device}.", ""])
+    at_peak = max(range(len(ordered)), key=lambda i: ordered[i].total_bytes)
+    alive: dict[int, Allocation] = {}
+    for allocation in ordered[: at_peak + 1]:
+        if allocation.bytes > 0:
+            alive[allocation.address] = allocation
+        else:
+            alive.pop(allocation.address, None)
+    held, count, taken = Counter[str](), Counter[str](), Counter[str]()
+    for allocation in alive.values():
+        held[allocation.by] += allocation.bytes
+        count[allocation.by] += 1
+    for allocation in ordered:
+        taken[allocation.by] += max(allocation.bytes, 0)
+    before, peak = ordered[0].total_bytes - ordered[0].bytes, ordered[at_peak].total_bytes
+    if before > 0:
+        said = f"At the peak {size(peak)} were allocated on {device}: {size(before)} before these steps, {size(peak - before)} in them."
+    else:
+        said = f"At the peak these steps held {size(peak)} on {device}, beside what was there before (weights, optimizer state)."
+    least = LEAST * sum(held.values())
+    ranked = sorted(taken, key=lambda by: (-held[by] if held[by] >= least else 0, -taken[by]))
+    top = [by for by in ranked if held[by] >= least or taken[by] >= least * window.steps][:TOP]
+    rows = [(_cell(by), held[by], count[by], taken[by]) for by in top]
+    if rest := [by for by in ranked if by not in top]:
+        rows.append((f"{len(rest):,} others", *(sum(counter[by] for by in rest) for counter in (held, count, taken))))
+    cells = [[by, size(alive), f"{blocks:,}", size(n_bytes / window.steps)] for by, alive, blocks, n_bytes in rows]
+    return "\n".join([*lines, said, "", *_table(["allocated by", "alive at the peak", "in blocks", "allocated a step"], cells)])
+
+
+def _timed(rows: Sequence[Timed], window: Window, what: str, with_shapes: bool = False) -> list[str]:
+    shown = [row for row in rows if row.self_ms >= LEAST * window.wall_ms][:TOP]
+    cells = [[_cell(row.name), *([_cell(row.shapes)] if with_shapes else []), *_figures(row, window)] for row in shown]
+    if rest := rows[len(shown) :]:
+        others = Timed("", "", sum(row.calls for row in rest), sum(row.self_ms for row in rest))
+        cells.append([f"{len(rest):,} others", *([""] if with_shapes else []), *_figures(others, window)])
+    return _table([what, *(["shapes"] if with_shapes else []), "share", "ms a step", "calls a step", "µs a call"], cells)
+
+
+def _figures(row: Timed, window: Window) -> list[str]:
+    share, each_ms = 100 * row.self_ms / window.wall_ms, row.self_ms / window.steps
+    if not row.calls:
+        return [f"{share:.1f} %", f"{each_ms:,.2f}", "", ""]
+    calls = f"{row.calls / window.steps:,.1f}".removesuffix(".0")
+    return [f"{share:.1f} %", f"{each_ms:,.2f}", calls, f"{1000 * row.self_ms / row.calls:,.1f}"]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table that also reads well as it is: texts to the left, figures to the right."""
+    right = [not (title == "shapes" or i == 0) for i, title in enumerate(head)]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [[cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)] for row in [head, *rows]]
+    rule = ["-" * (w - r) + ":" * r for w, r in zip(widths, right, strict=True)]
+    return [f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]]] + [""]
+
+
+def _name(name: str, most: int = MAX_NAME) -> str:
+    return name if len(name) <= most else name[: most - 3] + "..."
+
+
+def _cell(text: str) -> str:
+    """Names as code, since `__` and `<` mean something in Markdown; a phrase of our own as it is."""
+    shown = _name(text).replace("|", "/").replace("`", "'")
+    return shown if text.startswith("(") else f"`{shown}`"
