@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from conftest import lines, losses, picotrain, start
 
-from picotrain import checkpoint
+from picotrain import checkpoint, hardware
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -148,6 +149,24 @@ def test_a_signal_saves_ends_as_resumable_and_the_rest_is_as_if_undisturbed(tmp_
         assert picotrain("resume", str(run_dir)).returncode == 0
         assert picotrain("train", *tiny(tmp_path / "straight", *more)).returncode == 0
         assert_same_run(tmp_path / "straight", run_dir)
+
+
+@pytest.mark.skipif(not hardware.has_compiler(), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiling_is_no_step_and_no_training_time_and_a_resume_is_exact(tmp_path: Path, tiny):
+    compiled = ("hardware.compile=true", "model.value_embeds=true", "model.residual_scalars=true", "train.eval_every=0")
+    straight, parted = tmp_path / "straight", tmp_path / "parted"
+    assert picotrain("train", *tiny(straight, *compiled, "train.max_steps=6")).returncode == 0
+    assert picotrain("train", *tiny(parted, *compiled, "train.max_steps=6", "train.save_every=3")).returncode == 0
+    (event,) = [line for line in lines(straight, "event") if line["name"] == "compiled"]
+    seconds = float(event["message"].split()[1])
+    train = lines(straight, "train")
+    assert train[-1]["total_training_time_s"] < seconds and train[0]["dt_ms"] < 1000 * seconds / 2
+    for name in ("step_00000006", "latest"):
+        path = parted / "checkpoints" / name
+        shutil.rmtree(path) if path.is_dir() else path.write_text("step_00000003\n")
+    (parted / "summary.json").unlink()
+    assert picotrain("resume", str(parted)).returncode == 0
+    assert losses(parted) == losses(straight)
 
 
 def test_accumulation_and_micro_batches_change_only_the_rounding(tmp_path: Path, tiny):

@@ -133,10 +133,17 @@ def test_deciding_leaves_no_auto_and_takes_bf16_only_where_it_is_fast(monkeypatc
     for fast, precision in ((True, "bf16"), (False, "fp32")):
         machine = hardware.Machine("cpu", "Some CPU", 1, 2**34, 0.0, fast, 4)
         monkeypatch.setattr(hardware, "cpu", lambda machine=machine: machine)
-        config = decided("hardware.nproc_per_node=2")
+        config = decided("hardware.nproc_per_node=2", "train.max_steps=2", "train.total_batch_size=8192")
         assert (config.train.precision, config.hardware.threads, config.hardware.compile) == (precision, hardware.cores() // 2 or 1, False)
         assert config.train.seq_len == 512
     assert decided("train.precision=fp32", "hardware=8xh100").train.precision == "fp32"
+
+
+def test_a_cpu_compiles_where_that_pays_and_can_be_done(monkeypatch: pytest.MonkeyPatch):
+    for compiler, steps, compiled in ((True, 3, False), (True, 3000, True), (False, 3000, False)):
+        monkeypatch.setattr(hardware, "has_compiler", lambda compiler=compiler: compiler)
+        assert decided(f"train.max_steps={steps}", "train.total_batch_size=8192", "hardware=cpu").hardware.compile is compiled
+    assert decided("train.max_steps=3", "hardware=cpu", "hardware.compile=true").hardware.compile is True
 
 
 def test_data_auto_depends_on_the_horizon():

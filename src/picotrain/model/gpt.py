@@ -202,7 +202,8 @@ class GPT(nn.Module):
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         layer_caches = [None] * len(self.blocks) if cache is None else cache.layers
         eager = self._compiled and (cache is not None or wanted is not None)
-        embedding, last = x, len(self.blocks) - 1
+        embedding = x.view_as(x)  # a tensor of its own: else the first block, which has it twice, would be compiled apart
+        last = len(self.blocks) - 1
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             for i, (block, window, layer_cache) in enumerate(zip(self.blocks, self.windows, layer_caches, strict=True)):
                 values = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None
