@@ -5,7 +5,7 @@
 d4, vocabulary 8,192, T=512, compiled, in the machine's best precision; the whole validation shard, before the first step and after
 the last. recipes:
 
-    fast        Muon with every feature of picotrain.model.features, 4,096 tokens a step
+    fast        experiment=cpu_d4: Muon with every feature of picotrain.model.features, 4,096 tokens a step
     adamw       the plain model under AdamW, 4,096 tokens a step
     reference   our reproduction of nanochat's recipe of November 2026: Muon, value embeddings, residual scalars, smear, QK scale, rates
                 scaled by its rules, 16,384 tokens a step
@@ -35,12 +35,11 @@ from picotrain.errors import PicotrainError
 from picotrain.model import DTYPES
 
 FEATURES = ["model.value_embeds=true", "model.residual_scalars=true", "model.smear=true", "model.qk_scale=1.3"]
-SMALL_BATCH = ["train.total_batch_size=4096", "train.device_batch_size=8", "optimizer.scale=false"]
-TABLES = ["optimizer.embed_lr=0.6", "optimizer.head_lr=0.02"]
+ADAMW = ["optimizer=adamw", "optimizer.scale=false", "optimizer.matrix_lr=0.005", "optimizer.embed_lr=0.6", "optimizer.head_lr=0.02"]
 RECIPES: dict[str, tuple[int, list[str]]] = {  # steps, overrides
-    "fast": (160, ["optimizer=muon", *FEATURES, *SMALL_BATCH, *TABLES]),
-    "adamw": (320, ["optimizer=adamw", "optimizer.matrix_lr=0.005", *SMALL_BATCH, *TABLES]),
-    "reference": (200, ["optimizer=muon", *FEATURES, "train.total_batch_size=16384", "train.device_batch_size=8"]),
+    "fast": (120, ["experiment=cpu_d4"]),
+    "adamw": (320, [*ADAMW, "train.total_batch_size=4096"]),
+    "reference": (200, ["optimizer=muon", *FEATURES, "train.total_batch_size=16384"]),
 }
 PROBE_STEPS = 30
 FIRST_STEPS = 10  # that the peers' published figure leaves out
@@ -85,7 +84,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _words(options: argparse.Namespace, overrides: list[str], folder: Path, precision: str) -> list[str]:
     data = ["data=files", f"data.path={options.corpus}"] if options.corpus else ["data=pystdlib"]
-    words = ["model=d4", "tokenizer.vocab_size=8192", "train.seq_len=512", "hardware=cpu", "hardware.compile=true", *data]
+    words = ["model=d4", "tokenizer.vocab_size=8192", "train.seq_len=512", "train.device_batch_size=8", *data]
+    words += ["hardware=cpu", f"hardware.compile={str(hardware.has_compiler()).lower()}", "train.eval_tokens=41943040"]
     words += [f"train.precision={precision}", f"run.seed={options.seed}", f"run.cache_dir={options.cache or folder / 'cache'}"]
     return [*words, "train.sample_every=0", "train.core_metric_every=0", "checkpoint.rolling_minutes=null", *overrides, *options.set]
 

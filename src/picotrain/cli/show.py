@@ -37,11 +37,12 @@ def plan_table(plan: Plan) -> None:
     epochs = UNKNOWN if plan.epochs is None else f"{plan.epochs:.2f}"
     time = UNKNOWN if plan.predicted_hours is None else f"about {plan.predicted_hours:.1f} h"
     cost = "" if plan.predicted_cost is None else f", about ${plan.predicted_cost:,.0f}"
+    parts = " + ".join(f"{n:,} {part.replace('_', ' ')}" for part, n in p.items() if part != "total")
     rates = f"matrices {plan.matrix_lr:.2g}, embedding {plan.embed_lr:.2g}, head {plan.head_lr:.2g}; weight decay {plan.weight_decay:.2g}"
     staging = f", {size(plan.staging_bytes)} of it or of host memory for background saves (rank 0)" if plan.staging_bytes else ""
     rows = {
         "model": f"depth {plan.depth}, width {plan.width}, {plan.n_heads} heads of {plan.head_dim}{kv}, vocabulary {plan.vocab_size:,}",
-        "parameters": f"{p['total']:,} = {p['matrices']:,} matrices + {p['embedding']:,} embedding + {p['head']:,} head",
+        "parameters": f"{p['total']:,} = {parts}",
         "FLOPs per token": f"{plan.flops_per_token:,}",
         "hardware": f"{plan.world_size} x {plan.hardware_name} ({plan.device}), {plan.precision}{', compiled' if plan.compile else ''}",
         "batch": f"{plan.total_batch_size:,} tokens = {batch}",
