@@ -26,7 +26,8 @@ from picotrain import checkpoint
 POLL_S = 0.002  # a save of the tiny model takes 50 ms
 LIMIT_S = 240.0  # for one moment to come
 TRIES = 8  # for a kill to fall into its phase: some are short, and the run may end before
-# How far into a phase its kill may fall. Where it is over by then the kill counts for what it hit, and another is tried.
+# How far into a phase its kill may fall, less at every further try. Where it is over by then the kill counts for what it hit, and
+# another is tried.
 DEPTH_S = {"start-up": 4.0, "compilation": 8.0, "evaluation": 0.1, "sampling": 0.1, "saving": 0.04, "training": 0.02, "ending": 2.0}
 
 # Loaded by every Python below a run as `sitecustomize`: ends its process by SIGKILL at the CHAOS_COUNT-th change of a file below
@@ -242,7 +243,7 @@ class Chaos:
             self._end()
             return False
         if kill.at in DEPTH_S:
-            limit_s = time.monotonic() + self.rng.random() * DEPTH_S[kill.at]
+            limit_s = time.monotonic() + self.rng.random() * DEPTH_S[kill.at] / (1 + tries)
             self._until(lambda: time.monotonic() > limit_s)
         if self._process.poll() is not None and kill.at != "operation":
             self._end()
@@ -264,14 +265,18 @@ class Chaos:
 
     def _kill_rank(self, kill: Kill) -> bool:
         """Kill one of the workers, as soon as there are any, and wait until all are new."""
-        self._until(lambda: any(marked(self.mark).values()))
-        workers = {pid: rank for pid, rank in marked(self.mark).items() if rank}
-        if not workers:  # the run has just ended
+        workers: set[int] = set()
+
+        def there() -> bool:
+            workers.update(pid for pid, rank in marked(self.mark).items() if rank)
+            return bool(workers)
+
+        if not self._until(there):  # the run has just ended
             return False
         self._kill([self.rng.choice(sorted(workers))])
         right = self._fell_right(kill)
         self.eye.mark()
-        self._until(lambda: not workers.keys() & (now := marked(self.mark)).keys() and len(list(filter(None, now.values()))) >= 2)
+        self._until(lambda: not workers & (now := marked(self.mark)).keys() and len(list(filter(None, now.values()))) >= 2)
         return right
 
     def _fell_right(self, kill: Kill) -> bool:

@@ -24,14 +24,14 @@ pytestmark = [
     pytest.mark.timeout(1200),
 ]
 
-# Every phase takes some tenths of a second, a save writes some twenty files, and evaluation, samples and saves come at different steps.
+# Every phase takes about a tenth of a second, a save writes some twenty files, and evaluation, samples and saves come at different steps.
 WORDS = (
-    "train.eval_tokens=8192", "evaluation.bpb.device_batch_size=2", "train.sample_every=7", "sampling.max_tokens=24",
+    "train.eval_tokens=8192", "evaluation.bpb.device_batch_size=2", "train.sample_every=7", "sampling.max_tokens=96",
     "checkpoint.shard_bytes=150000",
 )  # fmt: skip
 LONG = (*WORDS, "train.max_steps=60", "train.eval_every=5", "train.save_every=8")
 TWO = ("hardware.nproc_per_node=2", "train.device_batch_size=4")
-ROLLING = "checkpoint.rolling_minutes=0.01"
+ROLLING = "checkpoint.rolling_minutes=0.001"  # less than lies between two permanent ones, on a fast machine, too
 
 PHASES = ("start-up", "evaluation", "sampling", "saving", "ending")
 FULL = {

@@ -363,6 +363,29 @@ def test_a_bug_costs_its_task_and_keeps_its_traceback(tmp_path: Path):
     assert result.accuracy is None
 
 
+class Short(GptScorer):
+    """Out of memory for more than `room` questions at once."""
+
+    room, failed = 3, 0
+
+    def score(self, questions: Sequence[Sequence[Option]]) -> list[list[Any]]:
+        if len(questions) > self.room:
+            self.failed += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().score(questions)
+
+
+@pytest.mark.parametrize("kind", list(TEMPLATES))
+def test_a_batch_that_memory_does_not_hold_is_tried_in_halves_and_further_ones_are_smaller(tmp_path, model, tokenizer, kind):
+    task = task_of(tmp_path, kind, examples_of(kind, 60), 2)
+    scorer, plenty = Short(model, tokenizer, 2000), GptScorer(model, tokenizer, 2000)
+    assert core.evaluate_task(scorer, task, None, SINGLE) == core.evaluate_task(plenty, task, None, SINGLE)
+    assert 0 < scorer.failed < 10 and scorer.batch_tokens < 2000 == plenty.batch_tokens
+    scorer.room = 0  # not even one
+    result = core.evaluate_task(scorer, task, None, SINGLE)
+    assert result.accuracy is None and "CUDA out of memory" in result.problem
+
+
 def test_progress_and_giving_up_between_batches(tmp_path: Path):
     task = task_of(tmp_path, "multiple_choice", [choice("a", "b", query="q" * i) for i in range(1, 20)])
     seen: list[tuple[str, int, int]] = []

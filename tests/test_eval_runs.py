@@ -16,6 +16,13 @@ from test_hf import gpt2  # noqa: F401  # a fixture
 
 TASKS = {"colours": "multiple_choice", "names": "schema", "ends": "language_modeling"}
 
+# Torch's threads now and then abort while the interpreter of one of several ranks ends; here it happens every time.
+ABORTS_AT_EXIT = """
+import atexit
+if os.environ.get("WORLD_SIZE", "1") != "1":
+    atexit.register(os.abort)
+"""
+
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -81,7 +88,7 @@ def test_a_bundle_that_is_not_there_ends_the_start_before_anything_is_trained(tm
 
 @pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_evaluation_that_raises_on_one_rank_costs_neither_run_nor_weights(tmp_path, tiny, bundle, nproc):
-    code = f"""
+    code = f"""{ABORTS_AT_EXIT}
 hidden = model.GPT.hidden
 def breaking(method):
     def broken(self, *rest, **more):
@@ -104,10 +111,10 @@ model.GPT.forward, model.GPT.hidden = breaking(forward), breaking(hidden)
     assert lines(run, "val") == [] and all(record["core_metric"] is None for record in lines(run, "core"))
 
 
-def evaluate(run: Path, *words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
+def evaluate(run: Path, *words: str, ranks: int = 1, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     if ranks == 1:
         return picotrain("eval", str(run), *words)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = (env or dict(os.environ)) | {"OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     command = [sys.executable, *launcher, "-m", "picotrain", "eval", str(run), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
@@ -142,17 +149,20 @@ def test_an_interrupted_eval_goes_on_with_the_tasks_that_are_missing_and_other_s
     assert json.loads((tasks.parent / "results.json").read_text())["core"]["tasks"]["colours"]["n"] == 4
 
 
-def test_two_ranks_find_what_one_finds(run):
+def test_two_ranks_find_what_one_finds_and_say_a_mistake_once(run, tmp_path):
     assert evaluate(run, "--max-per-task", "7").returncode == 0
     folder = run / "eval" / "step_00000012"
     alone = json.loads((folder / "results.json").read_text()), (folder / "predictions.jsonl").read_text()
     for file in (folder / "tasks").iterdir():
         file.unlink()
-    done = evaluate(run, "--max-per-task", "7", ranks=2)
+    environment = patched(tmp_path / "patch", ABORTS_AT_EXIT)
+    done = evaluate(run, "--max-per-task", "7", ranks=2, env=environment)
     assert done.returncode == 0, done.stderr
     both = json.loads((folder / "results.json").read_text()), (folder / "predictions.jsonl").read_text()
     assert both[1] == alone[1] and both[0]["core"] == alone[0]["core"]
     assert both[0]["bpb"]["val"] == pytest.approx(alone[0]["bpb"]["val"], rel=1e-6) and both[0]["samples"] == alone[0]["samples"]
+    wrong = evaluate(run, "--bundle", str(tmp_path), ranks=2, env=environment)
+    assert wrong.returncode != 0 and wrong.stderr.count("picotrain: ") == 1 and "core.yaml" in wrong.stderr, wrong.stderr
 
 
 def test_a_hugging_face_model_is_measured_on_the_runs_documents_and_bundle(run, gpt2):  # noqa: F811

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
@@ -42,17 +43,29 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m picotrain.worker RUN", file=sys.stderr)
         return PicotrainError.exit_code
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop listens: end without Python's traceback
+    run_dir = Path(arguments[0])
+
+    def work() -> int:
+        load(run_dir / "config.yaml")  # a folder without a run is refused before a lock is put into it
+        with _lock(run_dir):
+            return run(run_dir)
+
+    return as_rank(work)
+
+
+def as_rank(work: Callable[[], int]) -> int:
+    """The exit code of `work` done by this process as the rank that torchrun's environment names, or as the only one.
+
+    Rank 0 prints, and an error that several ranks meet is told once. The process ends with its agent; one of several ranks ends here.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until somebody listens: end without Python's traceback
     faulthandler.enable()  # a crash in native code shows where
     faulthandler.register(signal.SIGUSR2)  # a launcher or a user who wants to know where a rank is
     watch_parent()
     if os.environ.get("RANK", "0") != "0":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # rank 0 prints; of the others errors are shown
-    run_dir = Path(arguments[0])
     try:
-        load(run_dir / "config.yaml")  # a folder without a run is refused before a lock is put into it
-        with _lock(run_dir):
-            code = run(run_dir)
+        code = work()
     except Exception as error:
         _let_others_speak(error)
         code = _fail(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,10 +101,18 @@ def show_config(overrides: Sequence[str], config_file: Path | None, config_dir: 
 
 def evaluate(run: Path, which: str, hf: Path | None, **options: Any) -> int:
     """Measure a checkpoint, or a Hugging Face model on the run's text; write a folder under RUN/eval."""
-    runs.require_run(run)
-    from picotrain.cli.evaluate import Options, evaluate_checkpoint, evaluate_hf
 
-    return evaluate_hf(hf, run, Options(**options)) if hf else evaluate_checkpoint(run, which, Options(**options))
+    def work() -> int:
+        runs.require_run(run)
+        from picotrain.cli.evaluate import Options, evaluate_checkpoint, evaluate_hf
+
+        return evaluate_hf(hf, run, Options(**options)) if hf else evaluate_checkpoint(run, which, Options(**options))
+
+    if "RANK" not in os.environ:
+        return work()
+    from picotrain.worker import as_rank
+
+    return as_rank(work)
 
 
 def load_model(run: Path, which: str) -> tuple[runs.Material, GPT, Path]:

@@ -134,13 +134,11 @@ def _chosen(config: Any, options: Options) -> Any:
 
 @contextmanager
 def _ranks(device: torch.device) -> Iterator[Parallel]:
-    """The ranks that torchrun started, or this process alone. Only rank 0 prints."""
+    """The ranks that torchrun started, or this process alone."""
     if "RANK" not in os.environ:
         yield dataclasses.replace(Parallel.single(), device=device)
         return
     ranks = parallel.build("ddp", device.type)
-    if not ranks.is_main:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     yield ranks
     ranks.teardown()  # not after an error: that could hang
 

@@ -28,7 +28,7 @@ from picotrain.errors import PicotrainError
 from picotrain.evaluation.bundle import Bundle, Task, read_examples
 from picotrain.evaluation.prompts import Prompts, Question, choose
 from picotrain.evaluation.scorer import Score, Scorer
-from picotrain.parallel import Parallel
+from picotrain.parallel import Parallel, free_memory, out_of_memory
 
 PREPARED = 512  # examples that are tokenized at a time, and sorted into batches
 
@@ -182,11 +182,11 @@ def _evaluate_share(
     mine = share_of([prompts.size(i) for i in range(len(examples))], parallel.dp_rank, parallel.dp_size)
     progress(task.label, 0, len(mine))
     for start in range(0, len(mine), PREPARED):
-        for batch in _batches(_questions(scorer, prompts, mine[start : start + PREPARED]), scorer.batch_tokens):
+        for batch in _batches(_questions(scorer, prompts, mine[start : start + PREPARED]), scorer):
             if given_up():
                 share.given_up = True
                 return
-            for question, scores in zip(batch, scorer.score([question.options for question in batch]), strict=True):
+            for question, scores in zip(batch, _scores(scorer, batch), strict=True):
                 prediction, correct = predict(question, scores)
                 share.predictions.append((question.index, prediction, correct))
                 empty = any(option.empty for option in question.options)
@@ -207,12 +207,25 @@ def _questions(scorer: Scorer, prompts: Prompts, indices: Sequence[int]) -> list
     return questions
 
 
-def _batches(questions: Sequence[Question], budget: int) -> Iterator[list[Question]]:
-    """Questions of about the same length together, the longest first, in batches of at most `budget` tokens, padding included."""
+def _scores(scorer: Scorer, batch: list[Question]) -> list[list[Score]]:
+    """The scores of a batch. Where memory runs out those of its halves, and all further batches get half as many tokens."""
+    try:
+        return scorer.score([question.options for question in batch])
+    except Exception as error:
+        if len(batch) == 1 or not out_of_memory(error):
+            raise
+    free_memory()  # here, since the error's frames held the tensors until now
+    scorer.batch_tokens = max(1, scorer.batch_tokens // 2)
+    half = len(batch) // 2
+    return _scores(scorer, batch[:half]) + _scores(scorer, batch[half:])
+
+
+def _batches(questions: Sequence[Question], scorer: Scorer) -> Iterator[list[Question]]:
+    """Questions of about the same length together, the longest first, in batches of at most the scorer's tokens, padding included."""
     batch: list[Question] = []
     width = 0
     for question in sorted(questions, key=_tokens, reverse=True):
-        if batch and width * (len(batch) + 1) > budget:
+        if batch and width * (len(batch) + 1) > scorer.batch_tokens:
             yield batch
             batch = []
         width = width if batch else _tokens(question)

@@ -47,7 +47,7 @@ class Scorer(Protocol):
 
     seq_len: int | None
     bos_id: int
-    batch_tokens: int  # about how many tokens `score` should get at once
+    batch_tokens: int  # about how many tokens `score` should get at once; less once memory has run out
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, without `<|bos|>`."""
