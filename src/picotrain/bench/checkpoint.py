@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ import torch
 from picotrain import optim
 from picotrain.checkpoint import Saver
 from picotrain.config.schema import AdamWConfig, CheckpointConfig, ModelConfig
+from picotrain.errors import PicotrainError
 from picotrain.model import GPT
 from picotrain.shape import Rates
 from picotrain.state import TrainState
@@ -101,31 +102,53 @@ def measure_saves(args: argparse.Namespace) -> dict[str, Any]:
 
 def measure_signals(args: argparse.Namespace) -> dict[str, Any]:
     """Runs that are stopped."""
-    to_whole, to_exit = [], []
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         run = Path(folder) / "run"
         words = [f"model.depth={args.depth}", f"tokenizer.vocab_size={VOCAB}", f"train.seq_len={SEQ_LEN}", "data=pystdlib", "hardware=cpu"]
         words += [f"train.total_batch_size={ROWS * SEQ_LEN * 4}", f"train.device_batch_size={ROWS}", "train.max_steps=100000"]
-        words += ["train.eval_every=0", "train.sample_every=0", "checkpoint.keep_last=1", f"run.dir={run}"]
-        for _ in range(args.signals):
-            begun = (run / "metrics.jsonl").stat().st_size if run.exists() else 0
-            process = subprocess.Popen([sys.executable, "-m", "picotrain", "train", *words], stdout=subprocess.DEVNULL)
-            while not run.exists() or sum(b'"train"' in line for line in (run / "metrics.jsonl").read_bytes()[begun:].splitlines()) < 3:
-                assert process.poll() is None, "the run has ended"
-                time.sleep(0.2)
-            time.sleep(random.uniform(0, 2))
-            latest = run / "checkpoints" / "latest"
-            before = latest.stat().st_mtime_ns if latest.exists() else 0
-            started = time.perf_counter()
-            process.send_signal(signal.SIGTERM)
-            while not latest.exists() or latest.stat().st_mtime_ns == before:
-                time.sleep(0.005)
-            to_whole.append(time.perf_counter() - started)
-            assert process.wait() == 75
-            to_exit.append(time.perf_counter() - started)
+        words += ["train.eval_every=0", "train.sample_every=0", "checkpoint.keep_last=1", "checkpoint.rolling_minutes=null"]
+        to_whole, to_exit = zip(*(stop([*words, f"run.dir={run}"], run) for _ in range(args.signals)), strict=True)
     line = {"benchmark": "signal", "depth": args.depth, "times": args.signals, "tokens_per_micro_batch": ROWS * SEQ_LEN}
     line |= {"signal_to_whole_s": round(statistics.median(to_whole), 2), "longest_s": round(max(to_whole), 2)}
     return line | {"signal_to_exit_s": round(statistics.median(to_exit), 2)}
+
+
+def stop(words: list[str], run: Path) -> tuple[float, float]:
+    """Start the run or go on with it, stop it some seconds later; seconds until its checkpoint was whole, and until it had ended."""
+    latest = run / "checkpoints" / "latest"
+    steps, before = trained_steps(run), written_ns(latest)
+    process = subprocess.Popen([sys.executable, "-m", "picotrain", "train", *words], stdout=subprocess.DEVNULL)
+    try:
+        wait_while(lambda: trained_steps(run) < steps + 2, process, poll_s=0.2)
+        time.sleep(random.uniform(0, 2))
+        started = time.perf_counter()
+        process.send_signal(signal.SIGTERM)
+        wait_while(lambda: written_ns(latest) == before, process, poll_s=0.005)
+        to_whole = time.perf_counter() - started
+        assert process.wait() == 75
+        return to_whole, time.perf_counter() - started
+    finally:
+        process.kill()  # where something went wrong: nothing must go on in a folder that is removed
+        process.wait()
+
+
+def trained_steps(run: Path) -> int:
+    """How many steps a run has written down."""
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b'"kind": "train"') if file.exists() else 0
+
+
+def written_ns(file: Path) -> int:
+    """When a file was written, 0: never."""
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def wait_while(condition: Callable[[], bool], process: subprocess.Popen[bytes], poll_s: float) -> None:
+    """Look every poll_s seconds. Raises PicotrainError where the process ends first."""
+    while condition():
+        if process.poll() is not None and condition():
+            raise PicotrainError(f"the run has ended with exit code {process.returncode}")
+        time.sleep(poll_s)
 
 
 def step(state: TrainState) -> float:

@@ -1,14 +1,16 @@
 """CORE evaluation against a plain implementation that forwards one example at a time, in the same run and dtype.
 
-Seeded examples of each task of a bundle, random weights. Prints one JSON line a task and one for all: seconds of both
-(medians of interleaved repeats), their ratio, and every prediction that differs with the margin it was made by. In the
-sums each task's time is weighted by its size. The plain one renders, tokenizes and forwards each example on its own, all
-its options as one padded batch, and takes losses and likeliest tokens at all positions, as nanochat's core_eval does.
-Reading a task's file, which both do in the same way and once whatever the number of examples, is taken off both times.
+Seeded examples of each task of a bundle, random weights or those of a run. Prints one JSON line a task and one for all: seconds
+of both (medians of interleaved repeats), their ratio, how many predictions were made by a margin below 1e-5 (choices that are
+the same text among them), and every prediction that differs. In the sums each task's time is weighted by its size. The plain
+one renders, tokenizes and forwards each example on its own, all its options as one padded batch, and takes losses and likeliest
+tokens at all positions, as nanochat's core_eval does. Reading a task's file, which both do in the same way and once whatever
+the number of examples, is taken off both times.
 
     python benchmarks/core.py --bundle FOLDER --corpus FOLDER [--seq-len 2048] [--examples 48] [--tasks copa piqa]
+    python benchmarks/core.py --bundle FOLDER --run RUN --examples 300      # are the predictions of a trained model the same?
 
-The tokenizer is trained on the first shard of the corpus, or read: `--tokenizer FOLDER`.
+The tokenizer is trained on the first shard of the corpus, or read (`--tokenizer FOLDER`), or the run's.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
+from picotrain import checkpoint
 from picotrain.config.schema import HardwareConfig, ModelConfig
 from picotrain.errors import DataError
 from picotrain.evaluation import core
@@ -34,6 +37,8 @@ from picotrain.evaluation.bundle import Example, LanguageModeling, MultipleChoic
 from picotrain.evaluation.scorer import GptScorer
 from picotrain.model import DTYPES, GPT
 from picotrain.parallel import Parallel
+from picotrain.run import read_material
+from picotrain.state import load_model_tensors
 from picotrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from picotrain.worker import set_up_process
 
@@ -161,12 +166,13 @@ def measure(task: Task, model: GPT, tokenizer: Tokenizer, options: argparse.Name
         "truncated": result.truncated,
         "empty": result.empty,
         "unclean": result.unclean,
+        "close": sum(margin < MARGIN for _, margin in plain),
         "mismatches": list(mismatches(task, result, plain)),
     }
     return row | {"ratio": round(row["plain_s"] / row["ours_s"], 2)}
 
 
-def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, Any]:
+def report(rows: list[dict[str, Any]], model: GPT, device: str) -> dict[str, Any]:
     differing = [one for row in rows for one in row["mismatches"]]
     few_shot = [row for row in rows if row["kind"] == "multiple_choice" and row["shots"] > 0]
     return {
@@ -177,15 +183,30 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> dict[str,
         "ratio_language_modeling": weighted([row for row in rows if row["kind"] == "language_modeling"]),
         "slowest": min((row["ratio"], row["task"]) for row in rows),
         "examples": sum(row["examples"] for row in rows),
+        "close": sum(row["close"] for row in rows),
         "mismatches": len(differing),
         "mismatches_beyond_margin": [one for one in differing if one["margin"] >= MARGIN],
-        "depth": options.depth,
-        "seq_len": options.seq_len,
-        "precision": options.precision,
-        "device": options.device,
+        "depth": len(model.blocks),
+        "seq_len": model.seq_len,
+        "precision": next(name for name, dtype in DTYPES.items() if dtype is model.compute_dtype),
+        "device": device,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def subject_of(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
+    """The model and its tokenizer, on the device and in the dtype it computes in."""
+    dtype = DTYPES[options.precision]
+    if options.run:
+        run = read_material(options.run)
+        tokenizer, plan = run.tokenizer, run.plan
+        model = GPT(run.config.model, plan.vocab_size, plan.seq_len, dtype)
+        load_model_tensors(model, checkpoint.load_tensors(checkpoint.find(options.run / "checkpoints", "last"), "model"))
+    else:
+        tokenizer = tokenizer_of(options)
+        model = perturbed(GPT(ModelConfig(depth=options.depth, head_dim=64), tokenizer.vocab_size, options.seq_len, dtype))
+    return model.to(options.device, dtype), tokenizer
 
 
 def tokenizer_of(options: argparse.Namespace) -> Tokenizer:
@@ -202,6 +223,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     vocabulary = parser.add_mutually_exclusive_group(required=True)
     vocabulary.add_argument("--corpus", type=Path, help="folder of Parquet shards to train a tokenizer on")
     vocabulary.add_argument("--tokenizer", type=Path, help="instead of training one")
+    vocabulary.add_argument("--run", type=Path, help="model and tokenizer of this run's last checkpoint instead")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -215,10 +237,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     set_up_process(HardwareConfig(device=options.device, threads=options.threads))
-    tokenizer = tokenizer_of(options)
-    dtype = DTYPES[options.precision]
-    model = perturbed(GPT(ModelConfig(depth=options.depth, head_dim=64), tokenizer.vocab_size, options.seq_len, dtype))
-    model = model.to(options.device, dtype)
+    model, tokenizer = subject_of(options)
     bundle = read_bundle(options.bundle)
     tasks = [task for task in bundle.tasks if not options.tasks or task.label in options.tasks]
     if not tasks:
@@ -228,4 +247,4 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for task in tasks:
         rows.append(measure(task, model, tokenizer, options))
         yield rows[-1]
-    yield report(rows, options)
+    yield report(rows, model, options.device)
