@@ -130,7 +130,7 @@ def test_an_evaluation_ends_the_window(tmp_path: Path, tiny):
     assert [line["step"] for line in lines(run_dir, "train") if line.get("profiled")] == [3, 4, 5]
 
 
-def test_a_stop_in_the_window_saves_writes_what_is_there_and_the_rest_is_as_if_undisturbed(tmp_path: Path, tiny):
+def test_a_stop_in_the_window_saves_and_writes_what_is_there(tmp_path: Path, tiny):
     run_dir = tmp_path / "run"
     words = ("train.max_steps=400", "train.eval_every=0", "profiler.first_step=2", "profiler.steps=1000")
     process = start("train", *tiny(run_dir, ON, *words))
@@ -259,9 +259,7 @@ def test_outside_its_window_the_profiler_is_off_and_never_touches_torchs(tmp_pat
     assert not found.on
 
 
-def test_a_profiler_that_torch_refuses_is_off_and_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-):
+def test_a_profiler_that_torch_refuses_is_off_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     monkeypatch.setattr(torch.profiler.profile, "start_trace", lambda self: 1 / 0)
     monitor = FakeMonitor(tmp_path, rank=3)
     found = profiler.build(monitor, torch.device("cpu"), 0)  # type: ignore[arg-type]
