@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
 from picotrain.monitor.monitor import Monitor
@@ -221,7 +220,7 @@ def _timed(profile: Any, window: Window, device: torch.device) -> tuple[list[Tim
     host, kernels = [], []
     for row in profile.key_averages(group_by_input_shape=True):
         shapes = " ".join(str(shape).replace(" ", "") for shape in row.input_shapes or () if shape)
-        if row.device_type != DeviceType.CPU:
+        if row.device_type.name != "CPU":
             if not row.is_user_annotation:
                 kernels.append(Timed(row.key, "", row.count, row.self_device_time_total / 1000))
         elif row.key.startswith("ProfilerStep"):

@@ -96,6 +96,17 @@ def memory_markdown(window: Window, allocations: Sequence[Allocation], device: s
     if not ordered:
         return "\n".join([*lines, f"Nothing was allocated on {device}.", ""])
     at_peak = max(range(len(ordered)), key=lambda i: ordered[i].total_bytes)
+    before, peak = ordered[0].total_bytes - ordered[0].bytes, ordered[at_peak].total_bytes
+    if before > 0:
+        said = f"At the peak {size(peak)} were allocated on {device}: {size(before)} before these steps, {size(peak - before)} in them."
+    else:
+        said = f"At the peak these steps held {size(peak)} on {device}, beside what was there before (weights, optimizer state)."
+    head = ["allocated by", "alive at the peak", "in blocks", "allocated a step"]
+    return "\n".join([*lines, said, "", *_table(head, _holders(ordered, at_peak, window.steps))])
+
+
+def _holders(ordered: Sequence[Allocation], at_peak: int, steps: int) -> list[list[str]]:
+    """The rows of memory.md: who holds most after `ordered[at_peak]` first, then who allocates most."""
     alive: dict[int, Allocation] = {}
     for allocation in ordered[: at_peak + 1]:
         if allocation.bytes > 0:
@@ -108,19 +119,17 @@ def memory_markdown(window: Window, allocations: Sequence[Allocation], device: s
         count[allocation.by] += 1
     for allocation in ordered:
         taken[allocation.by] += max(allocation.bytes, 0)
-    before, peak = ordered[0].total_bytes - ordered[0].bytes, ordered[at_peak].total_bytes
-    if before > 0:
-        said = f"At the peak {size(peak)} were allocated on {device}: {size(before)} before these steps, {size(peak - before)} in them."
-    else:
-        said = f"At the peak these steps held {size(peak)} on {device}, beside what was there before (weights, optimizer state)."
     least = LEAST * sum(held.values())
     ranked = sorted(taken, key=lambda by: (-held[by] if held[by] >= least else 0, -taken[by]))
-    top = [by for by in ranked if held[by] >= least or taken[by] >= least * window.steps][:TOP]
-    rows = [(_cell(by), held[by], count[by], taken[by]) for by in top]
+    top = [by for by in ranked if held[by] >= least or taken[by] >= least * steps][:TOP]
+    groups = [(_cell(by), [by]) for by in top]
     if rest := [by for by in ranked if by not in top]:
-        rows.append((f"{len(rest):,} others", *(sum(counter[by] for by in rest) for counter in (held, count, taken))))
-    cells = [[by, size(alive), f"{blocks:,}", size(n_bytes / window.steps)] for by, alive, blocks, n_bytes in rows]
-    return "\n".join([*lines, said, "", *_table(["allocated by", "alive at the peak", "in blocks", "allocated a step"], cells)])
+        groups.append((f"{len(rest):,} others", rest))
+    rows = []
+    for shown, names in groups:
+        bytes_held, blocks, bytes_taken = (sum(counter[by] for by in names) for counter in (held, count, taken))
+        rows.append([shown, size(bytes_held), f"{blocks:,}", size(bytes_taken / steps)])
+    return rows
 
 
 def _timed(rows: Sequence[Timed], window: Window, what: str, with_shapes: bool = False) -> list[str]:

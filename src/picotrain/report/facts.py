@@ -88,7 +88,7 @@ def read_run(run_dir: Path) -> Run:
         core=_by_step(lines, "core"),
         samples=_by_step(lines, "sample"),
         events=sorted(_of_kind(cut, "event") + own_events, key=lambda event: str(event.get("time", ""))),
-        last_event=next((name for event in reversed(own_events) if (name := event.get("name")) not in ASIDE), None),
+        last_event=next((event.get("name") for event in reversed(own_events) if event.get("name") not in ASIDE), None),
         attempts=[(path.name, _read_text(path / "overrides.txt", problems)) for path in _folders(run_dir / "attempts", "[0-9]{1,9}")],
         evals=_read_evals(run_dir / "eval", problems),
         checkpoints=checkpoints,
