@@ -99,7 +99,7 @@ def test_the_groups_hold_the_choices_of_the_design():
     assert set(choices("hardware")) == {"auto", "cpu", "mps", "1x4090"} | {f"{n}x{gpu}" for n in (1, 8) for gpu in ("h100", "h200", "a100")}
     assert set(choices("schedule")) == {"trapezoid", "cosine", "constant"}
     assert set(choices("cadence")) == {"default", "smoke", "none"}
-    assert set(choices("experiment")) == {"speedrun", "cpu_speedrun"}
+    assert set(choices("experiment")) == {"speedrun", "cpu_speedrun", "cpu_d4"}
     assert set(choices("data")) == {"auto", "pystdlib", "files", "climbmix", "fineweb_edu", "mixture"}
 
 
