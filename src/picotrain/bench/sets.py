@@ -35,7 +35,7 @@ def quick_set(machine: Machine) -> list[Task]:
         Task("step", [*depth, *best_mode(machine)]),
         Task("loader", ["--seconds", "3"]),
         Task("checkpoint", ["--depth", "4", "--saves", "3", "--signals", "0"]),
-        Task("sampling", ["--device", machine.device, "--threads", str(machine.cores)]),
+        Task("sampling", ["--device", machine.device, "--threads", str(machine.cores), "--repeats", "2"]),
     ]
 
 
