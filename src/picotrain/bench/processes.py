@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from picotrain.errors import PicotrainError
@@ -35,9 +36,10 @@ def lines(name: str, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
         try:
             for line in process.stdout:
                 yield json.loads(line)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGTERM)
-            raise
-        if process.wait():
+            process.wait()
+        finally:
+            with suppress(ProcessLookupError):  # all have ended
+                os.killpg(process.pid, signal.SIGTERM)
+        if process.returncode:
             said.seek(0)
             raise BenchmarkFailed(name, process.returncode, said.read())

@@ -40,7 +40,7 @@ def quick_set(machine: Machine) -> list[Task]:
 
 
 def full_set(machine: Machine) -> list[Task]:
-    """All that needs no files of the user: half an hour on two cores."""
+    """All that needs no files of the user, in more settings and with repeats."""
     sampling = ["--device", machine.device, "--threads", str(machine.cores)]
     precisions = ["fp32", "bf16"] if machine.fast_bf16 else ["fp32"]
     return [

@@ -88,7 +88,9 @@ def _words(options: argparse.Namespace) -> list[str]:
 
 def medians(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """One line of several of the same setting."""
-    found = {key: statistics.median(line[key] for line in lines) if _differs(key, lines) else value for key, value in lines[0].items()}
+    found = {
+        key: round(statistics.median(line[key] for line in lines), 4) if _differs(key, lines) else value for key, value in lines[0].items()
+    }
     first, *others = (line["first_step_s"] for line in lines)
     found |= {"repeats": len(lines), "tok_per_sec_all": [line["tok_per_sec"] for line in lines]}
     return found | {"first_step_s": first, "first_step_warm_s": round(statistics.median(others), 2)}
