@@ -20,7 +20,7 @@ from conftest import picotrain as in_a_process
 from picotrain.cli import main
 from picotrain.tokenizer import train_tokenizer
 
-COMMANDS = ["train", "plan", "config", "resume", "eval", "sample", "report", "data", "tokenizer", "doctor", "completion"]
+COMMANDS = ["train", "plan", "config", "resume", "eval", "sample", "report", "data", "tokenizer", "doctor", "bench", "completion"]
 
 
 class Result:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from picotrain import bench
 from picotrain.config import completion
-from picotrain.config.completion import COMMANDS, SHELLS, complete, script
+from picotrain.config.completion import BENCHMARKS, COMMANDS, SHELLS, complete, script
 from picotrain.config.groups import GROUPS, choices
 
 SOURCE = str(Path(completion.__file__).parents[2])
@@ -25,6 +26,7 @@ def test_the_first_word_is_a_command():
     assert complete([], "re") == ["resume", "report"]
     assert complete(["data"], "") == ["show", "prepare", "inspect", "verify", "download"]
     assert complete(["completion"], "") == list(SHELLS)
+    assert complete(["bench"], "s") == ["step", "sampling", "startup"]
 
 
 def test_the_commands_are_those_of_the_command_line():
@@ -34,6 +36,7 @@ def test_the_commands_are_those_of_the_command_line():
     group = typer_main.get_command(app)
     own = {name: tuple(getattr(command, "commands", ())) for name, command in group.commands.items() if not command.hidden}
     assert own == COMMANDS
+    assert bench.NAMES == BENCHMARKS
 
 
 def test_nothing_typed_offers_groups_and_sections():

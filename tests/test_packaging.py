@@ -77,6 +77,13 @@ def test_the_console_script_of_an_installed_wheel_works(site: Path, tmp_path: Pa
     assert re.search(r"(?m)^ +depth: 4$", resolved)
 
 
+def test_an_installed_wheel_measures_its_machine_in_an_empty_folder(site: Path, tmp_path: Path) -> None:
+    options = ["matmul", "--size", "256", "--repeats", "1", "--device", "cpu", "--json"]
+    lines = run_elsewhere(site, tmp_path, sys.executable, "-m", "picotrain", "bench", *options).splitlines()
+    assert json.loads(lines[0])["environment"]["commit"] is None, "the wheel is of no checkout"
+    assert [json.loads(line)["precision"] for line in lines[1:]] == ["fp32", "bf16"]
+
+
 def test_wheel_version_is_the_package_version(wheel: Path) -> None:
     import picotrain
 

@@ -66,18 +66,6 @@ def script(name: str, arguments: Sequence[str] | None = None, prog: str | None =
     return 0
 
 
-def words(options: argparse.Namespace) -> list[str]:
-    """Options as the words of a command line that give them back."""
-    found: list[str] = []
-    for key, value in vars(options).items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            found += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return found
-
-
 def end_on_sigterm() -> None:
     """Make SIGTERM unwind this process like an exit, so that it ends the processes it has started."""
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))

@@ -58,13 +58,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--short", action="store_true", help="cut the text into short documents")
     parser.add_argument("--seconds", type=float, default=10, help="measured time per setting and method")
     parser.add_argument("--no-baseline", action="store_true")
+    parser.add_argument("--vocab", type=int, default=TokenizerConfig().vocab_size)
     parser.add_argument("--cache", type=Path, default=Path(os.environ.get("PICOTRAIN_CACHE", "~/.cache/picotrain")).expanduser())
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     data = DataConfig(kind="files", name=args.path.name, path=str(args.path)) if args.path else DataConfig(kind="pystdlib", name="pystdlib")
     corpus = resolve(data, args.cache)
-    path, _ = obtain_tokenizer(TokenizerConfig(), corpus, args.cache)
+    path, _ = obtain_tokenizer(TokenizerConfig(vocab_size=args.vocab), corpus, args.cache)
     with tempfile.TemporaryDirectory() as folder:
         if args.short:
             corpus = cut_short(corpus, Path(folder))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from picotrain.errors import PicotrainError
@@ -22,16 +25,21 @@ class BenchmarkFailed(PicotrainError):
 
 
 def lines(name: str, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The lines of a benchmark as they come. Its process is ended when the iterator is. Raises BenchmarkFailed."""
+    """The lines of a benchmark as they come. Its process, and what that has started, are ended when the iterator is.
+    Raises BenchmarkFailed."""
     command = [sys.executable, "-m", "picotrain.bench", name, *arguments]
-    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, process_group=0) as process,
+    ):
         assert process.stdout
         try:
             for line in process.stdout:
                 yield json.loads(line)
-        except BaseException:
-            process.terminate()
-            raise
-        if process.wait():
+            process.wait()
+        finally:
+            with suppress(ProcessLookupError):  # all have ended
+                os.killpg(process.pid, signal.SIGTERM)
+        if process.returncode:
             said.seek(0)
             raise BenchmarkFailed(name, process.returncode, said.read())

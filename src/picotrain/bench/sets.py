@@ -35,12 +35,12 @@ def quick_set(machine: Machine) -> list[Task]:
         Task("step", [*depth, *best_mode(machine)]),
         Task("loader", ["--seconds", "3"]),
         Task("checkpoint", ["--depth", "4", "--saves", "3", "--signals", "0"]),
-        Task("sampling", ["--device", machine.device, "--threads", str(machine.cores)]),
+        Task("sampling", ["--device", machine.device, "--threads", str(machine.cores), "--repeats", "2"]),
     ]
 
 
 def full_set(machine: Machine) -> list[Task]:
-    """All that needs no files of the user: half an hour on two cores."""
+    """All that needs no files of the user, in more settings and with repeats."""
     sampling = ["--device", machine.device, "--threads", str(machine.cores)]
     precisions = ["fp32", "bf16"] if machine.fast_bf16 else ["fp32"]
     return [

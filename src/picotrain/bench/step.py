@@ -31,7 +31,7 @@ import torch
 from picotrain import optim
 from picotrain import plan as planning
 from picotrain import run as runs
-from picotrain.bench import environment, matmul, processes, words
+from picotrain.bench import environment, matmul, processes
 from picotrain.bench.timing import Clock
 from picotrain.config import Config, compose
 from picotrain.model import DTYPES, GPT
@@ -69,14 +69,28 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     found: list[list[dict[str, Any]]] = [[] for _ in settings]
     for repeat in range(options.repeats):
         for setting, lines in zip(settings, found, strict=True):
-            lines += processes.lines("step", words(setting))
+            lines += processes.lines("step", _words(setting))
             if repeat == options.repeats - 1:
                 yield lines[0] if options.repeats == 1 else medians(lines)
 
 
+def _words(options: argparse.Namespace) -> list[str]:
+    """Options as the words of a command line that give them back."""
+    found: list[str] = []
+    for key, value in vars(options).items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            found += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return found
+
+
 def medians(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """One line of several of the same setting."""
-    found = {key: statistics.median(line[key] for line in lines) if _differs(key, lines) else value for key, value in lines[0].items()}
+    found = {
+        key: round(statistics.median(line[key] for line in lines), 4) if _differs(key, lines) else value for key, value in lines[0].items()
+    }
     first, *others = (line["first_step_s"] for line in lines)
     found |= {"repeats": len(lines), "tok_per_sec_all": [line["tok_per_sec"] for line in lines]}
     return found | {"first_step_s": first, "first_step_warm_s": round(statistics.median(others), 2)}

@@ -68,7 +68,9 @@ def split(given: Sequence[str]) -> tuple[list[str], list[str]]:
             meant = f"nearest: {', '.join(found)}; " if (found := nearest(name, benchmarks.NAMES)) else ""
             raise PicotrainError(f"there is no benchmark {name!r} ({meant}all: {', '.join(benchmarks.NAMES)})")
     if own and len(names) != 1:
-        raise PicotrainError(f"{own[0]} is an option of a single benchmark; name it before, e.g. `picotrain bench step --depth 6`")
+        raise PicotrainError(
+            f"{own[0]} is no option of the set; those of one benchmark follow its name, e.g. `picotrain bench step --depth 6`"
+        )
     return names, own
 
 
@@ -142,7 +144,7 @@ def show(where: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     machine = f"{hw['name']} ({hw['device']}), {hw['threads']} threads, torch {packages['torch']}, picotrain {where['picotrain']}{at}"
     out = console()
     out.print(f"{machine}, {where['time'][:10]}", style="bold", markup=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in Row._fields:
         table.add_column(name, justify="right" if name == "figure" else "left", no_wrap=name in ("figure", "benchmark"))
     before = ""

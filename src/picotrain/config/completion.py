@@ -20,10 +20,12 @@ COMMANDS: dict[str, tuple[str, ...]] = {  # and their own commands; a test compa
     "sample": (),
     "report": (),
     "doctor": (),
+    "bench": (),
     "data": ("show", "prepare", "inspect", "verify", "download"),
     "tokenizer": ("train", "eval"),
     "completion": (),
 }
+BENCHMARKS = ("matmul", "step", "loader", "checkpoint", "sampling", "startup", "corpus", "core")  # those of picotrain.bench; a test, too
 _RUN_COMMANDS = ("resume", "eval", "sample", "report")  # their first word is a run directory
 
 
@@ -38,6 +40,8 @@ def complete(words: Sequence[str], current: str) -> list[str]:
         return [name for name in COMMANDS.get(command, COMMANDS) if name.startswith(current)]
     if command == "completion":
         return [shell for shell in SHELLS if shell.startswith(current)]
+    if command == "bench":
+        return [name for name in BENCHMARKS if name.startswith(current)]
     if command == "compare":  # nothing but paths
         return []
     if current.startswith("-") or words[-1] in ("--config", "--config-dir") or (len(words) == 1 and command in _RUN_COMMANDS):

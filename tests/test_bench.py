@@ -1,0 +1,330 @@
+"""`picotrain bench` and the scripts over it: every benchmark in a tiny setting, the table, the JSON, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from subprocess import DEVNULL
+from typing import Any
+
+import pytest
+from conftest import picotrain, start
+from test_bundle import write_bundle
+
+from picotrain import bench, hardware
+from picotrain import plan as planning
+from picotrain.bench import core, corpus, environment, processes, sampling, sets, step, table
+from picotrain.bench.sets import Task
+from picotrain.cli import bench as command_module
+from picotrain.cli import main
+from picotrain.hardware import Machine
+
+REPO = Path(__file__).resolve().parent.parent
+H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 1, 80 * 2**30, 9.0, True, 16)
+LAPTOP = Machine("cpu", "a CPU", 1, 16 * 2**30, 0.0, False, 2)
+TINY_STEP = ["--depth", "1", "--seq-len", "16", "--batch", "2", "--vocab", "300", "--steps", "2", "--warmup", "1"]
+TINY_MATMUL = ["--size", "512", "--repeats", "2"]
+
+
+class Result:
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run the command in this process, its benchmarks as well."""
+
+    def run(*arguments: str, lines: Callable[..., Iterator[dict[str, Any]]] = run_here) -> Result:
+        monkeypatch.setattr(command_module, "lines", lines)
+        monkeypatch.setattr(bench, "end_on_sigterm", lambda: None)
+        monkeypatch.setattr(sys, "argv", ["picotrain", "bench", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return Result(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def run_here(name: str, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
+    return bench.load(name).run(bench.parser(name).parse_args(arguments))
+
+
+def measure(name: str, *arguments: str) -> list[dict[str, Any]]:
+    """The lines of a benchmark, each as its JSON has it and with rows for the table."""
+    found = [json.loads(json.dumps(line)) for line in run_here(name, arguments)]
+    for line in found:
+        assert all(isinstance(cell, str) for row in table.rows(line) for cell in row)
+    return found
+
+
+# Every benchmark -------------------------------------------------------------------------------------------
+
+
+def test_matmul_counts_two_operations_for_each_product():
+    (line,) = measure("matmul", *TINY_MATMUL, "--precision", "fp32")
+    assert line["gflops"] > 0 and line["size"] == 512 and line["of_peak"] is None  # no data sheet for a CPU
+
+
+def test_step_measures_the_parts_of_a_step_and_counts_all_of_its_micro_batches():
+    (line,) = measure("step", *TINY_STEP, "--grad-accum", "3")
+    assert line["batch"] == 2 and line["grad_accum"] == 3 and line["vocab"] == 300
+    assert line["tok_per_sec"] == pytest.approx(3 * 2 * 16 / (line["step_ms"] / 1000), rel=0.1)  # both are rounded
+    assert line["forward_ms"] + line["backward_ms"] + line["optimizer_ms"] > 0
+    assert line["mfu"] is None and line["predicted_mib"] > 0 and line["peak_rss_mib"] > 0
+
+
+def test_step_takes_any_key_of_the_config_and_the_micro_batch_of_the_plan():
+    options = bench.parser("step").parse_args([*TINY_STEP, "--depth", "4", "--batch", "auto", "--set", "model.window_pattern=SL"])
+    options.depth, options.repeats = [4], 1
+    config = step.config_of(options)
+    assert config.model.window_pattern == "SL" and config.tokenizer.vocab_size == 300
+    rows = planning.make(config, "step").device_batch_size
+    assert rows > 1 and rows & (rows - 1) == 0
+
+
+def test_step_interleaves_settings_and_takes_medians_over_repeats(monkeypatch: pytest.MonkeyPatch):
+    seen: list[tuple[int, str]] = []
+
+    def one(name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
+        options = bench.parser(name).parse_args(arguments)
+        assert options.repeats == 1 and options.compile
+        seen.append((options.depth[0], options.precision[0]))
+        first = 20.0 if len(seen) <= 4 else 2.0 + len(seen) / 100
+        return [{"depth": options.depth[0], "tok_per_sec": 100 * len(seen), "first_step_s": first, "mfu": None, "compile": True}]
+
+    monkeypatch.setattr(processes, "lines", one)
+    options = bench.parser("step").parse_args(["--depth", "2", "4", "--precision", "fp32", "bf16", "--compile", "--repeats", "3"])
+    found = list(step.run(options))
+    assert seen == 3 * [(2, "fp32"), (2, "bf16"), (4, "fp32"), (4, "bf16")]
+    assert [line["tok_per_sec"] for line in found] == [500, 600, 700, 800]
+    assert found[0]["tok_per_sec_all"] == [100, 500, 900] and found[0]["depth"] == 2 and found[0]["mfu"] is None
+    assert (found[0]["first_step_s"], found[0]["first_step_warm_s"]) == (20.0, pytest.approx(2.07))
+
+
+def test_loader_and_the_usual_method_read_the_same_corpus(corpus_dir: Path):
+    wide, narrow = measure("loader", "--path", str(corpus_dir), "--seconds", "0.05", "--vocab", "300")
+    assert (wide["rows"], wide["seq_len"], narrow["rows"], narrow["seq_len"]) == (32, 2048, 8, 512)
+    assert wide["tokens_per_s"] > 0 and narrow["usual"]["tokens_per_s"] > 0
+
+
+def test_checkpoint_says_how_long_a_save_holds_the_loop(tmp_path: Path):
+    (line,) = measure("checkpoint", "--depth", "1", "--saves", "1", "--signals", "0", "--folder", str(tmp_path))
+    assert line["benchmark"] == "checkpoint" and line["state_mb"] > 10
+    assert line["stall_share"] == pytest.approx(line["stall_s"] / line["sync_s"], abs=0.01)
+
+
+def test_sampling_times_both_ways(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sampling, "NEW_TOKENS", 3)
+    (line,) = measure("sampling", "--depth", "1", "--repeats", "1", "--threads", "1")
+    assert line["batch_1"] > 0 and line["batch_8"] > 0 and line["batch_1_without_cache"] > 0
+
+
+def test_startup_times_the_help_of_the_command():
+    (line,) = measure("startup", "--modes", "help", "--repeats", "1")
+    assert line["mode"] == "help" and line["command_s"] > 0
+
+
+@pytest.mark.slow
+def test_startup_sees_the_first_step_of_a_run():
+    (line,) = measure("startup", "--modes", "eager", "--repeats", "1", "--depth", "2")
+    assert 0 < line["first_step_s"] < line["command_s"]
+
+
+def test_startup_says_what_it_cannot_measure(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hardware, "has_compiler", lambda: False)
+    monkeypatch.setattr("picotrain.bench.startup._help", lambda: {"command_s": 0.1})
+    without, help_line = measure("startup", "--modes", "help", "compiled", "--repeats", "1")
+    assert "C++ compiler" in without["not_measured"] and help_line["mode"] == "help"
+    assert table.rows(without)[0].reference.startswith("not measured: ")
+
+
+def test_corpus_reads_every_row_once_and_starts_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    real, starts = corpus.start, []
+
+    def once(folder: Path) -> dict[str, float]:
+        """One process is enough to see that it starts; the benchmark takes four."""
+        starts.append(starts[0] if starts else real(folder))
+        return starts[-1]
+
+    monkeypatch.setattr(corpus, "start", once)
+    lines = measure("corpus", "--shards", "4", "--ranks", "1", "2", "--folder", str(tmp_path / "corpus"))
+    assert [line["cached"] for line in lines[:4]] == [False, True, True, True] and lines[0]["first_batch_s"] > 0
+    one, two = lines[4:]
+    assert one["rows"] == two["rows"] > 0 and two["dp_size"] == 2 and two["every_row_once"]
+
+
+def test_core_agrees_with_the_plain_implementation(tmp_path: Path, corpus_dir: Path):
+    options = ["--bundle", str(write_bundle(tmp_path)), "--corpus", str(corpus_dir)]
+    *tasks, whole = measure("core", *options, "--vocab", "300", "--depth", "1", "--threads", "1")
+    assert [line["task"] for line in tasks] == ["choice", "pairs", "words"]
+    assert whole["examples"] == 3 and whole["mismatches_beyond_margin"] == []
+    with pytest.raises(core.DataError, match="no task typo; it has choice, pairs, words"):
+        measure("core", *options, "--vocab", "300", "--tasks", "typo")
+
+
+# The command -----------------------------------------------------------------------------------------------
+
+
+def test_a_set_becomes_one_table_and_one_file(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    tiny = [Task("matmul", [*TINY_MATMUL, "--precision", "fp32"]), Task("step", TINY_STEP)]
+    monkeypatch.setattr(sets, "quick_set", lambda machine: tiny)
+    result = command("--device", "cpu", "--out", str(tmp_path / "out.json"))
+    assert result.code == 0, result.err
+    assert "fp32, 512 x 512" in result.out and "GFLOP/s" in result.out
+    assert "d1 fp32, 2 x 16" in result.out and "of the matmul ceiling" in result.out and "of the plan's prediction" in result.out
+    assert result.out.count("benchmark") == 1
+    assert "1 of 2: matmul" in result.err and "2 of 2: step" in result.err
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [line["benchmark"] for line in written["results"]] == ["matmul", "step"]
+    where = written["environment"]
+    assert where["packages"]["torch"] and where["hardware"]["cores"] == hardware.cores() and where["time"] and "commit" in where
+
+
+def test_json_lines_begin_with_where_they_were_measured(command):
+    result = command("matmul", *TINY_MATMUL, "--device", "cpu", "--json")
+    first, *lines = map(json.loads, result.out.splitlines())
+    assert first["environment"]["hardware"]["device"] == "cpu"
+    assert [(line["benchmark"], line["precision"], line["size"]) for line in lines] == [("matmul", "fp32", 512), ("matmul", "bf16", 512)]
+
+
+def test_a_benchmark_that_fails_costs_no_other_and_decides_the_exit_code(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def some_fail(name: str, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
+        if name == "step":
+            raise processes.BenchmarkFailed(name, -9, "Traceback: no memory")
+        yield from run_here("matmul", TINY_MATMUL)
+
+    result = command("step", "matmul", "--device", "cpu", "--out", str(tmp_path / "out.json"), lines=some_fail)
+    assert result.code == 1
+    assert "ended with exit code -9" in result.err and "no memory" in result.err
+    assert "not measured" in result.out and "fp32, 512 x 512" in result.out
+    assert [line["benchmark"] for line in json.loads((tmp_path / "out.json").read_text())["results"]] == ["step", "matmul", "matmul"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["stp"], ["no benchmark 'stp'", "nearest: step", "loader"]),
+        (["step", "lodr"], ["no benchmark 'lodr'", "nearest: loader"]),
+        (["--depth", "2"], ["--depth", "picotrain bench step --depth 6"]),
+        (["step", "loader", "--depth", "2"], ["--depth"]),
+        (["--device", "tpu"], ["tpu", "cpu or cuda"]),
+        (["--device", "cuda"], ["no NVIDIA GPU", "--device cpu"]),
+        (["matmul", "--out", "/nowhere/out.json"], ["/nowhere/out.json", "cannot be written"]),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(command, monkeypatch: pytest.MonkeyPatch, arguments: list[str], parts: list[str]):
+    monkeypatch.setattr(hardware, "detect", lambda: LAPTOP)
+    result = command(*arguments)
+    assert result.code == 2 and result.out == ""
+    assert result.err.count("error:") == 1 and "Traceback" not in result.err
+    assert all(part in result.err for part in parts)
+
+
+def test_help_names_every_benchmark_and_a_name_asks_for_its_options(command):
+    assert all(name in command("--help").out for name in bench.NAMES)
+    assert "--grad-accum" in command("step", "--help").out
+
+
+def test_a_process_of_its_own_runs_a_benchmark_and_its_mistakes_reach_the_user():
+    done = picotrain("bench", "step", *TINY_STEP, "--no-compile", "--precision", "fp32", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[1])["depth"] == 1
+    done = picotrain("bench", "step", "--dpth", "1", "--device", "cpu")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "error: unrecognized arguments: --dpth 1; `picotrain bench step --help`" in done.stderr and "usage" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for child processes in /proc")
+def test_ending_the_command_ends_the_process_that_measures():
+    process = start("bench", "matmul", "--repeats", "1000000", "--device", "cpu", stdout=DEVNULL, stderr=DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 120
+    while not (found := measuring(children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert found, "nothing is measured"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(found[0], 0)
+
+
+def measuring(children: Path) -> list[int]:
+    """Processes among the children that have begun to run a benchmark."""
+    try:
+        return [pid for pid in map(int, children.read_text().split()) if b"picotrain.bench" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    except OSError:
+        return []
+
+
+# Sets, scripts, docs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("machine", [H100, LAPTOP])
+def test_the_options_of_every_set_are_those_of_their_benchmarks(machine: Machine):
+    quick, full = sets.quick_set(machine), sets.full_set(machine)
+    for task in [*quick, *full]:
+        bench.parser(task.name).parse_args(task.arguments)
+    assert {task.name for task in quick} <= {task.name for task in full} == {*bench.NAMES} - {"core"}
+
+
+def test_a_gpu_measures_compiled_bf16_at_2048_tokens():
+    settings = [bench.parser("step").parse_args(task.arguments) for task in sets.full_set(H100) if task.name == "step"]
+    assert settings[0].depth == [12, 20]
+    for options in settings:
+        assert options.device == "cuda" and options.seq_len == 2048 and options.compile
+        assert options.precision == ["bf16"] and options.batch == "auto" and options.repeats == 3
+
+
+def test_a_name_that_the_quick_set_lacks_runs_as_in_the_full_one():
+    assert sets.tasks(["startup", "step"], False, LAPTOP) == [Task("startup", ["--device", "cpu"]), sets.quick_set(LAPTOP)[1]]
+
+
+@pytest.mark.parametrize("name", bench.NAMES)
+def test_every_script_answers_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "end_on_sigterm", lambda: None)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPO / "benchmarks" / f"{name}.py"), run_name="__main__")
+    assert not ended.value.code
+    out = capsys.readouterr().out
+    assert f"usage: {name}.py" in out and f"python benchmarks/{name}.py" in out
+
+
+def test_every_script_in_the_docs_is_there_and_takes_the_options_it_is_shown_with():
+    texts = {path: path.read_text() for path in [*(REPO / "docs").glob("*.md"), REPO / "README.md"]}
+    shown = [match for text in texts.values() for match in re.findall(r"python benchmarks/(\w+)\.py([^`|\n]*)", text)]
+    assert {name for name, _ in shown} >= {"step", "loader", "checkpoint", "sampling", "corpus", "core"}
+    for name, options in shown:
+        bench.parser(name).parse_args(shlex.split(options))
+    assert {path.stem for path in (REPO / "benchmarks").glob("*.py")} == {*bench.NAMES}
+
+
+# Where it was measured -------------------------------------------------------------------------------------
+
+
+def test_clocks_are_read_while_the_device_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text('#!/bin/sh\necho "$@" > "$0.asked"\nsleep 0.2\necho "1980, 2619, 652.31, [N/A]"\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    worked: list[int] = []
+    found = environment.gpu(environment.STATE, lambda: (worked.append(1), time.sleep(0.01)))
+    assert found == {"sm_mhz": 1980, "memory_mhz": 2619, "power_w": 652.31, "temperature_c": "[N/A]"}
+    assert worked and "-i 3 --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu" in (tmp_path / "nvidia-smi.asked").read_text()
+
+
+def test_without_a_driver_there_are_no_clocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert environment.gpu(environment.STATE) == {} and environment.commit() is None
