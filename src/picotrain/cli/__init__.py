@@ -177,7 +177,9 @@ def doctor_(overrides: Overrides = None, config: ConfigFile = None, config_dir: 
 def bench_(
     ctx: typer.Context,
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Benchmarks, or one and options of its own.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="The whole set, with more settings and repeats of each; many times as long.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="The whole set, with more settings and repeats of each; many times as long.")
+    ] = False,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda; auto: an NVIDIA GPU where there is one.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print JSON lines: versions and hardware, then one a setting.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write all of it as one JSON file, too.")] = None,
