@@ -51,6 +51,7 @@ def full_set(machine: Machine) -> list[Task]:
         Task("checkpoint", []),
         *(Task("sampling", [*sampling, "--precision", precision]) for precision in precisions),
         Task("startup", ["--device", machine.device]),
+        Task("time_to_bpb", ["--recipes", "fast"]),
         Task("corpus", []),
     ]
 
