@@ -54,7 +54,7 @@ def test_a_prefix_offers_groups_sections_and_keys_one_part_at_a_time():
 def test_a_group_offers_its_choices_and_a_key_its_words():
     assert complete(["plan", "data=files"], "model=") == [f"model={choice}" for choice in choices("model")]
     assert complete(["train"], "model=d1") == ["model=d12", "model=d16"]
-    assert complete(["train"], "experiment=") == ["experiment=cpu_d4", "experiment=cpu_speedrun", "experiment=speedrun", "experiment=null"]
+    assert complete(["train"], "experiment=") == ["experiment=cpu_speedrun", "experiment=speedrun", "experiment=cpu_d4", "experiment=null"]
     assert complete(["train"], "train.precision=b") == ["train.precision=bf16"]
     assert complete(["train"], "hardware.compile=") == ["hardware.compile=true", "hardware.compile=false", "hardware.compile=auto"]
     assert complete(["train"], "train.grad_clip=") == ["train.grad_clip=null"]

@@ -25,7 +25,17 @@ COMMANDS: dict[str, tuple[str, ...]] = {  # and their own commands; a test compa
     "tokenizer": ("train", "eval"),
     "completion": (),
 }
-BENCHMARKS = ("matmul", "step", "loader", "checkpoint", "sampling", "startup", "corpus", "core")  # those of picotrain.bench; a test, too
+BENCHMARKS = (
+    "matmul",
+    "step",
+    "loader",
+    "checkpoint",
+    "sampling",
+    "startup",
+    "time_to_bpb",
+    "corpus",
+    "core",
+)  # those of picotrain.bench; a test, too
 _RUN_COMMANDS = ("resume", "eval", "sample", "report")  # their first word is a run directory
 
 
