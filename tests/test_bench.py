@@ -246,25 +246,32 @@ def test_a_process_of_its_own_runs_a_benchmark_and_its_mistakes_reach_the_user()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for child processes in /proc")
-def test_ending_the_command_ends_the_process_that_measures():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ending_the_command_ends_the_process_that_measures(number: signal.Signals):
     process = start("bench", "matmul", "--repeats", "1000000", "--device", "cpu", stdout=DEVNULL, stderr=DEVNULL)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     deadline = time.monotonic() + 120
     while not (found := measuring(children)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert found, "nothing is measured"
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
-    with pytest.raises(ProcessLookupError):
-        os.kill(found[0], 0)
+    process.send_signal(number)
+    assert process.wait(60) == (128 + number if number == signal.SIGTERM else -number)
+    while measures(found[0]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not measures(found[0])
 
 
 def measuring(children: Path) -> list[int]:
     """Processes among the children that have begun to run a benchmark."""
+    return [pid for pid in map(int, children.read_text().split()) if measures(pid)]
+
+
+def measures(pid: int) -> bool:
+    """Whether that process is there and runs a benchmark."""
     try:
-        return [pid for pid in map(int, children.read_text().split()) if b"picotrain.bench" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return b"picotrain.bench" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return []
+        return False
 
 
 # Sets, scripts, docs ---------------------------------------------------------------------------------------

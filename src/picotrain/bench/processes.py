@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from picotrain.errors import PicotrainError
+from picotrain.worker import LAUNCHER_PID
 
 
 class BenchmarkFailed(PicotrainError):
@@ -28,9 +29,10 @@ def lines(name: str, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The lines of a benchmark as they come. Its process, and what that has started, are ended when the iterator is.
     Raises BenchmarkFailed."""
     command = [sys.executable, "-m", "picotrain.bench", name, *arguments]
+    environment = os.environ | {LAUNCHER_PID: str(os.getpid())}  # it ends without us, too: a signal may come before it is known here
     with (
         tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, process_group=0) as process,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, process_group=0, env=environment) as process,
     ):
         assert process.stdout
         try:
