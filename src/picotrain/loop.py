@@ -8,6 +8,7 @@ could cost the weights, and an evaluation that fails costs neither.
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 import traceback
@@ -180,6 +181,8 @@ class _Run:
         training time does not hold the compiler's. Weights, moments and random states stay as they are.
         """
         started_s = time.perf_counter()
+        # By itself torch keeps what it has compiled in the system's temporary folder, which is emptied now and then.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runs.cache_dir(self.config) / "compiled"))
         ids = torch.zeros(self.plan.device_batch_size, self.plan.seq_len, dtype=torch.int64, device=self.parallel.device)
         self.wrapped(ids, ids).backward()
         self.state.optimizer.zero_grad(set_to_none=True)

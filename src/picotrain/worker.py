@@ -79,8 +79,6 @@ def run(run_dir: Path) -> int:
     """
     config = load(run_dir / "config.yaml")
     set_up_process(config.hardware)
-    if config.run.cache_dir:  # torch keeps what it has compiled in the system's temporary folder, which is emptied now and then
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.cache_dir) / "compiled"))
     from picotrain import parallel
 
     with parallel.StopSignal() as stop:
