@@ -126,6 +126,8 @@ class _Run:
         self.config: Config
         self.config, self.plan, self.corpus, self.tokenizer = runs.read_material(run_dir)
         self.checkpoints = run_dir / "checkpoints"
+        # Compiled code is kept there, not in the system's temporary folder; torch looks when its compiler is imported.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runs.cache_dir(self.config) / "compiled"))
 
         self.archive = self._start_archive() if parallel.is_main else None
 
@@ -181,8 +183,6 @@ class _Run:
         training time does not hold the compiler's. Weights, moments and random states stay as they are.
         """
         started_s = time.perf_counter()
-        # By itself torch keeps what it has compiled in the system's temporary folder, which is emptied now and then.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runs.cache_dir(self.config) / "compiled"))
         ids = torch.zeros(self.plan.device_batch_size, self.plan.seq_len, dtype=torch.int64, device=self.parallel.device)
         self.wrapped(ids, ids).backward()
         self.state.optimizer.zero_grad(set_to_none=True)
