@@ -51,6 +51,18 @@ def test_out_of_memory_with_an_automatic_batch_is_tried_again_smaller_with_the_s
     assert again.returncode == 0 and "out of memory" not in again.stderr  # it is remembered
 
 
+@pytest.mark.slow  # compiles three times
+def test_out_of_memory_while_compiling_is_tried_again_too_and_leaves_nothing_behind(tmp_path, tiny):
+    run = tmp_path / "run"
+    more = ("hardware.compile=true", "launch.hang_s=60", "archive.url=" + str(tmp_path / "archive"))
+    done = picotrain("train", *tiny(run, *more), env=patched(tmp_path / "patch", SMALL_DEVICE))
+    assert done.returncode == 0, done.stderr
+    assert "tried again with 2 rows in 4 accumulation steps" in done.stderr and "Traceback" not in done.stderr
+    assert len(losses(run)) == 12
+    (compiled,) = [line for line in lines(run, "event") if line["name"] == "compiled"]
+    assert compiled["step"] == 0
+
+
 def test_out_of_memory_with_a_chosen_batch_names_what_would_fit(tmp_path, tiny):
     run = tmp_path / "run"
     done = picotrain("train", *tiny(run, "train.device_batch_size=8"), env=patched(tmp_path / "patch", SMALL_DEVICE))

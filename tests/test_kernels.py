@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from picotrain.model.blocked import BLOCK, blocked_attention
-from picotrain.model.kernels import attend
-from picotrain.model.masks import attention_mask
+from picotrain.model.masks import BLOCKED_TOKENS, attention_mask, whole_row
 
 
 def inputs(tokens: int, heads: int = 4, kv_heads: int = 4, head_dim: int = 16) -> list[Tensor]:
@@ -52,10 +51,13 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_torchs_own_kernel(window):
         assert (ours.float() - exact).norm() < 2 * (torchs.float() - exact).norm() < 0.05 * exact.norm()
 
 
-def test_a_cpu_never_builds_a_mask_of_all_pairs_for_rows_it_can_do_in_blocks(monkeypatch):
-    monkeypatch.setattr("picotrain.model.kernels.attention_mask", lambda *_: pytest.fail("a dense mask"))
-    for window in (512, 100):
-        attend(*inputs(512), window, 0.25)
+def test_a_cpu_never_builds_a_mask_of_all_pairs_for_rows_it_can_do_in_blocks():
+    cpu, other, long = torch.device("cpu"), torch.device("meta"), 2 * BLOCKED_TOKENS
+    assert [whole_row(512, window, cpu) for window in (512, 100)] == [512, 100]
+    assert whole_row(long, 100, cpu) == 100
+    assert whole_row(long, long, cpu) is None and whole_row(512, 512, other) is None  # causal: the kernel's own
+    mask = whole_row(512, 100, other)
+    assert isinstance(mask, Tensor) and mask.shape == (512, 512)
 
 
 def test_the_mask_is_none_where_causality_says_the_same():

@@ -297,7 +297,7 @@ def gradients(model: GPT, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
-@pytest.mark.parametrize("softcap", [15.0, None])
+@pytest.mark.parametrize("softcap", [15.0, 60.0, 100.0, 1000.0, None])
 @pytest.mark.parametrize("chunk_tokens", [7, 1000])
 def test_the_loss_and_its_gradients_are_those_of_the_definition(monkeypatch, softcap, chunk_tokens):
     monkeypatch.setitem(loss_module.LOGIT_CHUNK_BYTES, "cpu", 4 * 320 * chunk_tokens)
@@ -309,6 +309,14 @@ def test_the_loss_and_its_gradients_are_those_of_the_definition(monkeypatch, sof
     for name, gradient in gradients(model, 3 * loss).items():
         reference = 3 * expected_gradients[name]
         assert (gradient - reference).abs().max() < 1e-4 * reference.abs().max(), name
+
+
+@pytest.mark.parametrize("softcap", [1.0, 15.0, 60.0, 61.0, 1000.0, None])
+@pytest.mark.parametrize("logit", [0.0, 2000.0, -2000.0])
+def test_the_loss_of_equal_logits_is_that_of_a_guess_however_they_are_capped(softcap, logit):
+    losses, slopes, totals = loss_module.losses_and_slopes(torch.full((2, 64), logit), torch.tensor([1, 2]), softcap, 50)
+    torch.testing.assert_close(losses, torch.full((2,), math.log(50)), rtol=1e-5, atol=1e-4)
+    assert torch.isfinite(slopes / totals).all()
 
 
 def test_losses_without_reduction_average_to_the_mean():

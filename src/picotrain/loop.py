@@ -52,6 +52,7 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
     with _Run(run_dir, parallel, stop) as run:
         plan, cadence, state = run.plan, run.config.train, run.state
         saved_step = run.resumed_step
+        run.warm_up()
 
         while True:
             run.watchdog.beat()
@@ -162,8 +163,6 @@ class _Run:
         self._failure: DataError | None = None  # what ends the run, the same on every rank
         self._stopping_s = 0.0  # when a stop was agreed on
         self._val_rows = None  # tokenized when the first evaluation wants them
-        if self.plan.compile:
-            self._compile()
 
     def __enter__(self) -> _Run:
         return self
@@ -178,10 +177,12 @@ class _Run:
             self.archive.close(min(self.config.archive.close_s, FAILED_CLOSE_S))  # does nothing after `end`
         self.monitor.close()
 
-    def _compile(self) -> None:
-        """Pass a batch of zeros through the model and back, which compiles it: then the first step takes as long as any other, and
+    def warm_up(self) -> None:
+        """Pass a batch of zeros through a model that is to be compiled, and back: then the first step takes as long as any other, and
         training time does not hold the compiler's. Weights, moments and random states stay as they are.
         """
+        if not self.plan.compile or self.state.step >= self.plan.num_steps:
+            return
         started_s = time.perf_counter()
         ids = torch.zeros(self.plan.device_batch_size, self.plan.seq_len, dtype=torch.int64, device=self.parallel.device)
         self.wrapped(ids, ids).backward()

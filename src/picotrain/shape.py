@@ -13,7 +13,6 @@ from typing import Protocol
 REFERENCE_WIDTH = 768
 REFERENCE_BATCH_TOKENS = 2**19
 REFERENCE_PARAMS = 12 * 12 * 768**2 + 32_768 * 768  # matrices and head at depth 12
-GATE_CHANNELS = 32  # of a hidden state that the gates of value embeddings and smear look at: a few are as good as all
 DEFAULT_RATIO = 12.0  # training tokens per matrix or head parameter
 
 
@@ -104,6 +103,11 @@ def windows(model: ModelSection, seq_len: int) -> tuple[int, ...]:
     return (*sizes[:-1], seq_len)
 
 
+def gate_channels(width: int) -> int:
+    """How many channels of a hidden state the gates of value embeddings and smear look at: a few are as good as all."""
+    return min(32, width)
+
+
 def value_embedding_layers(model: ModelSection) -> tuple[int, ...]:
     """The layers with value embeddings: every other one, the last among them."""
     return tuple(range((model.depth - 1) % 2, model.depth, 2)) if model.value_embeds else ()
@@ -117,7 +121,7 @@ def parameters(d: Dims, vocab_size: int, model: ModelSection | None = None) -> P
     plain = Parameters(embedding=rows * d.width, matrices=matrices, head=rows * d.width)
     if model is None:
         return plain
-    tables, gate = len(value_embedding_layers(model)), min(GATE_CHANNELS, d.width)
+    tables, gate = len(value_embedding_layers(model)), gate_channels(d.width)
     return replace(
         plain,
         matrices=matrices + tables * gate * d.n_kv_heads,

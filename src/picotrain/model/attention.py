@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from picotrain import shape
-from picotrain.model import kernels
+from picotrain.model.blocked import blocked_attention
 from picotrain.model.cache import LayerCache
-from picotrain.model.features import gate_channels
 from picotrain.model.layers import Linear, rms_norm, rotate, take
 
 
@@ -25,7 +24,7 @@ class Attention(nn.Module):
         self.k = Linear(dims.width, dims.n_kv_heads * dims.head_dim)
         self.v = Linear(dims.width, dims.n_kv_heads * dims.head_dim)
         self.o = Linear(dims.n_heads * dims.head_dim, dims.width)
-        self.value_gate = Linear(gate_channels(dims.width), dims.n_kv_heads) if value_gate else None
+        self.value_gate = Linear(shape.gate_channels(dims.width), dims.n_kv_heads) if value_gate else None
 
     def forward(
         self,
@@ -37,8 +36,10 @@ class Attention(nn.Module):
         wanted: Tensor | None = None,
         values: Tensor | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (B, W, C) with `wanted`. sees: which keys a query sees, as a window of tokens that ends with
-        its own where every token is query and key, else as a mask (None: all up to its own). values: value embeddings (B, T, H_kv D).
+        """x (B, T, C) -> (B, T, C), or (B, W, C) with `wanted`. values: value embeddings (B, T, H_kv D).
+
+        sees: which keys a query sees, a mask (None: all up to its own), or the window of tokens that ends with its own, for
+        `blocked_attention`, where every token is query and key.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         if wanted is None:
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H_kv, start + T, D)
         if isinstance(sees, int):
-            y = kernels.attend(q, k, v, sees, self.scale)
+            y = blocked_attention(q, k, v, sees, self.scale)
         else:
             causal = sees is None and x.size(1) > 1  # a single query sees every key
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=causal, scale=self.scale, enable_gqa=self.grouped)

@@ -12,12 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from picotrain.model.layers import Linear
-from picotrain.shape import GATE_CHANNELS
-
-
-def gate_channels(width: int) -> int:
-    """How many channels a gate reads."""
-    return min(GATE_CHANNELS, width)
+from picotrain.shape import gate_channels
 
 
 class Smear(nn.Module):

@@ -19,7 +19,7 @@ from picotrain.model.cache import KVCache, LayerCache
 from picotrain.model.features import ResidualScalars, Smear, previous_ids
 from picotrain.model.layers import MLP, Linear, rms_norm, rotary_angles, softcap, take
 from picotrain.model.loss import HeadLoss, losses_and_slopes
-from picotrain.model.masks import attention_mask
+from picotrain.model.masks import attention_mask, whole_row
 
 
 class Block(nn.Module):
@@ -158,9 +158,11 @@ class GPT(nn.Module):
         limit = self.seq_len if cache is None else cache.max_len
         if end > limit:
             raise ValueError(f"{end} tokens, but there is room for {limit}")
-        sees: dict[int, int | Tensor | None] = {window: window for window in self.windows}
-        if cache is not None or wanted is not None:
-            sees = {window: attention_mask(start, ids.size(1), window, ids.device) for window in sees}
+        sees: dict[int, int | Tensor | None]
+        if cache is None and wanted is None:
+            sees = {window: whole_row(end, window, ids.device) for window in set(self.windows)}
+        else:
+            sees = {window: attention_mask(start, ids.size(1), window, ids.device) for window in set(self.windows)}
         before = None  # the ids before these, where they are not simply the ids' own
         if self.smear is not None and cache is not None and start:
             before = torch.cat((cache.ids[:, start - 1 : start], ids[:, :-1]), dim=1)

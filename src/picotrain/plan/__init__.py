@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from picotrain import hardware, shape
 from picotrain.config.saved import write_whole
-from picotrain.config.schema import Config, TrainConfig
+from picotrain.config.schema import Config, OptimizerConfig, TrainConfig
 from picotrain.data.corpus import Corpus
 from picotrain.data.mixture import Mixture
 from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
@@ -33,7 +33,7 @@ from picotrain.plan.memory import (
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
 REPEAT_WARNING_EPOCHS = 4.0  # repeating up to about 4 times costs little (arXiv:2305.16264)
-COMPILE_FLOPS = 3e13  # of training on a CPU from which on torch.compile is taken: a minute or so
+COMPILE_FLOPS = 3e13  # of training on a CPU from which on torch.compile is taken: about a minute, of which it wins back what it takes
 ASSUMED_MFU = 0.40  # for the time and cost of hardware whose peak is known; an assumption, shown as one
 
 
@@ -142,8 +142,7 @@ def decide(config: Config) -> Config:
 
 
 def _compile_pays(config: Config, device: str) -> bool:
-    """Always on a GPU. On a CPU where there is a C++ compiler and enough to do: compiling takes about as long as 4e12 FLOPs and
-    makes the rest a quarter faster (docs/log.md, 2026-11-25)."""
+    """Always on a GPU. On a CPU where there is a C++ compiler and enough to do for what it costs (docs/log.md, 2026-11-25)."""
     if device != "cpu":
         return device == "cuda"
     return hardware.has_compiler() and _horizon_tokens(config, None)[0] * facts(config)[3] > COMPILE_FLOPS
@@ -195,10 +194,6 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         raise ConfigError(problems)
 
     total_tokens = num_steps * batch
-    o = config.optimizer
-    rates = shape.Rates(o.matrix_lr, o.embed_lr, o.head_lr, o.weight_decay, o.scalar_lr)
-    if o.scale:
-        rates = shape.scale_rates(rates, d.width, batch, total_tokens, orthogonal=o.kind == "muon")
     hours = _hours(config, total_tokens * flops, world_size)
     memory = predict_memory(config, d, params, micro_rows)
     epochs = total_tokens / corpus_tokens if corpus_tokens else None
@@ -220,7 +215,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         sources=_source_epochs(corpus, total_tokens, per_token) if corpus else {},
         bytes_per_token=per_token,
         eval_rows=max(train.eval_tokens // train.seq_len, 1),
-        **dataclasses.asdict(rates),
+        **dataclasses.asdict(_rates(config.optimizer, d.width, batch, total_tokens)),
         checkpoint_bytes=checkpoint_bytes(config, params),
         staging_bytes=staging_bytes(config, params),
         predicted_memory_bytes=memory,
@@ -228,6 +223,12 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         predicted_cost=hours * hw.price_per_hour * config.launch.nnodes if hours and hw.price_per_hour else None,
         notes=_notes(config, corpus, bytes_per_token, epochs, hours, memory),
     )
+
+
+def _rates(o: OptimizerConfig, width: int, batch: int, total_tokens: int) -> shape.Rates:
+    """Peak rates and decay: as they stand, or scaled to the model, the batch and the horizon."""
+    given = shape.Rates(o.matrix_lr, o.embed_lr, o.head_lr, o.weight_decay, o.scalar_lr)
+    return shape.scale_rates(given, width, batch, total_tokens, orthogonal=o.kind == "muon") if o.scale else given
 
 
 def _stream_facts(config: Config, mixture: Mixture | None, seq_len: int) -> dict[str, Any]:
