@@ -21,7 +21,7 @@ import torch
 
 from picotrain import hardware, optim, shape
 from picotrain.config.schema import HardwareConfig, ModelConfig, OptimizerConfig
-from picotrain.model import DTYPES, GPT
+from picotrain.model import DTYPES, GPT, Names
 from picotrain.worker import set_up_process
 
 RATES = shape.Rates(0.003, 0.2, 0.004, 0.1)
@@ -53,6 +53,7 @@ def measure(depth: int, args: argparse.Namespace) -> dict[str, Any]:
     flops = shape.flops_per_token(dims, params, shape.windows(config, args.seq_len), args.seq_len)
     ceiling = matmul_flops(args.device, dtype)
     model = GPT(config, args.vocab, args.seq_len, dtype).to(args.device)
+    kernel = model.choose_kernels(Names(args.attention), kept=Names())[0].kernel.name
     model.init_weights(0)
     if args.compile:
         model.compile_blocks()
@@ -88,6 +89,7 @@ def measure(depth: int, args: argparse.Namespace) -> dict[str, Any]:
         "vocab": args.vocab,
         "precision": args.precision,
         "compile": args.compile,
+        "attention": kernel,
         "hardware": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--attention", default="auto", help="a kernel of hardware.attention")
     parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)

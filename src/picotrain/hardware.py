@@ -24,6 +24,10 @@ PEAK_FLOPS: tuple[tuple[tuple[str, ...], float, str], ...] = (
     (("3090",), 71e12, "NVIDIA GA102 white paper, GeForce RTX 3090"),
 )
 
+# Attention kernels by device, the first that works is taken; the last works everywhere (see `picotrain.model.kernels`).
+_ATTENTION = {"cuda": ("fa4", "fa3", "cudnn", "flash", "sdpa")}
+_WINDOW_ATTENTION = {"cuda": ("fa4", "fa3", "flash", "flex", "banded")}
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -46,6 +50,16 @@ def peak_flops(name: str) -> float | None:
     """Peak dense bf16 FLOPs per second of a device by its name, None where no data sheet is in the table."""
     words = name.lower()
     return next((flops for keys, flops, _ in PEAK_FLOPS if all(key in words for key in keys)), None)
+
+
+def attention_kernels(device: str) -> tuple[str, ...]:
+    """Kernels for causal attention over the whole row on a device, best first."""
+    return _ATTENTION.get(device, ("sdpa",))
+
+
+def window_kernels(device: str) -> tuple[str, ...]:
+    """Kernels for causal attention in a sliding window on a device, best first."""
+    return _WINDOW_ATTENTION.get(device, ("banded",))
 
 
 @lru_cache(maxsize=1)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from picotrain import shape
 from picotrain.model.cache import LayerCache
+from picotrain.model.kernels import Attend
 from picotrain.model.layers import Linear, rms_norm, rotate, take
 
 
 def attention_mask(start: int, tokens: int, window: int, device: torch.device) -> Tensor | None:
     """Which keys 0 .. start + tokens - 1 each query start .. start + tokens - 1 sees: itself and the `window - 1` before it.
 
-    Boolean (tokens, start + tokens), true where it sees; None where the kernel's own causality says the same.
+    Boolean (tokens, start + tokens), true where it sees; None where a kernel's own causality says the same.
     """
     end = start + tokens
     if end <= window and (start == 0 or tokens == 1):
@@ -29,14 +29,13 @@ class Attention(nn.Module):
     def __init__(self, dims: shape.Dims, eps: float):
         super().__init__()
         self.head_dim, self.eps = dims.head_dim, eps
-        self.grouped = dims.n_kv_heads < dims.n_heads
         self.q = Linear(dims.width, dims.n_heads * dims.head_dim)
         self.k = Linear(dims.width, dims.n_kv_heads * dims.head_dim)
         self.v = Linear(dims.width, dims.n_kv_heads * dims.head_dim)
         self.o = Linear(dims.n_heads * dims.head_dim, dims.width)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: LayerCache | None, wanted: Tensor | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, cache: LayerCache | None, wanted: Tensor | None = None
     ) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         if wanted is None:
@@ -48,6 +47,5 @@ class Attention(nn.Module):
         v = self.v(x).view(heads).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H_kv, start + T, D)
-        causal = mask is None and x.size(1) > 1  # a single query sees every key
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=self.grouped)
+        y = attend(q, k, v, scale=None)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)

@@ -16,6 +16,7 @@ from picotrain.config.schema import ModelConfig
 from picotrain.model import loss
 from picotrain.model.attention import Attention, attention_mask
 from picotrain.model.cache import KVCache, LayerCache
+from picotrain.model.kernels import BANDED, SDPA, Attend, Case, Choice, Kernel, Names, Sdpa, select
 from picotrain.model.layers import MLP, Linear, rms_norm, rotary_angles, softcap, take
 from picotrain.model.loss import HeadLoss, losses_and_slopes
 
@@ -34,11 +35,11 @@ class Block(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
+        attend: Attend,
         cache: LayerCache | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        y = self.attn(rms_norm(x, self.eps), cos, sin, mask, cache, wanted)
+        y = self.attn(rms_norm(x, self.eps), cos, sin, attend, cache, wanted)
         x = (x if wanted is None else take(x, wanted)) + y  # (B, T, C), or W for T
         return x + self.mlp(rms_norm(x, self.eps))
 
@@ -66,6 +67,8 @@ class GPT(nn.Module):
         angles = rotary_angles(seq_len, dims.head_dim, model.rope_theta)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
+        self._kernels: tuple[Kernel, Kernel] = (SDPA, BANDED)
+        self._attends: dict[tuple[int, torch.device], Attend] = {}
         self._derive = losses_and_slopes
         self._compiled = False
 
@@ -91,6 +94,23 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """All weights, padding of the vocabulary included."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def choose_kernels(self, forced: Names, kept: Names) -> tuple[Choice, Choice]:
+        """Choose kernels for full rows on the device that the weights are on, and use them; see `picotrain.model.kernels.select`."""
+        dims, device = self.dims, self.embed.weight.device
+        heads = (dims.n_heads, dims.n_kv_heads, dims.head_dim)
+        cases = [Case(*heads, self.seq_len, window, self.compute_dtype, device) for window in sorted(set(self.windows))]
+        full, windowed = select(cases, forced, kept)
+        self.use_kernels(full.kernel, windowed.kernel)
+        return full, windowed
+
+    def use_kernels(self, full: Kernel, windowed: Kernel) -> None:
+        """Compute the attention of full rows by these kernels: of layers that see the whole row, and of those with a window.
+
+        Calls with a cache, with `wanted` or of shorter rows keep to torch's own choice and to masks.
+        """
+        self._kernels = (full, windowed)
+        self._attends = {}
 
     def compile_blocks(self) -> None:
         """Compile the blocks and the loss in place: one code for all layers, and no name changes.
@@ -141,8 +161,10 @@ class GPT(nn.Module):
         limit = self.seq_len if cache is None else cache.max_len
         if end > limit:
             raise ValueError(f"{end} tokens, but there is room for {limit}")
-        masks = {window: attention_mask(start, ids.size(1), window, ids.device) for window in set(self.windows)}
-        return self._run(ids, self.cos[start:end], self.sin[start:end], masks, cache, wanted)
+        full_rows = cache is None and wanted is None and end == self.seq_len
+        make = self._attend if full_rows else lambda w, device: Sdpa(attention_mask(start, ids.size(1), w, device))
+        attends = {window: make(window, ids.device) for window in set(self.windows)}
+        return self._run(ids, self.cos[start:end], self.sin[start:end], attends, cache, wanted)
 
     def branches(self, ids: Tensor, positions: Tensor, visible: Tensor, key_positions: Tensor, cache: KVCache) -> Tensor:
         """Hidden states (B, T, C) of tokens that go on from the S tokens in `cache` along several branches at once.
@@ -152,16 +174,17 @@ class GPT(nn.Module):
         """
         distance = positions[:, :, None] - key_positions[:, None]  # (B, T, S + T)
         masks = {w: (visible if w >= self.seq_len else visible & (distance < w))[:, None] for w in set(self.windows)}
-        return self._run(ids, self.cos[positions], self.sin[positions], masks, cache, None)
+        attends = {window: Sdpa(mask) for window, mask in masks.items()}
+        return self._run(ids, self.cos[positions], self.sin[positions], attends, cache, None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> fp32 logits (..., vocab_size): those of the padding are cut off."""
         return softcap(self.head(hidden).float(), self.logit_softcap)[..., : self.vocab_size]
 
     def _run(
-        self, ids: Tensor, cos: Tensor, sin: Tensor, masks: Mapping[int, Tensor | None], cache: KVCache | None, wanted: Tensor | None
+        self, ids: Tensor, cos: Tensor, sin: Tensor, attends: Mapping[int, Attend], cache: KVCache | None, wanted: Tensor | None
     ) -> Tensor:
-        """The blocks: ids (B, T) -> (B, T, C). cos and sin (T, 1, D / 2) or (B, T, 1, D / 2); masks by attention window."""
+        """The blocks: ids (B, T) -> (B, T, C). cos and sin (T, 1, D / 2) or (B, T, 1, D / 2); attends by attention window."""
         x = rms_norm(self.embed(ids).to(self.compute_dtype), self.eps)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         layer_caches = [None] * len(self.blocks) if cache is None else cache.layers
@@ -169,14 +192,23 @@ class GPT(nn.Module):
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             *first, last = zip(self.blocks, self.windows, layer_caches, strict=True)
             for block, window, layer_cache in first:
-                x = block(x, cos, sin, masks[window], layer_cache)
+                x = block(x, cos, sin, attends[window], layer_cache)
             block, window, layer_cache = last
             if wanted is None:
-                x = block(x, cos, sin, masks[window], layer_cache)
+                x = block(x, cos, sin, attends[window], layer_cache)
             else:
                 seen = torch.arange(ids.size(1), device=ids.device) <= wanted[..., None]  # (B, W, T)
-                x = block(x, cos, sin, seen[:, None], layer_cache, wanted)
+                x = block(x, cos, sin, Sdpa(seen[:, None]), layer_cache, wanted)
         return rms_norm(x, self.eps)
+
+    def _attend(self, window: int, device: torch.device) -> Attend:
+        """The attention of full rows, made once: a kernel may prepare something for it."""
+        key = (window, device)
+        if key not in self._attends:
+            full, windowed = self._kernels
+            with torch.inference_mode(False):  # the first call may be an evaluation's, and training keeps what it makes
+                self._attends[key] = (full if window >= self.seq_len else windowed)(self.seq_len, window, device)
+        return self._attends[key]
 
     def _loss_of_chunk(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return self._derive(logits, targets, self.logit_softcap, self.vocab_size)
