@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import lines, picotrain
 from torch import Tensor
 from torch.nn.attention import SDPBackend, flex_attention
 
-from conftest import lines, picotrain
 from picotrain import hardware
 from picotrain.config.schema import ModelConfig
 from picotrain.errors import ConfigError
