@@ -27,6 +27,7 @@ PLAN = {
     "name": "d2-tiny", "parameters": {"embedding": 1_000, "matrices": 2_000, "head": 1_000, "total": 4_000}, "flops_per_token": 1_000,
     "device": "cpu", "hardware_name": "a CPU", "precision": "fp32", "peak_flops": 1e6, "seq_len": 32, "total_batch_size": 256,
     "device_batch_size": 8, "grad_accum_steps": 1, "dp_size": 1, "world_size": 2, "num_steps": 100, "epochs": 0.5, "lanes": 8,
+    "attention": "sdpa", "window_attention": "banded",
 }  # fmt: skip
 
 
@@ -307,7 +308,8 @@ def test_the_banner_says_what_is_trained_on_what(make: Callable[..., Monitor], t
     make(stream=stream).start(0)
     banner = stream.getvalue()
     for fact in ("d2-tiny", "4,000 parameters", "256 tokens a step = 8 rows x 32 tokens", "100 steps = 25.6k tokens = 0.50 epochs",
-                 "2 x a CPU (cpu), fp32, peak 1.00 MFLOP/s each", "tiny, 8 lanes", str(tmp_path)):  # fmt: skip
+                 "2 x a CPU (cpu), fp32, peak 1.00 MFLOP/s each, attention by sdpa, in windows by banded",
+                 "tiny, 8 lanes", str(tmp_path)):  # fmt: skip
         assert fact in banner
 
 

@@ -24,6 +24,12 @@ PEAK_FLOPS: tuple[tuple[tuple[str, ...], float, str], ...] = (
     (("3090",), 71e12, "NVIDIA GA102 white paper, GeForce RTX 3090"),
 )
 
+# Attention kernels by device, best first; the last works everywhere (see `picotrain.model.kernels`).
+_ATTENTION = {"cuda": ("fa4", "fa3", "cudnn", "flash", "sdpa"), "cpu": ("blocked", "sdpa")}
+_WINDOW_ATTENTION = {"cuda": ("fa4", "fa3", "flash", "flex", "banded"), "cpu": ("blocked", "banded")}
+TRIED_ON = {"cuda"}  # where the first that works is taken; elsewhere all do
+BLOCKED_TOKENS = 2048  # that a query sees at most: beyond, the probabilities that blocked attention keeps outweigh all else
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -46,6 +52,23 @@ def peak_flops(name: str) -> float | None:
     """Peak dense bf16 FLOPs per second of a device by its name, None where no data sheet is in the table."""
     words = name.lower()
     return next((flops for keys, flops, _ in PEAK_FLOPS if all(key in words for key in keys)), None)
+
+
+def attention_kernels(device: str) -> tuple[str, ...]:
+    """Kernels for causal attention over the whole row on a device, best first."""
+    return _ATTENTION.get(device, ("sdpa",))
+
+
+def window_kernels(device: str) -> tuple[str, ...]:
+    """Kernels for causal attention in a sliding window on a device, best first."""
+    return _WINDOW_ATTENTION.get(device, ("banded",))
+
+
+def untried_kernel(device: str, kernels: tuple[str, ...], window: int) -> str:
+    """The one among a device's kernels that is taken without a trial, for queries that see `window` tokens."""
+    if device in TRIED_ON:
+        return kernels[-1]
+    return next(name for name in kernels if name != "blocked" or window <= BLOCKED_TOKENS)
 
 
 @lru_cache(maxsize=1)

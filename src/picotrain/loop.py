@@ -28,9 +28,9 @@ from picotrain.checkpoint.archive import Archive
 from picotrain.config import Config
 from picotrain.data.lanes import merge_states
 from picotrain.data.stream import Batch, Loader, validation_rows
-from picotrain.errors import DataError, Diverged, RunError
+from picotrain.errors import DataError, Diverged, LaunchError, RunError
 from picotrain.evaluation.suite import core_of_model
-from picotrain.model import DTYPES, GPT
+from picotrain.model import DTYPES, GPT, Names
 from picotrain.monitor import Monitor, profiler
 from picotrain.parallel import Parallel, StopSignal, Watchdog
 from picotrain.state import TrainState
@@ -135,6 +135,7 @@ class _Run:
         if self.config.train.deterministic:
             torch.use_deterministic_algorithms(True)
         self.model = GPT(self.config.model, self.plan.vocab_size, self.plan.seq_len, DTYPES[self.plan.precision]).to(parallel.device)
+        chosen = self._choose_kernels()
         optimizer = optim.build(self.config.optimizer, self.model, self.plan.rates, parallel)
         self.state = TrainState(self.model, optimizer)
         self.guard = optim.Guard(self.config.train.skip_loss_z, parallel.device)
@@ -143,6 +144,8 @@ class _Run:
         self.schedule = schedule.build(self.config.schedule, self.plan.num_steps)
         self.monitor = Monitor(run_dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank)
         self.resumed_step = self._restore()
+        if chosen:
+            self.monitor.event(self.state.step, "attention", chosen)
         self.profiler = profiler.build(self.monitor, parallel.device, self.state.step)
 
         if self.plan.compile:
@@ -188,6 +191,23 @@ class _Run:
         self.wrapped(ids, ids).backward()
         self.state.optimizer.zero_grad(set_to_none=True)
         self.monitor.event(self.state.step, "compiled", f"in {time.perf_counter() - started_s:.1f} s, which is no training time")
+
+    def _choose_kernels(self) -> str:
+        """Choose the attention's kernels, the same on every rank. A new choice goes into plan.json, for a resume, and is told in words."""
+        hw, plan = self.config.hardware, self.plan
+        kept = Names(plan.attention, plan.window_attention or "auto")
+        full, windowed = self.model.choose_kernels(Names(hw.attention, hw.window_attention), kept)
+        names = self.parallel.gather([full.kernel.name, windowed.kernel.name])
+        if any(others != names[0] for others in names):
+            text = "; ".join(f"rank {rank}: {', '.join(own)}" for rank, own in enumerate(names))
+            raise LaunchError(f"attention works differently on the ranks ({text}); set hardware.attention and hardware.window_attention")
+        in_windows = plan.window_attention and windowed.kernel.name
+        self.plan = plan.model_copy(update={"attention": full.kernel.name, "window_attention": in_windows})
+        if self.plan == plan:
+            return ""
+        if self.parallel.is_main:
+            self.plan.save(self.dir / "plan.json")
+        return f"by {full}" + (f"; in windows by {windowed}" if in_windows else "")
 
     def _start_archive(self) -> Archive | None:
         section = self.config.archive

@@ -42,6 +42,7 @@ Say = Callable[[str], None]
 DERIVED_ONCE = (
     "num_steps", "total_tokens", "horizon", "matrix_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "bytes_per_token", "epochs",
 )  # fmt: skip
+CHOSEN_ONCE = ("attention", "window_attention")  # by a first start on this hardware
 # Numbers of a plan that something is divided by or as many of which are made.
 COUNTED = (
     "depth", "width", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "seq_len", "total_batch_size", "rows_per_step",
@@ -269,6 +270,8 @@ def _reopen(run_dir: Path, config: Config, say: Say) -> Material:
     kept = {} if announced else {key: getattr(old_plan, key) for key in DERIVED_ONCE}
     if config.train.device_batch_size == "auto" and (plan.hardware_name, plan.world_size) == (old_plan.hardware_name, old_plan.world_size):
         kept |= {"device_batch_size": old_plan.device_batch_size, "grad_accum_steps": old_plan.grad_accum_steps}  # what has fitted
+    if plan.hardware_name == old_plan.hardware_name:
+        kept |= {key: getattr(old_plan, key) for key in CHOSEN_ONCE if getattr(plan, key) == "auto"}  # what has worked
     return Material(config, plan.model_copy(update=kept), corpus, tokenizer)
 
 

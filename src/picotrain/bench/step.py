@@ -34,7 +34,7 @@ from picotrain import run as runs
 from picotrain.bench import environment, matmul, processes
 from picotrain.bench.timing import Clock
 from picotrain.config import Config, compose
-from picotrain.model import DTYPES, GPT
+from picotrain.model import DTYPES, GPT, Names
 from picotrain.worker import set_up_process
 
 
@@ -122,6 +122,8 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     device, clock = plan.device, Clock(plan.device)
     ceiling = matmul.flops_per_second(device, DTYPES[plan.precision])
     model = GPT(config.model, plan.vocab_size, plan.seq_len, DTYPES[plan.precision]).to(device)
+    hw = config.hardware
+    full, windowed = model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())
     model.init_weights(0)
     if plan.compile:
         model.compile_blocks()
@@ -158,6 +160,8 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         "vocab": plan.vocab_size,
         "precision": plan.precision,
         "compile": plan.compile,
+        "attention": full.kernel.name,
+        "window_attention": windowed.kernel.name if plan.window_attention else None,
         "device": device,
         "hardware": plan.hardware_name,
         "threads": torch.get_num_threads(),

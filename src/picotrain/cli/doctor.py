@@ -109,13 +109,15 @@ def _two_steps(material: runs.Material) -> tuple[str, None]:
 
     from picotrain import optim
     from picotrain.data.stream import Loader
-    from picotrain.model import DTYPES, GPT
+    from picotrain.model import DTYPES, GPT, Names
     from picotrain.parallel import Parallel
 
     plan, config = material.plan, material.config
     torch.set_num_threads(config.hardware.threads or 1)
     parallel = Parallel.setup(plan.device)
     model = GPT(config.model, plan.vocab_size, plan.seq_len, DTYPES[plan.precision]).to(parallel.device)
+    hw = config.hardware
+    full, windowed = model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())
     model.init_weights(config.run.seed)
     optimizer = optim.build(config.optimizer, model, plan.rates)
     losses, times = [], []
@@ -133,7 +135,8 @@ def _two_steps(material: runs.Material) -> tuple[str, None]:
     if not all(map(torch.isfinite, torch.tensor(losses))):
         raise CheckpointError(f"the loss is not finite: {losses}; try train.precision=fp32 or lower rates")
     hours = times[-1] * plan.num_steps / plan.dp_size / 3600
-    return f"loss {losses[0]:.2f}, {losses[1]:.2f}; {times[-1]:.2f} s a step, so about {hours:.2f} h of training here", None
+    attention = f"attention by {full}" + (f", in windows by {windowed}" if plan.window_attention else "")
+    return f"{attention}; loss {losses[0]:.2f}, {losses[1]:.2f}; {times[-1]:.2f} s a step, so about {hours:.2f} h of training here", None
 
 
 def _check_run(run_dir: Path) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from picotrain import hardware
 from picotrain.config import Config
 from picotrain.data.corpus import Corpus
 from picotrain.data.units import default_unit_bytes, units
@@ -45,6 +46,7 @@ def plan_table(plan: Plan) -> None:
         "parameters": f"{p['total']:,} = {parts}",
         "FLOPs per token": f"{plan.flops_per_token:,}",
         "hardware": f"{plan.world_size} x {plan.hardware_name} ({plan.device}), {plan.precision}{', compiled' if plan.compile else ''}",
+        "attention": _attention(plan),
         "batch": f"{plan.total_batch_size:,} tokens = {batch}",
         "horizon": f"{plan.num_steps:,} steps, {plan.total_tokens:,} tokens (set by {plan.horizon})",
         "epochs": epochs,
@@ -63,6 +65,18 @@ def plan_table(plan: Plan) -> None:
     out.print(table)
     for note in plan.notes:
         out.print(f"note: {note}", style="yellow" if note.startswith("warning") else "dim", markup=False)
+
+
+def _attention(plan: Plan) -> str:
+    """The kernels, or that the first start will choose them."""
+
+    def kernel(name: str, order: tuple[str, ...]) -> str:
+        return f"the first of {', '.join(order)} that works, which the first start finds out" if name == "auto" else name
+
+    full = kernel(plan.attention, hardware.attention_kernels(plan.device))
+    if plan.window_attention is None:
+        return full
+    return f"{full}; in windows {kernel(plan.window_attention, hardware.window_kernels(plan.device))}"
 
 
 def corpus_table(corpus: Corpus, config: Config) -> None:

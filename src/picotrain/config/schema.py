@@ -37,6 +37,8 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
 Fraction = Annotated[float, Field(ge=0, le=1), _Number]
 Decay = Annotated[float, Field(ge=0, lt=1), _Number]
 Text = Annotated[str, Field(min_length=1)]
+FullAttention = Literal["auto", "fa4", "fa3", "cudnn", "flash", "sdpa", "blocked"]
+WindowAttention = Literal["auto", "fa4", "fa3", "flash", "flex", "banded", "blocked"]
 
 
 class Section(BaseModel):
@@ -272,10 +274,19 @@ class HardwareConfig(Section):
     nproc_per_node: Positive | Literal["auto"] = "auto"  # auto: every GPU, else 1
     threads: Positive | None = None  # CPU threads per process; null: cores / processes
     compile: StrictBool | Literal["auto"] = "auto"
+    attention: FullAttention = "auto"  # auto: the first of the device's kernels that works, see picotrain.hardware
+    window_attention: WindowAttention = "auto"  # of layers with a sliding window
     name: Text | None = None  # e.g. "NVIDIA H100 80GB HBM3"; null: ask the machine
     memory_bytes: Positive | None = None  # per device; null: ask the machine
     peak_flops: PositiveFloat | None = None  # dense bf16 per device; null: from the table of picotrain.hardware
     price_per_hour: NonNegative | None = None  # of the node, in dollars
+
+    def _problems(self) -> list[Problem]:
+        asked = {self.attention, self.window_attention} & {"fa4", "fa3", "flash"}
+        if len(asked) < 2:
+            return []
+        rule = f"is {self.window_attention} and hardware.attention is {self.attention}, but a process holds one flash-attention"
+        return [Problem("hardware.window_attention", rule, "the same for both, or auto for one of them")]
 
 
 class ParallelConfig(Section):

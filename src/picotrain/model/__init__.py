@@ -16,9 +16,10 @@ import torch
 
 from picotrain.model.cache import KVCache
 from picotrain.model.gpt import GPT
+from picotrain.model.kernels import Names
 from picotrain.model.layers import rms_norm, rotate
 from picotrain.model.masks import attention_mask
 
-__all__ = ["DTYPES", "GPT", "KVCache", "attention_mask", "rms_norm", "rotate"]
+__all__ = ["DTYPES", "GPT", "KVCache", "Names", "attention_mask", "rms_norm", "rotate"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the names of train.precision

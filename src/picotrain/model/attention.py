@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from picotrain import shape
-from picotrain.model.blocked import blocked_attention
 from picotrain.model.cache import LayerCache
+from picotrain.model.kernels import Attend
 from picotrain.model.layers import Linear, rms_norm, rotate, take
 
 
@@ -19,7 +18,6 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.eps = dims.head_dim, eps
         self.scale = qk_scale * dims.head_dim**-0.5
-        self.grouped = dims.n_kv_heads < dims.n_heads
         self.q = Linear(dims.width, dims.n_heads * dims.head_dim)
         self.k = Linear(dims.width, dims.n_kv_heads * dims.head_dim)
         self.v = Linear(dims.width, dims.n_kv_heads * dims.head_dim)
@@ -31,16 +29,12 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        sees: int | Tensor | None,
+        attend: Attend,
         cache: LayerCache | None,
         wanted: Tensor | None = None,
         values: Tensor | None = None,
     ) -> Tensor:
-        """x (B, T, C) -> (B, T, C), or (B, W, C) with `wanted`. values: value embeddings (B, T, H_kv D).
-
-        sees: which keys a query sees, a mask (None: all up to its own), or the window of tokens that ends with its own, for
-        `blocked_attention`, where every token is query and key.
-        """
+        """x (B, T, C) -> (B, T, C), or (B, W, C) with `wanted`. values: value embeddings (B, T, H_kv D)."""
         heads = (*x.shape[:2], -1, self.head_dim)
         if wanted is None:
             q = rotate(self.q(x).view(heads), cos, sin)
@@ -55,9 +49,5 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H_kv, start + T, D)
-        if isinstance(sees, int):
-            y = blocked_attention(q, k, v, sees, self.scale)
-        else:
-            causal = sees is None and x.size(1) > 1  # a single query sees every key
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=causal, scale=self.scale, enable_gqa=self.grouped)
+        y = attend(q, k, v, self.scale)
         return self.o(y.transpose(1, 2).flatten(2))  # (B, T, C)

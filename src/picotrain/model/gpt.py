@@ -17,9 +17,10 @@ from picotrain.model import loss
 from picotrain.model.attention import Attention
 from picotrain.model.cache import KVCache, LayerCache
 from picotrain.model.features import ResidualScalars, Smear, previous_ids
+from picotrain.model.kernels import Attend, Case, Choice, Kernel, Names, Sdpa, default_kernels, select
 from picotrain.model.layers import MLP, Linear, rms_norm, rotary_angles, softcap, take
 from picotrain.model.loss import HeadLoss, losses_and_slopes
-from picotrain.model.masks import attention_mask, whole_row
+from picotrain.model.masks import attention_mask
 
 
 class Block(nn.Module):
@@ -36,7 +37,7 @@ class Block(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        sees: int | Tensor | None = None,
+        attend: Attend,
         cache: LayerCache | None = None,
         wanted: Tensor | None = None,
         values: Tensor | None = None,  # (B, T, H_kv D)
@@ -45,7 +46,7 @@ class Block(nn.Module):
         if mix is not None:
             of_stream, of_embedding, embedding = mix
             x = of_stream.to(x.dtype) * x + of_embedding.to(x.dtype) * embedding
-        y = self.attn(rms_norm(x, self.eps), cos, sin, sees, cache, wanted, values)
+        y = self.attn(rms_norm(x, self.eps), cos, sin, attend, cache, wanted, values)
         x = (x if wanted is None else take(x, wanted)) + y  # (B, T, C), or W for T
         return x + self.mlp(rms_norm(x, self.eps))
 
@@ -80,6 +81,8 @@ class GPT(nn.Module):
         angles = rotary_angles(seq_len, dims.head_dim, model.rope_theta)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
+        self._kernels: tuple[Kernel, Kernel] | None = None  # None: those of the device that rows come on
+        self._attends: dict[tuple[int, torch.device], Attend] = {}
         self._derive = losses_and_slopes
         self._compiled = False
 
@@ -108,6 +111,22 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """All weights, padding of the vocabulary included."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def choose_kernels(self, forced: Names, kept: Names) -> tuple[Choice, Choice]:
+        """Choose kernels for full rows on the device that the weights are on, and use them; see `picotrain.model.kernels.select`."""
+        dims, device = self.dims, self.embed.weight.device
+        heads = (dims.n_heads, dims.n_kv_heads, dims.head_dim)
+        cases = [Case(*heads, self.seq_len, window, self.compute_dtype, device) for window in sorted(set(self.windows))]
+        full, windowed = select(cases, forced, kept)
+        self.use_kernels(full.kernel, windowed.kernel)
+        return full, windowed
+
+    def use_kernels(self, full: Kernel, windowed: Kernel) -> None:
+        """Compute the attention of full rows by these kernels: of layers that see the whole row, and of those with a window.
+
+        Calls with a cache, with `wanted` or of shorter rows keep to torch's own choice and to masks.
+        """
+        self._kernels, self._attends = (full, windowed), {}
 
     def compile_blocks(self) -> None:
         """Compile the blocks and the loss in place: one code for all layers, and no name changes.
@@ -158,15 +177,13 @@ class GPT(nn.Module):
         limit = self.seq_len if cache is None else cache.max_len
         if end > limit:
             raise ValueError(f"{end} tokens, but there is room for {limit}")
-        sees: dict[int, int | Tensor | None]
-        if cache is None and wanted is None:
-            sees = {window: whole_row(end, window, ids.device) for window in set(self.windows)}
-        else:
-            sees = {window: attention_mask(start, ids.size(1), window, ids.device) for window in set(self.windows)}
+        full_rows = cache is None and wanted is None and end == self.seq_len
+        make = self._attend if full_rows else lambda w, device: Sdpa(attention_mask(start, ids.size(1), w, device))
+        attends = {window: make(window, ids.device) for window in set(self.windows)}
         before = None  # the ids before these, where they are not simply the ids' own
         if self.smear is not None and cache is not None and start:
             before = torch.cat((cache.ids[:, start - 1 : start], ids[:, :-1]), dim=1)
-        return self._run(ids, self.cos[start:end], self.sin[start:end], sees, cache, wanted, before)
+        return self._run(ids, self.cos[start:end], self.sin[start:end], attends, cache, wanted, before)
 
     def branches(self, ids: Tensor, positions: Tensor, visible: Tensor, key_positions: Tensor, cache: KVCache) -> Tensor:
         """Hidden states (B, T, C) of tokens that go on from the S tokens in `cache` along several branches at once.
@@ -175,11 +192,12 @@ class GPT(nn.Module):
         among them); key_positions: int64 (B, S + T). Positions are those of the rotary embedding, below seq_len.
         """
         distance = positions[:, :, None] - key_positions[:, None]  # (B, T, S + T)
-        sees = {w: (visible if w >= self.seq_len else visible & (distance < w))[:, None] for w in set(self.windows)}
+        masks = {w: (visible if w >= self.seq_len else visible & (distance < w))[:, None] for w in set(self.windows)}
+        attends = {window: Sdpa(mask) for window, mask in masks.items()}
         before = None
         if self.smear is not None:
             before = previous_ids(ids, positions, visible, key_positions, torch.cat((cache.ids[:, : cache.length], ids), dim=1))
-        return self._run(ids, self.cos[positions], self.sin[positions], sees, cache, None, before)
+        return self._run(ids, self.cos[positions], self.sin[positions], attends, cache, None, before)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., C) -> fp32 logits (..., vocab_size): those of the padding are cut off."""
@@ -190,12 +208,12 @@ class GPT(nn.Module):
         ids: Tensor,
         cos: Tensor,
         sin: Tensor,
-        sees: Mapping[int, int | Tensor | None],
+        attends: Mapping[int, Attend],
         cache: KVCache | None,
         wanted: Tensor | None,
         before: Tensor | None,
     ) -> Tensor:
-        """The blocks: ids (B, T) -> (B, T, C). cos and sin (T, 1, D / 2) or (B, T, 1, D / 2); sees, as `Attention` takes it, by window;
+        """The blocks: ids (B, T) -> (B, T, C). cos and sin (T, 1, D / 2) or (B, T, 1, D / 2); attends by attention window;
         before: the id one position before each (B, T), -1: none; None: as they stand.
         """
         x = self._embedded(ids, before)
@@ -212,11 +230,20 @@ class GPT(nn.Module):
                 scalars = self.residual_scalars
                 mix = (scalars.stream[i], scalars.embedding[i], embedding) if scalars is not None else None
                 if wanted is None or i < last:
-                    x = block(x, cos, sin, sees[window], layer_cache, None, values, mix)
+                    x = block(x, cos, sin, attends[window], layer_cache, None, values, mix)
                 else:
                     up_to = torch.arange(ids.size(1), device=ids.device) <= wanted[..., None]  # (B, W, T)
-                    x = block(x, cos, sin, up_to[:, None], layer_cache, wanted, values, mix)
+                    x = block(x, cos, sin, Sdpa(up_to[:, None]), layer_cache, wanted, values, mix)
         return rms_norm(x, self.eps)
+
+    def _attend(self, window: int, device: torch.device) -> Attend:
+        """The attention of full rows, made once: a kernel may prepare something for it."""
+        key = (window, device)
+        if key not in self._attends:
+            full, windowed = self._kernels or default_kernels(device.type, self.seq_len, window)
+            with torch.inference_mode(False):  # the first call may be an evaluation's, and training keeps what it makes
+                self._attends[key] = (full if window >= self.seq_len else windowed)(self.seq_len, window, device)
+        return self._attends[key]
 
     def _embedded(self, ids: Tensor, before: Tensor | None) -> Tensor:
         """What enters the first block: (B, T) -> (B, T, C)."""

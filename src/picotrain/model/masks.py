@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCKED_TOKENS = 2048  # of a window at most: beyond, the probabilities that `blocked_attention` keeps outweigh all else
-
 
 def attention_mask(start: int, tokens: int, window: int, device: torch.device) -> Tensor | None:
     """Which keys 0 .. start + tokens - 1 each query start .. start + tokens - 1 sees: itself and the `window - 1` before it.
@@ -18,11 +16,3 @@ def attention_mask(start: int, tokens: int, window: int, device: torch.device) -
         return None
     distance = torch.arange(start, end, device=device)[:, None] - torch.arange(end, device=device)
     return (distance >= 0) & (distance < window)
-
-
-def whole_row(tokens: int, window: int, device: torch.device) -> int | Tensor | None:
-    """The same for rows in which every token is query and key, as `Attention` takes it: the window itself where
-    `blocked_attention` is the kernel, which is on a CPU, else a mask."""
-    if device.type == "cpu" and min(window, tokens) <= BLOCKED_TOKENS:
-        return window
-    return attention_mask(0, tokens, window, device)

@@ -144,12 +144,13 @@ def banner(plan: Mapping[str, Any], config: Config, run_dir: Path) -> list[tuple
     batch = " x ".join(f"{plan[key]:,} {what}" for key, what in factors.items() if plan[key] > 1)
     epochs = f" = {plan['epochs']:.2f} epochs" if plan["epochs"] else ""
     peak = f", peak {flops(plan['peak_flops'])}/s each" if plan["peak_flops"] else ""
+    kernels = f"attention by {plan['attention']}" + (f", in windows by {plan['window_attention']}" if plan["window_attention"] else "")
     return [
         ("", plan["name"]),
         ("model", f"{short(parts['total'])} parameters ({by_part}), {flops(plan['flops_per_token'])}s a token"),
         ("batch", f"{plan['total_batch_size']:,} tokens a step = {batch}"),
         ("horizon", f"{plan['num_steps']:,} steps = {short(plan['num_steps'] * plan['total_batch_size'])} tokens{epochs}"),
-        ("device", f"{plan['world_size']} x {plan['hardware_name']} ({plan['device']}), {plan['precision']}{peak}"),
+        ("device", f"{plan['world_size']} x {plan['hardware_name']} ({plan['device']}), {plan['precision']}{peak}, {kernels}"),
         ("data", f"{config.data.name}, {plan['lanes']} lanes, vocabulary of {config.tokenizer.vocab_size:,}"),
         ("run", str(run_dir)),
     ]

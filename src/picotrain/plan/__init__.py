@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from picotrain import hardware, shape
 from picotrain.config.saved import write_whole
-from picotrain.config.schema import Config, OptimizerConfig, TrainConfig
+from picotrain.config.schema import Config, FullAttention, OptimizerConfig, TrainConfig, WindowAttention
 from picotrain.data.corpus import Corpus
 from picotrain.data.mixture import Mixture
 from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
@@ -58,6 +58,8 @@ class Plan(BaseModel):
     hardware_name: str
     precision: str
     compile: bool
+    attention: FullAttention = "auto"  # kernel of layers that see the whole row; auto: the first start chooses, and writes it here
+    window_attention: WindowAttention | None = None  # of layers with a sliding window; None: there are none
     peak_flops: float | None  # per device
     seq_len: int
     total_batch_size: int  # tokens per step
@@ -172,11 +174,11 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     corpus = Mixture.of(data) if data else None
     train, hw = config.train, config.hardware
     assert train.seq_len is not None and hw.nproc_per_node != "auto", "plan.make wants a decided config"
-    d, params, _windows, flops = facts(config)
+    d, params, windows, flops = facts(config)
     per_token = bytes_per_token or estimate_bytes_per_token(config.tokenizer.vocab_size)
     corpus_tokens = corpus.text_bytes / per_token if corpus else None
     world_size = hw.nproc_per_node * config.launch.nnodes
-    problems: list[Problem] = []
+    problems = _attention_problems(config)
 
     batch = _total_batch(config, params)
     problems += _batch_problems(train, train.seq_len, batch, world_size)
@@ -201,6 +203,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         name=name,
         **_model_facts(config, d, params),
         **_machine_facts(config, world_size),
+        **_attention(config, windows),
         flops_per_token=flops,
         seq_len=train.seq_len,
         total_batch_size=batch,
@@ -271,6 +274,29 @@ def _machine_facts(config: Config, world_size: int) -> dict[str, Any]:
         "dp_size": world_size,
         "world_size": world_size,
     }
+
+
+def _attention(config: Config, windows: tuple[int, ...]) -> dict[str, Any]:
+    """The kernels, where they are certain before anything runs: all but those that a GPU has to try."""
+    hw, seq_len = config.hardware, config.train.seq_len or 0
+    narrow = [window for window in windows if window < seq_len]
+
+    def known(asked: str, kernels: tuple[str, ...], window: int) -> str:
+        settled = asked != "auto" or hw.device in hardware.TRIED_ON
+        return asked if settled else hardware.untried_kernel(hw.device, kernels, window)
+
+    window_attention = known(hw.window_attention, hardware.window_kernels(hw.device), max(narrow)) if narrow else None
+    return {"attention": known(hw.attention, hardware.attention_kernels(hw.device), seq_len), "window_attention": window_attention}
+
+
+def _attention_problems(config: Config) -> list[Problem]:
+    hw = config.hardware
+    asked = (("attention", hw.attention, hardware.attention_kernels), ("window_attention", hw.window_attention, hardware.window_kernels))
+    return [
+        Problem(f"hardware.{key}", f"{name} does not run on {hw.device}", f"valid there: auto, {', '.join(kernels(hw.device))}")
+        for key, name, kernels in asked
+        if name not in ("auto", *kernels(hw.device))
+    ]
 
 
 def _peak(config: Config) -> float | None:
