@@ -25,6 +25,21 @@ PEAK_FLOPS: tuple[tuple[tuple[str, ...], float, str], ...] = (
 )
 
 
+# CUDA's compute capability (NVIDIA's list of CUDA GPUs), for GPUs that are not here; the same rules.
+COMPUTE_CAPABILITY: tuple[tuple[tuple[str, ...], float], ...] = (
+    (("b200",), 10.0),
+    (("h200",), 9.0),
+    (("h100",), 9.0),
+    (("a100",), 8.0),
+    (("l40",), 8.9),
+    (("4090",), 8.9),
+    (("3090",), 8.6),
+    (("v100",), 7.0),
+)
+FP8_CAPABILITY = 8.9  # Ada: the first with fp8 matmuls
+FP8_MULTIPLE = 16  # their dimensions are multiples of it (torch._scaled_mm)
+
+
 @dataclass(frozen=True)
 class Machine:
     """The devices of this node. `compute_capability` is CUDA's, e.g. 9.0; 0.0 elsewhere."""
@@ -46,6 +61,15 @@ def peak_flops(name: str) -> float | None:
     """Peak dense bf16 FLOPs per second of a device by its name, None where no data sheet is in the table."""
     words = name.lower()
     return next((flops for keys, flops, _ in PEAK_FLOPS if all(key in words for key in keys)), None)
+
+
+def compute_capability(name: str) -> float | None:
+    """CUDA's compute capability of a GPU by its name: what the driver says of one that is here, else from the table; None: unknown."""
+    machine = detect()
+    if machine.device == "cuda" and machine.name == name:
+        return machine.compute_capability
+    words = name.lower()
+    return next((capability for keys, capability in COMPUTE_CAPABILITY if all(key in words for key in keys)), None)
 
 
 @lru_cache(maxsize=1)

@@ -29,7 +29,7 @@ from picotrain.data.lanes import merge_states
 from picotrain.data.stream import Batch, Loader, validation_rows
 from picotrain.errors import DataError, Diverged, RunError
 from picotrain.evaluation.suite import core_of_model
-from picotrain.model import DTYPES, GPT
+from picotrain.model import build
 from picotrain.monitor import Monitor
 from picotrain.parallel import Parallel, StopSignal, Watchdog
 from picotrain.state import TrainState
@@ -129,7 +129,8 @@ class _Run:
 
         if self.config.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        self.model = GPT(self.config.model, self.plan.vocab_size, self.plan.seq_len, DTYPES[self.plan.precision]).to(parallel.device)
+        p = self.plan
+        self.model = build(self.config.model, p.vocab_size, p.seq_len, p.precision, p.recompute).to(parallel.device)
         optimizer = optim.build(self.config.optimizer, self.model, self.plan.rates, parallel)
         self.state = TrainState(self.model, optimizer)
         self.guard = optim.Guard(self.config.train.skip_loss_z, parallel.device)

@@ -109,13 +109,13 @@ def _two_steps(material: runs.Material) -> tuple[str, None]:
 
     from picotrain import optim
     from picotrain.data.stream import Loader
-    from picotrain.model import DTYPES, GPT
+    from picotrain.model import build
     from picotrain.parallel import Parallel
 
     plan, config = material.plan, material.config
     torch.set_num_threads(config.hardware.threads or 1)
     parallel = Parallel.setup(plan.device)
-    model = GPT(config.model, plan.vocab_size, plan.seq_len, DTYPES[plan.precision]).to(parallel.device)
+    model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to(parallel.device)
     model.init_weights(config.run.seed)
     optimizer = optim.build(config.optimizer, model, plan.rates)
     losses, times = [], []
