@@ -307,7 +307,7 @@ MISTAKES = {
     "train.total_batch_size=-2": ("train.total_batch_size", "or -1"),
     "train.device_batch_size=0": ("train.device_batch_size", "or auto"),
     "train.eval_tokens=0": ("train.eval_tokens", "above 0"),
-    "train.precision=bf61": ("train.precision", "must be one of auto, fp32, bf16, not 'bf61' (did you mean bf16?)"),
+    "train.precision=bf61": ("train.precision", "must be one of auto, fp32, bf16, fp8, not 'bf61' (did you mean bf16?)"),
     "train.deterministic=1": ("train.deterministic", "must be true or false, not 1"),
     "hardware.compile=yes": ("hardware.compile", "must be true or false, or auto, not 'yes'"),
     "hardware.nproc_per_node=0": ("hardware.nproc_per_node", "above 0"),
@@ -616,7 +616,7 @@ def test_what_a_resume_may_change_is_that_of_the_design():
         "free": "train.eval_every train.save_every train.sample_every logger.log_every sampling.prompts "
         "data.path run.dir run.name run.resume run.cache_dir",
         "rounding": "hardware.device hardware.compile parallel.kind launch.nnodes train.device_batch_size train.precision "
-        "evaluation.bpb.device_batch_size",
+        "hardware.recompute evaluation.bpb.device_batch_size",
         "announced": "train.max_steps train.target_tokens train.target_flops train.num_train_epochs train.target_param_data_ratio "
         "schedule.kind schedule.warmdown_fraction optimizer.matrix_lr optimizer.weight_decay train.grad_clip",
         "refused": "model.depth tokenizer.vocab_size data.lanes data.kind train.seq_len train.total_batch_size run.seed optimizer.kind",

@@ -30,6 +30,20 @@ _WINDOW_ATTENTION = {"cuda": ("fa4", "fa3", "flash", "flex", "banded"), "cpu": (
 TRIED_ON = {"cuda"}  # where the first that works is taken; elsewhere all do
 BLOCKED_TOKENS = 2048  # that a query sees at most: beyond, the probabilities that blocked attention keeps outweigh all else
 
+# CUDA's compute capability (NVIDIA's list of CUDA GPUs), for GPUs that are not here; the same rules.
+COMPUTE_CAPABILITY: tuple[tuple[tuple[str, ...], float], ...] = (
+    (("b200",), 10.0),
+    (("h200",), 9.0),
+    (("h100",), 9.0),
+    (("a100",), 8.0),
+    (("l40",), 8.9),
+    (("4090",), 8.9),
+    (("3090",), 8.6),
+    (("v100",), 7.0),
+)
+FP8_CAPABILITY = 8.9  # Ada: the first with fp8 matmuls
+FP8_MULTIPLE = 16  # their dimensions are multiples of it (torch._scaled_mm)
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -69,6 +83,15 @@ def untried_kernel(device: str, kernels: tuple[str, ...], window: int) -> str:
     if device in TRIED_ON:
         return kernels[-1]
     return next(name for name in kernels if name != "blocked" or window <= BLOCKED_TOKENS)
+
+
+def compute_capability(name: str) -> float | None:
+    """CUDA's compute capability of a GPU by its name: what the driver says of one that is here, else from the table; None: unknown."""
+    machine = detect()
+    if machine.device == "cuda" and machine.name == name:
+        return machine.compute_capability
+    words = name.lower()
+    return next((capability for keys, capability in COMPUTE_CAPABILITY if all(key in words for key in keys)), None)
 
 
 @lru_cache(maxsize=1)

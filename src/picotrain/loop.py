@@ -30,7 +30,7 @@ from picotrain.data.lanes import merge_states
 from picotrain.data.stream import Batch, Loader, validation_rows
 from picotrain.errors import DataError, Diverged, LaunchError, RunError
 from picotrain.evaluation.suite import core_of_model
-from picotrain.model import DTYPES, GPT, Names
+from picotrain.model import Names, build
 from picotrain.monitor import Monitor, profiler
 from picotrain.parallel import Parallel, StopSignal, Watchdog
 from picotrain.state import TrainState
@@ -134,7 +134,8 @@ class _Run:
 
         if self.config.train.deterministic:
             torch.use_deterministic_algorithms(True)
-        self.model = GPT(self.config.model, self.plan.vocab_size, self.plan.seq_len, DTYPES[self.plan.precision]).to(parallel.device)
+        p = self.plan
+        self.model = build(self.config.model, p.vocab_size, p.seq_len, p.precision, p.recompute).to(parallel.device)
         chosen = self._choose_kernels()
         optimizer = optim.build(self.config.optimizer, self.model, self.plan.rates, parallel)
         self.state = TrainState(self.model, optimizer)

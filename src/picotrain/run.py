@@ -7,6 +7,7 @@ overrides.txt, environment.json, attempts/0001/      how it came about, once mor
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from picotrain.data import sources
 from picotrain.data.mixture import Mixture
 from picotrain.data.remote import is_url
 from picotrain.errors import ConfigError, DataError, Problem, RunError
-from picotrain.plan import Plan
+from picotrain.plan import Plan, fp8
 
 if TYPE_CHECKING:
     from picotrain.evaluation.bundle import Bundle
@@ -51,7 +52,7 @@ COUNTED = (
 )  # fmt: skip
 # What a start writes, config.yaml last: it may be killed in between.
 WRITTEN = ("attempts", "tokenizer.json", "data.json", "environment.json", "plan.json", "overrides.txt", "config.yaml")
-PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "tokenizers", "gigatoken", "hydra-core", "pydantic", "huggingface_hub")
+PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "tokenizers", "gigatoken", "hydra-core", "pydantic", "huggingface_hub", "torchao")
 
 
 class Material(NamedTuple):
@@ -327,6 +328,12 @@ def check_machine(config: Config) -> None:
         )
     elif hw.device == "mps" and int(hw.nproc_per_node) > 1:
         problems.append(Problem("hardware.nproc_per_node", "several processes cannot share Apple's GPU", "1"))
+    elif config.train.precision == "fp8" and hw.device == "cuda":
+        problems += fp8.device_problems("cuda", machine.name, machine.compute_capability)
+        if importlib.util.find_spec("torchao") is None:
+            problems.append(
+                Problem("train.precision", "fp8 needs the package torchao, which is not installed", "pip install 'picotrain[fp8]'")
+            )
     if hw.device == "cpu" and hw.compile and not hardware.has_compiler():
         problems.append(Problem("hardware.compile", "torch.compile needs a C++ compiler on a CPU and none was found", "false"))
     if problems:
@@ -357,12 +364,12 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def all_problems(*checks: Callable[[], object]) -> None:
-    """Run every check and raise the problems of all ConfigErrors as one; any other user error is raised as it is."""
+    """Run every check and raise the problems of all ConfigErrors as one, each once; any other user error is raised as it is."""
     problems: list[Problem] = []
     for check in checks:
         try:
             check()
         except ConfigError as error:
-            problems += error.problems
+            problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise ConfigError(problems)

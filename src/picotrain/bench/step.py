@@ -34,7 +34,7 @@ from picotrain import run as runs
 from picotrain.bench import environment, matmul, processes
 from picotrain.bench.timing import Clock
 from picotrain.config import Config, compose
-from picotrain.model import DTYPES, GPT, Names
+from picotrain.model import Names, build, compute_dtype
 from picotrain.worker import set_up_process
 
 
@@ -45,7 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grad-accum", type=int, default=1, help="micro-batches a step")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=list(DTYPES), nargs="+", default=["fp32"])
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp8"], nargs="+", default=["fp32"])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--optimizer", choices=["adamw", "muon"], nargs="+", default=["adamw"])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more keys of the config, e.g. model.logit_softcap=15")
@@ -120,8 +120,8 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     set_up_process(config.hardware)
     plan = planning.make(config, "step")
     device, clock = plan.device, Clock(plan.device)
-    ceiling = matmul.flops_per_second(device, DTYPES[plan.precision])
-    model = GPT(config.model, plan.vocab_size, plan.seq_len, DTYPES[plan.precision]).to(device)
+    ceiling = matmul.flops_per_second(device, compute_dtype(plan.precision))
+    model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to(device)
     hw = config.hardware
     full, windowed = model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())
     model.init_weights(0)
@@ -160,6 +160,7 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         "vocab": plan.vocab_size,
         "precision": plan.precision,
         "compile": plan.compile,
+        "recompute": plan.recompute,
         "attention": full.kernel.name,
         "window_attention": windowed.kernel.name if plan.window_attention else None,
         "device": device,

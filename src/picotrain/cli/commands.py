@@ -120,7 +120,7 @@ def load_model(run: Path, which: str) -> tuple[runs.Material, GPT, Path]:
     import torch
 
     from picotrain import checkpoint, hardware
-    from picotrain.model import DTYPES, GPT
+    from picotrain.model import GPT, compute_dtype
     from picotrain.state import load_model_tensors
     from picotrain.worker import set_up_process
 
@@ -131,7 +131,7 @@ def load_model(run: Path, which: str) -> tuple[runs.Material, GPT, Path]:
     set_up_process(material.config.hardware.model_copy(update={"device": device, "threads": hardware.cores() if device == "cpu" else None}))
     path = checkpoint.find(run / "checkpoints", which)
     checkpoint.verify(path)
-    model = GPT(material.config.model, plan.vocab_size, plan.seq_len, DTYPES[plan.precision if here else "fp32"])
+    model = GPT(material.config.model, plan.vocab_size, plan.seq_len, compute_dtype(plan.precision if here else "fp32"))
     load_model_tensors(model, checkpoint.load_tensors(path, "model"))
     return material, model.to(torch.device(device)).eval(), path
 

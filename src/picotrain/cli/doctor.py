@@ -109,13 +109,13 @@ def _two_steps(material: runs.Material) -> tuple[str, None]:
 
     from picotrain import optim
     from picotrain.data.stream import Loader
-    from picotrain.model import DTYPES, GPT, Names
+    from picotrain.model import Names, build
     from picotrain.parallel import Parallel
 
     plan, config = material.plan, material.config
     torch.set_num_threads(config.hardware.threads or 1)
     parallel = Parallel.setup(plan.device)
-    model = GPT(config.model, plan.vocab_size, plan.seq_len, DTYPES[plan.precision]).to(parallel.device)
+    model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to(parallel.device)
     hw = config.hardware
     full, windowed = model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())
     model.init_weights(config.run.seed)

@@ -13,6 +13,11 @@ from picotrain.plan import Plan
 from picotrain.text import size
 
 UNKNOWN = "not known yet"
+RECOMPUTED = {
+    "none": "",
+    "selective": "norms, rotations and the like, in the backward; results of matmuls and attention are kept (selective)",
+    "full": "every block, in the backward; only what enters it is kept (full)",
+}
 PIPE_WIDTH = 200  # columns where there is no terminal: nobody wants lines broken for a pager or a log
 
 
@@ -47,6 +52,7 @@ def plan_table(plan: Plan) -> None:
         "FLOPs per token": f"{plan.flops_per_token:,}",
         "hardware": f"{plan.world_size} x {plan.hardware_name} ({plan.device}), {plan.precision}{', compiled' if plan.compile else ''}",
         "attention": _attention(plan),
+        "recomputed": RECOMPUTED[plan.recompute],
         "batch": f"{plan.total_batch_size:,} tokens = {batch}",
         "horizon": f"{plan.num_steps:,} steps, {plan.total_tokens:,} tokens (set by {plan.horizon})",
         "epochs": epochs,

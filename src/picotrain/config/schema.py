@@ -39,6 +39,7 @@ Decay = Annotated[float, Field(ge=0, lt=1), _Number]
 Text = Annotated[str, Field(min_length=1)]
 FullAttention = Literal["auto", "fa4", "fa3", "cudnn", "flash", "sdpa", "blocked"]
 WindowAttention = Literal["auto", "fa4", "fa3", "flash", "flex", "banded", "blocked"]
+Recompute = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
@@ -251,7 +252,7 @@ class TrainConfig(Section):
     core_metric_max_per_task: Int = 500  # examples; <= 0: all
     sample_every: Int = 2000  # steps; <= 0: off
     save_every: Int = -1  # steps; <= 0: only at the end
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"  # fp8: the blocks' matmuls, the rest in bf16
     deterministic: StrictBool = False
     grad_clip: PositiveFloat | None = 1.0
     max_skipped: NonNegativeInt = 10  # updates skipped in a row, because they are not finite, before the run ends as diverged
@@ -276,6 +277,7 @@ class HardwareConfig(Section):
     compile: StrictBool | Literal["auto"] = "auto"
     attention: FullAttention = "auto"  # auto: the first of the device's kernels that works, see picotrain.hardware
     window_attention: WindowAttention = "auto"  # of layers with a sliding window
+    recompute: Recompute = "none"  # activations computed again in the backward instead of kept (picotrain.model.recompute)
     name: Text | None = None  # e.g. "NVIDIA H100 80GB HBM3"; null: ask the machine
     memory_bytes: Positive | None = None  # per device; null: ask the machine
     peak_flops: PositiveFloat | None = None  # dense bf16 per device; null: from the table of picotrain.hardware

@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict
 
 from picotrain import hardware, shape
 from picotrain.config.saved import write_whole
-from picotrain.config.schema import Config, FullAttention, OptimizerConfig, TrainConfig, WindowAttention
+from picotrain.config.schema import Config, FullAttention, OptimizerConfig, Recompute, TrainConfig, WindowAttention
 from picotrain.data.corpus import Corpus
 from picotrain.data.mixture import Mixture
 from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
 from picotrain.errors import ConfigError, Problem
+from picotrain.plan import fp8
 from picotrain.plan.memory import (
     MEMORY_SHARE,
     checkpoint_bytes,
@@ -60,6 +61,7 @@ class Plan(BaseModel):
     compile: bool
     attention: FullAttention = "auto"  # kernel of layers that see the whole row; auto: the first start chooses, and writes it here
     window_attention: WindowAttention | None = None  # of layers with a sliding window; None: there are none
+    recompute: Recompute = "none"
     peak_flops: float | None  # per device
     seq_len: int
     total_batch_size: int  # tokens per step
@@ -184,6 +186,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     problems += _batch_problems(train, train.seq_len, batch, world_size)
     rows = max(batch // train.seq_len, 1)
     micro_rows = device_batch(config, d, params, rows, world_size)
+    problems += fp8.problems(config, d, micro_rows * train.seq_len)
 
     stream = _stream_facts(config, corpus, train.seq_len)
     problems += _lane_problems(config, stream["lanes"], stream.pop("largest_source"), world_size)
@@ -270,6 +273,7 @@ def _machine_facts(config: Config, world_size: int) -> dict[str, Any]:
         "hardware_name": hw.name or hw.device,
         "precision": config.train.precision,
         "compile": bool(hw.compile),
+        "recompute": hw.recompute,
         "peak_flops": _peak(config),
         "dp_size": world_size,
         "world_size": world_size,
@@ -406,6 +410,7 @@ def _notes(
         notes.append("no peak FLOPs are known for this device: no time, no cost, and MFU will be null")
     elif hours is not None:
         notes.append(f"time and cost assume an MFU of {ASSUMED_MFU:.0%}, which was not measured")
+    notes += fp8.notes(config)
     room = config.hardware.memory_bytes
     if room and memory > room * MEMORY_SHARE:
         notes.append(f"warning: predicted memory {memory / 2**30:.1f} GiB of {room / 2**30:.1f} GiB; try a smaller train.device_batch_size")

@@ -1,0 +1,66 @@
+"""Activation checkpointing: what the backward needs of a block is computed again instead of being kept from the forward.
+
+none        everything is kept
+selective   the results of matmuls with weights and of attention kernels are kept; norms, rotations and all else that is cheap is
+            computed again (arXiv:2205.05198), as is attention made of plain matmuls, whose T x T probabilities are then not kept
+full        only what enters a block is kept, and the block runs again (arXiv:1604.06174)
+
+The same operations on the same numbers, so that losses and gradients stay what they were. The checkpoint stands inside of what
+`GPT.compile_blocks` compiles, and the compiler takes it as an instruction on what to keep. Around a compiled block, `selective`
+would have one opaque kernel to choose from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from picotrain.config.schema import Recompute
+from picotrain.model.gpt import Block
+
+_MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_mm.default}
+
+
+def recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
+    """Let blocks keep less for the backward, in place: no name changes. Before they are compiled."""
+    if mode == "none":
+        return
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_concerns_us)
+    for block in blocks:
+        block.__class__ = {"selective": SelectiveBlock, "full": RecomputedBlock}[mode]
+
+
+def _concerns_us(record: logging.LogRecord) -> bool:
+    """Not the compiler's advice, given always, against changing kept results in place; a block does not, and eager torch checks it."""
+    return "context_fn" not in str(record.msg)
+
+
+class RecomputedBlock(Block):
+    """A block that keeps what enters it. A class and no wrapper, so that names stay and all layers share one compiled code."""
+
+    _contexts: Any = None  # what else is kept: torch's `context_fn`
+
+    def forward(self, *args: Any) -> Tensor:
+        if not torch.is_grad_enabled():  # an evaluation keeps nothing anyway
+            return super().forward(*args)
+        options = {} if self._contexts is None else {"context_fn": self._contexts}
+        # Nothing in a block draws random numbers, so their state is not saved and put back.
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Whether the result of an operation is kept. Attention kernels have many names, some of them other packages'."""
+    kept = operation in _MATMULS or "attention" in (name := str(operation)) or "flash_attn" in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class SelectiveBlock(RecomputedBlock):
+    """A block that also keeps the results of its matmuls and of its attention kernel."""
+
+    _contexts = partial(create_selective_checkpoint_contexts, _policy)
