@@ -19,12 +19,13 @@ import pytest
 from conftest import picotrain, start
 from test_bundle import write_bundle
 
-from picotrain import bench, hardware
+from picotrain import bench, hardware, shape
 from picotrain import plan as planning
-from picotrain.bench import core, corpus, environment, processes, sampling, sets, step, table
+from picotrain.bench import core, corpus, environment, peers, processes, sampling, sets, step, table
 from picotrain.bench.sets import Task
 from picotrain.cli import bench as command_module
 from picotrain.cli import main
+from picotrain.config.schema import ModelConfig
 from picotrain.hardware import Machine
 
 REPO = Path(__file__).resolve().parent.parent
@@ -128,6 +129,39 @@ def test_sampling_times_both_ways(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sampling, "NEW_TOKENS", 3)
     (line,) = measure("sampling", "--depth", "1", "--repeats", "1", "--threads", "1")
     assert line["batch_1"] > 0 and line["batch_8"] > 0 and line["batch_1_without_cache"] > 0
+
+
+@pytest.mark.filterwarnings("default")  # transformers' and inductor's own
+def test_peers_have_our_matrices_and_are_trained():
+    options = [
+        "--depth",
+        "2",
+        *["--seq-len", "64", "--batch", "2", "--vocab", "300", "--steps", "1", "--warmup", "1", "--precision", "fp32"],
+    ]
+    model = ModelConfig(depth=2, head_dim=64)
+    matrices = shape.parameters(shape.dims(model), 300, model).matrices
+    tables = ("wte.", "wpe.", "embed_tokens.", "lm_head.")
+    for peer in peers.PEERS:
+        theirs = peers._build(peer, 2, bench.parser("peers").parse_args(options))
+        assert matrices == sum(p.numel() for name, p in theirs.named_parameters() if p.ndim == 2 and not any(t in name for t in tables))
+    line = next(peers.run(bench.parser("peers").parse_args([*options, "--one", "gpt2"])))
+    assert (line["peer"], line["tok_per_sec"] > 0) == ("gpt2", True)
+
+
+def test_peers_are_compared_within_a_repeat(monkeypatch: pytest.MonkeyPatch):
+    rates = {"picotrain": iter([200, 100, 300]), "gpt2": iter([100, 100, 100]), "nanochat": iter([50, 40, 50])}
+
+    def lines(name: str, words: list[str], variables: dict[str, str]) -> list[dict[str, Any]]:
+        who = next((word.partition("=")[2] for word in words if word.startswith("--one=")), "picotrain")
+        assert variables["TORCHINDUCTOR_CACHE_DIR"].endswith(who)  # nobody is helped by another's compiled code
+        same = dict.fromkeys(("seq_len", "batch", "vocab", "precision", "hardware", "threads", "torch", "matmul_gflops"), 1)
+        return [same | {"depth": 4, "tok_per_sec": next(rates[who]), "first_step_s": 1.0, "peak_rss_mib": 1}]
+
+    monkeypatch.setattr(processes, "lines", lines)
+    (line,) = measure("peers", "--depth", "4", "--repeats", "3")
+    assert line["times"] == {"gpt2": 2.0, "nanochat": 4.0}
+    assert line["times_least"] == {"gpt2": 1.0, "nanochat": 2.5}
+    assert line["tok_per_sec"] == {"picotrain": 200, "gpt2": 100, "nanochat": 50}
 
 
 def test_startup_times_the_help_of_the_command():
@@ -282,7 +316,7 @@ def test_the_options_of_every_set_are_those_of_their_benchmarks(machine: Machine
     quick, full = sets.quick_set(machine), sets.full_set(machine)
     for task in [*quick, *full]:
         bench.parser(task.name).parse_args(task.arguments)
-    assert {task.name for task in quick} <= {task.name for task in full} == {*bench.NAMES} - {"core"}
+    assert {task.name for task in quick} <= {task.name for task in full} == {*bench.NAMES} - {"core", "peers"}
 
 
 def test_a_gpu_measures_compiled_bf16_at_2048_tokens():

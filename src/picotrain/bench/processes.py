@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,11 +25,14 @@ class BenchmarkFailed(PicotrainError):
         self.exit_code = code if code > 0 else 1  # below 0: by a signal
 
 
-def lines(name: str, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The lines of a benchmark as they come. Its process, and what that has started, are ended when the iterator is.
-    Raises BenchmarkFailed."""
+def lines(name: str, arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of a benchmark as they come; variables: of its environment, beside ours.
+
+    Its process, and what that has started, are ended when the iterator is. Raises BenchmarkFailed.
+    """
     command = [sys.executable, "-m", "picotrain.bench", name, *arguments]
-    environment = os.environ | {LAUNCHER_PID: str(os.getpid())}  # it ends without us, too: a signal may come before it is known here
+    launcher = {LAUNCHER_PID: str(os.getpid())}  # it ends without us, too: a signal may come before it is known here
+    environment = {**os.environ, **(variables or {}), **launcher}
     with (
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, process_group=0, env=environment) as process,

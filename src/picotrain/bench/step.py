@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import resource
 import statistics
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +30,7 @@ from picotrain import optim
 from picotrain import plan as planning
 from picotrain import run as runs
 from picotrain.bench import environment, matmul, processes
-from picotrain.bench.timing import Clock
+from picotrain.bench.timing import Clock, peak_rss_bytes
 from picotrain.config import Config, compose
 from picotrain.model import Names, build, compute_dtype
 from picotrain.worker import set_up_process
@@ -148,7 +146,7 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     seconds = [clock.seconds(start, end) for start, end in itertools.pairwise(starts)]
     step_s = statistics.median(seconds[options.warmup :])
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    rss = peak_rss_bytes()
     tokens_per_s = options.grad_accum * ids.numel() / step_s
     flops = plan.flops_per_token * tokens_per_s
     return {

@@ -119,6 +119,14 @@ def _time_to_bpb(line: Line) -> Found:
     return [(f"{line['recipe']}, {line['steps']} steps, {brief(line['steps_s'])}", f"{line['val_bpb']:.4f}", "BPB", compared)]
 
 
+def _peers(line: Line) -> Found:
+    setting = f"d{line['depth']} {line['precision']}, compiled, {line['batch']} x {line['seq_len']:,}"
+    return [
+        (f"{setting}, against {peer}", f"{times:.2f}", "times", f"{short(line['tok_per_sec'][peer])} tokens/s of its own")
+        for peer, times in line["times"].items()
+    ]
+
+
 _ROWS: dict[str, Callable[[Line], Found]] = {
     "matmul": _matmul,
     "step": _step,
@@ -131,4 +139,5 @@ _ROWS: dict[str, Callable[[Line], Found]] = {
     "corpus_start": _corpus_start,
     "corpus_ranks": _corpus_ranks,
     "core": _core,
+    "peers": _peers,
 }

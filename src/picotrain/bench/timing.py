@@ -1,11 +1,18 @@
-"""Time on a device without waiting for it."""
+"""Time on a device without waiting for it, and the memory of a process."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from typing import Any
 
 import torch
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Clock:
