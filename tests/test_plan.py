@@ -112,7 +112,7 @@ def test_hardware_presets_do_not_change_the_experiment():
 
 
 def test_time_and_cost_are_known_only_where_the_hardware_is():
-    known, unknown = plan.make(decided("hardware=8xh100"), "x"), plan.make(decided(), "x", corpus())
+    known, unknown = plan.make(decided("hardware=8xh100"), "x"), plan.make(decided("hardware.name=A CPU"), "x", corpus())
     assert known.predicted_hours and known.predicted_cost and known.peak_flops == 989.4e12
     assert unknown.predicted_hours is unknown.predicted_cost is unknown.peak_flops is None
 

@@ -108,6 +108,36 @@ def cpu() -> Machine:
     return Machine("cpu", _cpu_name(), 1, _memory_bytes(), 0.0, fast, cores())
 
 
+# Instruction sets that decide how fast a CPU multiplies matrices; flags of /proc/cpuinfo, x86's and ARM's.
+_VECTOR_FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_bf16",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_bf16",
+    "amx_tile",
+    "asimd",
+    "sve",
+    "sve2",
+    "bf16",
+    "i8mm",
+)
+_CPU_KEYS = ("vendor_id", "cpu family", "model", "stepping", "CPU implementer", "CPU variant", "CPU part", "CPU revision")
+
+
+@lru_cache(maxsize=1)
+def cpu_identity() -> str:
+    """What tells this kind of CPU from others of the same name ("AMD EPYC" is many, their speed differs by 2): vendor, family, model,
+    stepping, vector instructions, threads a core. Where the system tells none of it (macOS), the name, which is exact there."""
+    facts = _cpu_facts()
+    if not (numbers := [facts[key] for key in _CPU_KEYS if facts.get(key)]):
+        return _cpu_name()
+    flags = [flag for flag in _VECTOR_FLAGS if flag in _cpu_flags()]
+    siblings, own = (int(text) if (text := facts.get(key, "")).isdigit() else 0 for key in ("siblings", "cpu cores"))
+    return f"{_cpu_name()} ({' '.join([*numbers, *flags])}, {siblings // own if own else 1} threads a core)"
+
+
 def cores() -> int:
     """CPU cores this process may use (affinity masks of containers and schedulers included)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -143,19 +173,22 @@ def _run(command: list[str]) -> str:
 
 
 def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return set()
-    return set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+    facts = _cpu_facts()
+    return set((facts.get("flags") or facts.get("Features", "")).split())
 
 
 def _cpu_name() -> str:
+    sysctl = ["sysctl", "-n", "machdep.cpu.brand_string"]
+    return _cpu_facts().get("model name") or _run(sysctl).strip() or platform.processor() or platform.machine()
+
+
+def _cpu_facts() -> dict[str, str]:
+    """What Linux says of its first core, {} elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return _run(["sysctl", "-n", "machdep.cpu.brand_string"]).strip() or platform.processor() or platform.machine()
+        first = Path("/proc/cpuinfo").read_text(errors="replace").lstrip().split("\n\n", 1)[0]
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
 
 
 def _memory_bytes() -> int:

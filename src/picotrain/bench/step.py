@@ -33,6 +33,7 @@ from picotrain.bench import environment, matmul, processes
 from picotrain.bench.timing import Clock, peak_rss_bytes
 from picotrain.config import Config, compose
 from picotrain.model import Names, build, compute_dtype
+from picotrain.plan import pace
 from picotrain.worker import set_up_process
 
 
@@ -166,6 +167,7 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "set": options.set,
+        **pace.setting(plan, config),
         "tok_per_sec": round(tokens_per_s),
         "step_ms": round(1000 * step_s, 1),
         "optimizer": config.optimizer.kind,

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from picotrain import bench as benchmarks
 from picotrain import hardware
+from picotrain import run as runs
 from picotrain.bench import sets
 from picotrain.bench.environment import environment
 from picotrain.bench.processes import BenchmarkFailed, lines
@@ -23,10 +24,12 @@ from picotrain.bench.sets import Task
 from picotrain.bench.table import Row, rows
 from picotrain.cli import say
 from picotrain.cli.show import console
+from picotrain.config import compose
 from picotrain.config.keys import nearest
 from picotrain.config.saved import write_whole
 from picotrain.errors import PicotrainError
 from picotrain.hardware import Machine
+from picotrain.plan import pace
 from picotrain.text import clock
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -45,7 +48,8 @@ def bench(given: Sequence[str], full: bool, device: str, as_json: bool, out: Pat
     where = environment(machine)
     record = Record(where, out, as_json)
     if full and not names:
-        say("core is left out, as it needs files of yours: picotrain bench core --bundle FOLDER --corpus FOLDER")
+        say("left out: core, which needs files of yours (picotrain bench core --bundle FOLDER --corpus FOLDER)")
+        say("left out: peers, which needs the package transformers (picotrain bench peers)")
     benchmarks.end_on_sigterm()
     codes = []
     try:
@@ -116,12 +120,23 @@ def _measure(task: Task, record: Record) -> int:
     try:
         for line in lines(task.name, task.arguments):
             record.add(line)
+            if task.name == "step":
+                _remember(line)
     except BenchmarkFailed as error:
         say(f"error: {error}")
         failure = {"not_measured": f"it ended with exit code {error.exit_code}", "said": str(error)}
         record.add({"benchmark": task.name, "arguments": task.arguments} | failure)
         return error.exit_code
     return 0
+
+
+def _remember(line: dict[str, Any]) -> None:
+    """Keep the figure in the cache folder, where `picotrain plan` finds it; without a folder it can write, say so."""
+    cache = runs.cache_dir(compose([]))
+    try:
+        pace.remember(json.dumps(line), cache)
+    except OSError as error:
+        say(f"warning: {cache} cannot keep this figure for `picotrain plan` ({error.strerror}); set PICOTRAIN_CACHE to a folder that can")
 
 
 @contextmanager

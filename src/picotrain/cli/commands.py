@@ -90,8 +90,9 @@ def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Pa
         print(plan.model_dump_json(indent=2))
         return
     from picotrain.cli.show import plan_table
+    from picotrain.plan import pace
 
-    plan_table(plan)
+    plan_table(plan, pace.hint(plan, config))
 
 
 def show_config(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -20,7 +20,7 @@ from picotrain.data.corpus import Corpus
 from picotrain.data.mixture import Mixture
 from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
 from picotrain.errors import ConfigError, Problem
-from picotrain.plan import fp8
+from picotrain.plan import fp8, pace
 from picotrain.plan.memory import (
     MEMORY_SHARE,
     checkpoint_bytes,
@@ -35,7 +35,6 @@ from picotrain.plan.memory import (
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
 REPEAT_WARNING_EPOCHS = 4.0  # repeating up to about 4 times costs little (arXiv:2305.16264)
 COMPILE_FLOPS = 3e13  # of training on a CPU from which on torch.compile is taken: about a minute, of which it wins back what it takes
-ASSUMED_MFU = 0.40  # for the time and cost of hardware whose peak is known; an assumption, shown as one
 
 
 __all__ = ["Plan", "choose_data", "decide", "estimate_bytes_per_token", "halved", "lighter_settings", "make", "nearest", "predict_memory"]
@@ -88,8 +87,11 @@ class Plan(BaseModel):
     checkpoint_bytes: int
     staging_bytes: int = 0  # host memory that rank 0 keeps for saving in the background, on a CPU part of the next
     predicted_memory_bytes: int  # per rank, an estimate
-    predicted_hours: float | None
-    predicted_cost: float | None  # dollars
+    predicted_step_ms: float | None = None
+    predicted_by: Literal["measured", "assumed"] | None = None  # None: no time can be told (picotrain.plan.pace)
+    predicted_from: str = ""  # which figures, or what is assumed
+    predicted_hours: float | None = None  # of steps: evaluations and saves are not counted
+    predicted_cost: float | None = None  # dollars
     notes: list[str] = []
 
     @property
@@ -199,10 +201,9 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         raise ConfigError(problems)
 
     total_tokens = num_steps * batch
-    hours = _hours(config, total_tokens * flops, world_size)
     memory = predict_memory(config, d, params, micro_rows)
     epochs = total_tokens / corpus_tokens if corpus_tokens else None
-    return Plan(
+    plan = Plan(
         name=name,
         **_model_facts(config, d, params),
         **_machine_facts(config, world_size),
@@ -225,10 +226,9 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         checkpoint_bytes=checkpoint_bytes(config, params),
         staging_bytes=staging_bytes(config, params),
         predicted_memory_bytes=memory,
-        predicted_hours=hours,
-        predicted_cost=hours * hw.price_per_hour * config.launch.nnodes if hours and hw.price_per_hour else None,
-        notes=_notes(config, corpus, bytes_per_token, epochs, hours, memory),
+        notes=_notes(config, corpus, bytes_per_token, epochs, memory),
     )
+    return pace.timed(plan, config, plan.peak_flops)
 
 
 def _rates(o: OptimizerConfig, width: int, batch: int, total_tokens: int) -> shape.Rates:
@@ -309,11 +309,6 @@ def _peak(config: Config) -> float | None:
     return hw.peak_flops or (hardware.peak_flops(hw.name or "") if hw.device == "cuda" else None)
 
 
-def _hours(config: Config, flops: int, world_size: int) -> float | None:
-    peak = _peak(config)
-    return flops / (peak * world_size * ASSUMED_MFU) / 3600 if peak and config.hardware.device == "cuda" else None
-
-
 def _total_batch(config: Config, params: shape.Parameters) -> int:
     seq_len = config.train.seq_len or shape.default_seq_len(config.model.depth)
     return shape.derive_batch_tokens(params, seq_len) if config.train.total_batch_size == -1 else config.train.total_batch_size
@@ -379,9 +374,7 @@ def _profiler_problems(config: Config, num_steps: int) -> list[Problem]:
     return [Problem("profiler.first_step", f"step {first:,} does not come: the run has {num_steps:,} steps", f"at most {num_steps - 1:,}")]
 
 
-def _notes(
-    config: Config, corpus: Mixture | None, bytes_per_token: float | None, epochs: float | None, hours: float | None, memory: int
-) -> list[str]:
+def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None, epochs: float | None, memory: int) -> list[str]:
     notes = []
     if corpus is None:
         notes.append(f"the corpus {config.data.name} is not prepared yet: units, lanes and epochs are not known")
@@ -406,10 +399,6 @@ def _notes(
         notes.append(
             f"warning: {epochs:.1f} passes over the corpus; beyond {REPEAT_WARNING_EPOCHS:.0f} repeated data teaches less and less"
         )
-    if hours is None and config.hardware.device != "cpu":
-        notes.append("no peak FLOPs are known for this device: no time, no cost, and MFU will be null")
-    elif hours is not None:
-        notes.append(f"time and cost assume an MFU of {ASSUMED_MFU:.0%}, which was not measured")
     notes += fp8.notes(config)
     room = config.hardware.memory_bytes
     if room and memory > room * MEMORY_SHARE:
