@@ -51,6 +51,15 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_torchs_own_kernel(window):
         assert (ours.float() - exact).norm() < 2 * (torchs.float() - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("window", [2 * BLOCK + 37, 40])
+def test_blocks_of_queries_are_one_call_forward_and_one_back_to_the_compiler(window):
+    ops = torch.ops.picotrain
+    q, k, v = (tensor.detach()[:, :2].flatten(0, 1) for tensor in inputs(2 * BLOCK + 37))
+    torch.library.opcheck(ops.blocked.default, (q, k, v, window, 0.3))
+    y, kept = ops.blocked(q, k, v, window, 0.3)
+    torch.library.opcheck(ops.blocked_backward.default, (torch.ones_like(y), q, k, v, kept, window, 0.3))
+
+
 def test_the_mask_is_none_where_causality_says_the_same():
     assert attention_mask(0, 8, 8, torch.device("cpu")) is None
     assert attention_mask(0, 8, 4, torch.device("cpu")) is not None

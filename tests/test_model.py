@@ -14,6 +14,7 @@ from picotrain import shape
 from picotrain.config.schema import ModelConfig
 from picotrain.model import GPT, KVCache, attention, attention_mask, gpt, rms_norm, rotate
 from picotrain.model import loss as loss_module
+from picotrain.model.compiling import set_up_compiler
 
 VOCAB = 300  # no multiple of 64: the last 20 of 320 rows are padding
 SEQ_LEN = 32
@@ -441,6 +442,17 @@ def test_for_inference_the_weights_may_be_cast_once():
 # ---------------------------------------------------------------- compilation
 
 
+def test_the_compiler_is_set_up_as_far_as_the_environment_leaves_it_open(monkeypatch):
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+
+    key = "autograd_cache_allow_custom_autograd_functions"
+    with functorch.patch({key: False}), inductor.patch({"cpp.vec_isa_ok": None}):
+        monkeypatch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "")
+        set_up_compiler()
+        assert getattr(functorch, key) and inductor.cpp.vec_isa_ok is None
+
+
 @pytest.mark.slow  # cold, compiling takes half a minute
 @pytest.mark.filterwarnings("default")  # inductor's own
 @pytest.mark.parametrize(("pattern", "codes"), [("L", 1), ("SL", 2)])
@@ -463,6 +475,7 @@ def test_compiled_blocks_give_the_same_losses_and_share_their_code(pattern, code
     for name, gradient in gradients(model, loss).items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-4 * float(expected_gradients[name].abs().max()))
     assert counters["stats"]["unique_graphs"] == codes + 1  # windowed and full blocks, and the loss
+    assert not counters["aot_autograd"]["autograd_cache_bypass"]  # all of it is kept for the next start
 
     model(ids, targets)
     with torch.no_grad():

@@ -32,20 +32,64 @@ def _spans(tokens: int, window: int) -> list[tuple[int, int, int]]:
     return [(a, min(a + BLOCK, tokens), max(0, a - window + 1)) for a in range(0, tokens, BLOCK)]
 
 
+# To torch.compile forward and backward are one call each: unrolled, they were eleven of the 27 kernels that it made of a model, and the
+# step was no faster for them (docs/log.md, 2026-11-25: start-up). Compiled code is kept under these names, whatever the functions do:
+# who changes how many tensors they return, or their shapes, renames them.
+_LIBRARY = torch.library.Library("picotrain", "DEF")
+_LIBRARY.define("blocked(Tensor q, Tensor k, Tensor v, int window, float scale) -> (Tensor, Tensor[])")
+_LIBRARY.define(
+    "blocked_backward(Tensor d_y, Tensor q, Tensor k, Tensor v, Tensor[] kept, int window, float scale) -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(_LIBRARY, "blocked", "CompositeExplicitAutograd")
+def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, list[Tensor]]:
+    """y and the probabilities of each block."""
+    y, kept = torch.empty_like(q), []
+    for a, b, first in _spans(q.size(1), window):
+        s = torch.bmm(q[:, a:b] * scale, k[:, first:b].mT)  # (N, b - a, b - first)
+        later = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu_(1)
+        s[:, :, a - first :].masked_fill_(later, -math.inf)
+        if (left := b - window - first) > 0:  # keys that have left the window of the block's last query
+            gone = torch.ones(b - a, left, dtype=torch.bool, device=q.device).tril_(a - window - first)
+            s[:, :, :left].masked_fill_(gone, -math.inf)
+        p = torch.softmax(s, dim=-1)
+        y[:, a:b] = torch.bmm(p, v[:, first:b])
+        kept.append(p)
+    return y, kept
+
+
+@torch.library.impl(_LIBRARY, "blocked_backward", "CompositeExplicitAutograd")
+def _backward(d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], window: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v."""
+    d_q = torch.empty_like(q)
+    d_k, d_v = (torch.zeros(x.shape, device=x.device) for x in (k, v))  # sums over blocks: fp32
+    for p, (a, b, first) in zip(kept, _spans(q.size(1), window), strict=True):
+        d_block = d_y[:, a:b]
+        d_v[:, first:b] += torch.bmm(p.mT, d_block)
+        d_p = torch.bmm(d_block, v[:, first:b].mT)
+        d_s = torch.ops.aten._softmax_backward_data(d_p, p, -1, q.dtype)  # p (d_p - sum(p d_p)) in one pass
+        d_q[:, a:b] = torch.bmm(d_s, k[:, first:b])
+        d_k[:, first:b] += torch.bmm(d_s.mT, q[:, a:b])
+    return d_q.mul_(scale), d_k.mul_(scale).to(k.dtype), d_v.to(v.dtype)
+
+
+@torch.library.register_fake("picotrain::blocked")
+def _forward_shapes(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tuple[Tensor, list[Tensor]]:
+    return torch.empty_like(q), [q.new_empty(q.size(0), b - a, b - first) for a, b, first in _spans(q.size(1), window)]
+
+
+@torch.library.register_fake("picotrain::blocked_backward")
+def _backward_shapes(
+    d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], window: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 class _Blocked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
-        y, kept = torch.empty_like(q), []
-        for a, b, first in _spans(q.size(1), window):
-            s = torch.bmm(q[:, a:b] * scale, k[:, first:b].mT)  # (N, b - a, b - first)
-            later = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu_(1)
-            s[:, :, a - first :].masked_fill_(later, -math.inf)
-            if (left := b - window - first) > 0:  # keys that have left the window of the block's last query
-                gone = torch.ones(b - a, left, dtype=torch.bool, device=q.device).tril_(a - window - first)
-                s[:, :, :left].masked_fill_(gone, -math.inf)
-            p = torch.softmax(s, dim=-1)
-            y[:, a:b] = torch.bmm(p, v[:, first:b])
-            kept.append(p)
+        y, kept = torch.ops.picotrain.blocked(q, k, v, window, scale)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.window, ctx.scale = window, scale
         return y
@@ -53,13 +97,4 @@ class _Blocked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *kept = ctx.saved_tensors
-        d_q = torch.empty_like(q)
-        d_k, d_v = (torch.zeros(x.shape, device=x.device) for x in (k, v))  # sums over blocks: fp32
-        for p, (a, b, first) in zip(kept, _spans(q.size(1), ctx.window), strict=True):
-            d_y = grads[0][:, a:b]
-            d_v[:, first:b] += torch.bmm(p.mT, d_y)
-            d_p = torch.bmm(d_y, v[:, first:b].mT)
-            d_s = torch.ops.aten._softmax_backward_data(d_p, p, -1, q.dtype)  # p (d_p - sum(p d_p)) in one pass
-            d_q[:, a:b] = torch.bmm(d_s, k[:, first:b])
-            d_k[:, first:b] += torch.bmm(d_s.mT, q[:, a:b])
-        return d_q * ctx.scale, (d_k * ctx.scale).to(k.dtype), d_v.to(v.dtype), None, None
+        return *torch.ops.picotrain.blocked_backward(grads[0], q, k, v, kept, ctx.window, ctx.scale), None, None

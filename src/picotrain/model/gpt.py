@@ -16,6 +16,7 @@ from picotrain.config.schema import ModelConfig
 from picotrain.model import loss
 from picotrain.model.attention import Attention
 from picotrain.model.cache import KVCache, LayerCache
+from picotrain.model.compiling import set_up_compiler
 from picotrain.model.features import ResidualScalars, Smear, previous_ids
 from picotrain.model.kernels import Attend, Case, Choice, Kernel, Names, Sdpa, default_kernels, select
 from picotrain.model.layers import MLP, Linear, rms_norm, rotary_angles, softcap, take
@@ -134,6 +135,7 @@ class GPT(nn.Module):
         Shapes are static: a batch of another shape compiles once more. Calls with a cache stay uncompiled, because
         there every token has another shape.
         """
+        set_up_compiler()
         for block in self.blocks:
             block.compile(dynamic=False)
         self._derive = torch.compile(losses_and_slopes, dynamic=False)
