@@ -24,12 +24,15 @@ from picotrain.plan import fp8
 from picotrain.plan.memory import (
     MEMORY_SHARE,
     checkpoint_bytes,
+    data_bytes,
     device_batch,
     facts,
     halved,
     lighter_settings,
+    predict,
     predict_memory,
     staging_bytes,
+    total_batch,
 )
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
@@ -88,6 +91,7 @@ class Plan(BaseModel):
     checkpoint_bytes: int
     staging_bytes: int = 0  # host memory that rank 0 keeps for saving in the background, on a CPU part of the next
     predicted_memory_bytes: int  # per rank, an estimate
+    predicted_memory: dict[str, int] = {}  # the same by part (picotrain.plan.memory.Memory)
     predicted_hours: float | None
     predicted_cost: float | None  # dollars
     notes: list[str] = []
@@ -182,10 +186,10 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     world_size = hw.nproc_per_node * config.launch.nnodes
     problems = _attention_problems(config)
 
-    batch = _total_batch(config, params)
+    batch, data_held = total_batch(config, params), data_bytes(config, corpus, per_token)
     problems += _batch_problems(train, train.seq_len, batch, world_size)
     rows = max(batch // train.seq_len, 1)
-    micro_rows = device_batch(config, d, params, rows, world_size)
+    micro_rows = device_batch(config, d, params, rows, world_size, data_held)
     problems += fp8.problems(config, d, micro_rows * train.seq_len)
 
     stream = _stream_facts(config, corpus, train.seq_len)
@@ -200,7 +204,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
 
     total_tokens = num_steps * batch
     hours = _hours(config, total_tokens * flops, world_size)
-    memory = predict_memory(config, d, params, micro_rows)
+    memory = predict(config, d, params, micro_rows, data_held)
     epochs = total_tokens / corpus_tokens if corpus_tokens else None
     return Plan(
         name=name,
@@ -224,10 +228,11 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         **dataclasses.asdict(_rates(config.optimizer, d.width, batch, total_tokens)),
         checkpoint_bytes=checkpoint_bytes(config, params),
         staging_bytes=staging_bytes(config, params),
-        predicted_memory_bytes=memory,
+        predicted_memory_bytes=memory.peak,
+        predicted_memory=memory.parts(),
         predicted_hours=hours,
         predicted_cost=hours * hw.price_per_hour * config.launch.nnodes if hours and hw.price_per_hour else None,
-        notes=_notes(config, corpus, bytes_per_token, epochs, hours, memory),
+        notes=_notes(config, corpus, bytes_per_token, epochs, hours, memory.peak),
     )
 
 
@@ -314,16 +319,11 @@ def _hours(config: Config, flops: int, world_size: int) -> float | None:
     return flops / (peak * world_size * ASSUMED_MFU) / 3600 if peak and config.hardware.device == "cuda" else None
 
 
-def _total_batch(config: Config, params: shape.Parameters) -> int:
-    seq_len = config.train.seq_len or shape.default_seq_len(config.model.depth)
-    return shape.derive_batch_tokens(params, seq_len) if config.train.total_batch_size == -1 else config.train.total_batch_size
-
-
 def _horizon_tokens(config: Config, corpus_tokens: float | None) -> tuple[int, str]:
     """Training tokens and the key that set them. Epochs of an unknown corpus count as if it had no end: 0 tokens."""
     _, params, _, flops = facts(config)
     train = config.train
-    batch = _total_batch(config, params)
+    batch = total_batch(config, params)
     if train.max_steps:
         return train.max_steps * batch, "train.max_steps"
     if train.num_train_epochs:
