@@ -46,6 +46,7 @@ def full_set(machine: Machine) -> list[Task]:
     return [
         Task("matmul", ["--device", machine.device]),
         *_full_steps(machine),
+        _memory(machine),
         Task("loader", []),
         Task("loader", ["--short"]),
         Task("checkpoint", []),
@@ -63,6 +64,14 @@ def _full_steps(machine: Machine) -> list[Task]:
             Task("step", ["--depth", "20", *GPU_STEP, *best_mode(machine), "--optimizer", "muon", "--grad-accum", "4", "--repeats", "3"]),
         ]
     return [Task("step", []), Task("step", ["--depth", "4", "6", *best_mode(machine), "--repeats", "3"])]
+
+
+def _memory(machine: Machine) -> Task:
+    precision = ["--precision", "fp32", *["bf16"] * machine.fast_bf16]
+    if machine.device == "cuda":
+        sizes = ["--depth", "12", "20", "--seq-len", "2048", "--vocab", "32768", "--batch", "4", "16", "--compile", "false", "true"]
+        return Task("memory", ["--device", "cuda", *sizes, *precision])
+    return Task("memory", ["--batch", "2", "8", *precision])
 
 
 def best_mode(machine: Machine) -> list[str]:

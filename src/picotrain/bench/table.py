@@ -54,6 +54,15 @@ def _step(line: Line) -> Found:
     ]
 
 
+def _memory(line: Line) -> Found:
+    mode = [line["precision"], *["compiled"] * line["compile"], *["muon"] * (line["optimizer"] == "muon"), *line["set"]]
+    mode += [f"recompute {line['recompute']}"] * (line["recompute"] != "none")
+    batch = f"{line['batch']} x {line['seq_len']:,}" + (f" x {line['grad_accum']}" if line["grad_accum"] > 1 else "")
+    counted = f", {line['counted']}" if "counted" in line else ""
+    compared = f"{line['ratio']:.0%} of the prediction{counted}"
+    return [(f"d{line['depth']} {' '.join(mode)}, {batch}", f"{line['measured_mib']:,}", "MiB", compared)]
+
+
 def _loader(line: Line) -> Found:
     usual, text = line.get("usual"), f"{line['corpus']}{', short documents' if line['short'] else ''}"
     rate = f"{line['times_usual']} times the usual method" if usual else ""
@@ -130,6 +139,7 @@ def _peers(line: Line) -> Found:
 _ROWS: dict[str, Callable[[Line], Found]] = {
     "matmul": _matmul,
     "step": _step,
+    "memory": _memory,
     "loader": _loader,
     "checkpoint": _checkpoint,
     "signal": _signal,

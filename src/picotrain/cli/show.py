@@ -46,7 +46,8 @@ def plan_table(plan: Plan, measure: str = "") -> None:
     cost = "" if plan.predicted_cost is None else f", about ${plan.predicted_cost:,.0f}"
     parts = " + ".join(f"{n:,} {part.replace('_', ' ')}" for part, n in p.items() if part != "total")
     rates = f"matrices {plan.matrix_lr:.2g}, embedding {plan.embed_lr:.2g}, head {plan.head_lr:.2g}; weight decay {plan.weight_decay:.2g}"
-    staging = f", {size(plan.staging_bytes)} of it or of host memory for background saves (rank 0)" if plan.staging_bytes else ""
+    held = " + ".join(f"{size(n)} {part}" for part, n in plan.predicted_memory.items())
+    staging = f"; and {size(plan.staging_bytes)} of host memory for background saves (rank 0)" if plan.device != "cpu" else ""
     rows = {
         "model": f"depth {plan.depth}, width {plan.width}, {plan.n_heads} heads of {plan.head_dim}{kv}, vocabulary {plan.vocab_size:,}",
         "parameters": f"{p['total']:,} = {parts}",
@@ -61,7 +62,7 @@ def plan_table(plan: Plan, measure: str = "") -> None:
         "data stream": units_text,
         "peak rates": rates,
         "checkpoint": size(plan.checkpoint_bytes),
-        "memory per rank": f"about {size(plan.predicted_memory_bytes)}{staging}",
+        "memory per rank": f"about {size(plan.predicted_memory_bytes)} = {held}{staging}",
         "time and cost": time + cost,
     }
     table = _grid(plan.name)

@@ -24,12 +24,15 @@ from picotrain.plan import fp8, pace
 from picotrain.plan.memory import (
     MEMORY_SHARE,
     checkpoint_bytes,
+    data_bytes,
     device_batch,
     facts,
     halved,
     lighter_settings,
+    predict,
     predict_memory,
     staging_bytes,
+    total_batch,
 )
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
@@ -87,6 +90,7 @@ class Plan(BaseModel):
     checkpoint_bytes: int
     staging_bytes: int = 0  # host memory that rank 0 keeps for saving in the background, on a CPU part of the next
     predicted_memory_bytes: int  # per rank, an estimate
+    predicted_memory: dict[str, int] = {}  # the same by part (picotrain.plan.memory.Memory)
     predicted_step_ms: float | None = None
     predicted_by: Literal["measured", "assumed"] | None = None  # None: no time can be told (picotrain.plan.pace)
     predicted_from: str = ""  # which figures, or what is assumed
@@ -184,10 +188,10 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     world_size = hw.nproc_per_node * config.launch.nnodes
     problems = _attention_problems(config)
 
-    batch = _total_batch(config, params)
+    batch, data_held = total_batch(config, params), data_bytes(config, corpus, per_token)
     problems += _batch_problems(train, train.seq_len, batch, world_size)
     rows = max(batch // train.seq_len, 1)
-    micro_rows = device_batch(config, d, params, rows, world_size)
+    micro_rows = device_batch(config, d, params, rows, world_size, data_held)
     problems += fp8.problems(config, d, micro_rows * train.seq_len)
 
     stream = _stream_facts(config, corpus, train.seq_len)
@@ -201,7 +205,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         raise ConfigError(problems)
 
     total_tokens = num_steps * batch
-    memory = predict_memory(config, d, params, micro_rows)
+    memory = predict(config, d, params, micro_rows, data_held)
     epochs = total_tokens / corpus_tokens if corpus_tokens else None
     plan = Plan(
         name=name,
@@ -225,8 +229,9 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         **dataclasses.asdict(_rates(config.optimizer, d.width, batch, total_tokens)),
         checkpoint_bytes=checkpoint_bytes(config, params),
         staging_bytes=staging_bytes(config, params),
-        predicted_memory_bytes=memory,
-        notes=_notes(config, corpus, bytes_per_token, epochs, memory),
+        predicted_memory_bytes=memory.peak,
+        predicted_memory=memory.parts(),
+        notes=_notes(config, corpus, bytes_per_token, epochs, memory.peak),
     )
     return pace.timed(plan, config, plan.peak_flops)
 
@@ -309,16 +314,11 @@ def _peak(config: Config) -> float | None:
     return hw.peak_flops or (hardware.peak_flops(hw.name or "") if hw.device == "cuda" else None)
 
 
-def _total_batch(config: Config, params: shape.Parameters) -> int:
-    seq_len = config.train.seq_len or shape.default_seq_len(config.model.depth)
-    return shape.derive_batch_tokens(params, seq_len) if config.train.total_batch_size == -1 else config.train.total_batch_size
-
-
 def _horizon_tokens(config: Config, corpus_tokens: float | None) -> tuple[int, str]:
     """Training tokens and the key that set them. Epochs of an unknown corpus count as if it had no end: 0 tokens."""
     _, params, _, flops = facts(config)
     train = config.train
-    batch = _total_batch(config, params)
+    batch = total_batch(config, params)
     if train.max_steps:
         return train.max_steps * batch, "train.max_steps"
     if train.num_train_epochs:
