@@ -106,8 +106,8 @@ def test_unknown_hardware_gives_null_and_gpus_with_a_known_peak_an_assumption(tm
     assert known.predicted_by == "assumed" and any("assume an MFU of 40%" in note for note in known.notes)
     flops = known.total_batch_size * known.flops_per_token
     assert known.predicted_step_ms == pytest.approx(1000 * flops / (8 * 989.4e12 * 0.4), abs=0.1)
-    pace.remember(line(tmp_path, "hardware=1xh100"), tmp_path)
-    eight = planned(tmp_path, "hardware=8xh100")
+    pace.remember(line(tmp_path, "hardware=1xh100", "train.device_batch_size=16"), tmp_path)
+    eight = planned(tmp_path, "hardware=8xh100", "train.device_batch_size=16")
     assert eight.predicted_by == "measured" and any("is assumed" in note for note in eight.notes)
 
 

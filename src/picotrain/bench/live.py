@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from picotrain.config import Config
-from picotrain.model import build
+from picotrain.model import blocked, build
 from picotrain.model.kernels import TorchKernel
 from picotrain.plan import Plan
 
@@ -50,7 +50,11 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        if func in blocked.INSIDE:  # what our own operators make on the way counts, too
+            with self:
+                found = blocked.INSIDE[func](*args, **(kwargs or {}))
+        else:
+            found = func(*args, **(kwargs or {}))
         self.hold(*(leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)))
         return found
 

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {  # and their own commands; a test compa
 BENCHMARKS = (
     "matmul",
     "step",
+    "memory",
     "loader",
     "checkpoint",
     "sampling",
