@@ -117,8 +117,8 @@ class Step:
         return most + casts
 
     def backward(self) -> int:
-        """Gradients of activations at the widest place of a layer: two of the MLP's hidden values."""
-        return 2 * self.tokens * self.dims.mlp_width * self.value
+        """Gradients of activations at the widest place of a layer: two of the MLP's hidden values, one more where it was recomputed."""
+        return (2 if self.config.hardware.recompute == "none" else 3) * self.tokens * self.dims.mlp_width * self.value
 
     # ------------------------------------------------------------ loss
 
