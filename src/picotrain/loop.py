@@ -7,6 +7,7 @@ could cost the weights, and an evaluation that fails costs neither.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import sys
@@ -53,6 +54,7 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
         plan, cadence, state = run.plan, run.config.train, run.state
         saved_step = run.resumed_step
         run.warm_up()
+        gc.enable()  # off since the worker began
 
         while True:
             run.watchdog.beat()
