@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import lines, losses, picotrain, start
 
-from picotrain import checkpoint, hardware
+from picotrain import checkpoint, hardware, loop, worker
+from picotrain.errors import ConfigError
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -167,6 +172,26 @@ def test_compiling_is_no_step_and_no_training_time_and_a_resume_is_exact(tmp_pat
     (parted / "summary.json").unlink()
     assert picotrain("resume", str(parted)).returncode == 0
     assert losses(parted) == losses(straight)
+
+
+def test_garbage_is_looked_for_from_the_first_turn_of_the_loop_on_and_after_a_start_that_failed(tmp_path: Path, monkeypatch):
+    seen: list[bool] = []
+
+    def beat() -> None:
+        seen.append(gc.isenabled())
+        raise StopIteration
+
+    section, watchdog = SimpleNamespace(train=None), SimpleNamespace(beat=beat)
+    run = SimpleNamespace(plan=None, config=section, state=None, resumed_step=None, watchdog=watchdog)
+    run.warm_up = lambda: seen.append(gc.isenabled())
+    monkeypatch.setattr(loop, "_Run", lambda *_: nullcontext(run))
+    nothing: Any = None
+    with worker._without_collector(), pytest.raises(StopIteration):
+        loop.train(tmp_path, nothing, nothing)
+    assert seen == [False, True]
+    with pytest.raises(ConfigError):
+        worker.run(tmp_path)  # holds no run
+    assert gc.isenabled()
 
 
 def test_accumulation_and_micro_batches_change_only_the_rounding(tmp_path: Path, tiny):
