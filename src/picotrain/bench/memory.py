@@ -60,6 +60,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         argparse.Namespace(**vars(options) | dict(zip(VARIED, [[value] for value in values], strict=True)))
         for values in itertools.product(*(getattr(options, key) for key in VARIED))
     ]
+    if not options.count:  # a tokenizer that is not there yet would be trained by the run, and its memory would be the run's
+        processes.ended(processes.command(["tokenizer", "train", "data=pystdlib", f"tokenizer.vocab_size={options.vocab}"]))
     for setting in settings:
         if options.count:
             yield _counted(setting)

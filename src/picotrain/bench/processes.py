@@ -48,3 +48,16 @@ def lines(name: str, arguments: Sequence[str], variables: Mapping[str, str] | No
         if process.returncode:
             said.seek(0)
             raise BenchmarkFailed(name, process.returncode, said.read())
+
+
+def command(words: Sequence[str], **variables: str) -> subprocess.Popen[str]:
+    """The command line `picotrain words...`, started; variables: of its environment, beside ours."""
+    started = [sys.executable, "-m", "picotrain", *words]
+    return subprocess.Popen(started, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | variables)
+
+
+def ended(process: subprocess.Popen[str]) -> None:
+    """Wait for a `command`. Raises PicotrainError with what it said where it failed."""
+    _, said = process.communicate()
+    if process.returncode:
+        raise PicotrainError(f"`{' '.join(process.args[2:])}` ended with exit code {process.returncode}:\n{said}")  # type: ignore[index]

@@ -11,10 +11,7 @@ included. compiled: with torch's compile cache as an earlier run has left it; fi
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from picotrain import hardware
-from picotrain.errors import PicotrainError
+from picotrain.bench import processes
 
 SEQ_LEN, ROWS, VOCAB = 512, 8, 8192
 POLL_S = 0.005
@@ -44,7 +41,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if set(modes) - {"help"}:
-            _ended(_command(["tokenizer", "train", "data=pystdlib", f"tokenizer.vocab_size={VOCAB}"]))
+            processes.ended(processes.command(["tokenizer", "train", "data=pystdlib", f"tokenizer.vocab_size={VOCAB}"]))
         cold = _first_step("compiled", options, folder) if "compiled" in modes else {}
         seconds: dict[str, list[dict[str, float]]] = {mode: [] for mode in modes}
         for _ in range(options.repeats):
@@ -58,7 +55,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _help() -> dict[str, float]:
     started = time.perf_counter()
-    _ended(_command(["--help"]))
+    processes.ended(processes.command(["--help"]))
     return {"command_s": time.perf_counter() - started}
 
 
@@ -71,22 +68,10 @@ def _first_step(mode: str, options: argparse.Namespace, folder: Path) -> dict[st
         words += ["train.core_metric_every=0", "train.sample_every=0", f"hardware.device={options.device}", "hardware.nproc_per_node=1"]
         words += [f"hardware.compile={str(mode == 'compiled').lower()}", f"run.dir={run_dir}"]
         started = time.perf_counter()
-        process = _command(["train", *words], TORCHINDUCTOR_CACHE_DIR=str(folder / "compiled"))
+        process = processes.command(["train", *words], TORCHINDUCTOR_CACHE_DIR=str(folder / "compiled"))
         metrics = run_dir / "metrics.jsonl"
         while not (metrics.exists() and b'"train"' in metrics.read_bytes()) and process.poll() is None:
             time.sleep(POLL_S)
         first_step_s = time.perf_counter() - started
-        _ended(process)
+        processes.ended(process)
         return {"first_step_s": first_step_s, "command_s": time.perf_counter() - started}
-
-
-def _command(words: list[str], **variables: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "picotrain", *words]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | variables)
-
-
-def _ended(process: subprocess.Popen[str]) -> None:
-    """Wait for the command. Raises PicotrainError with what it said where it failed."""
-    _, said = process.communicate()
-    if process.returncode:
-        raise PicotrainError(f"`{' '.join(process.args[2:])}` ended with exit code {process.returncode}:\n{said}")  # type: ignore[index]

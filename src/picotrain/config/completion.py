@@ -36,6 +36,7 @@ BENCHMARKS = (
     "time_to_bpb",
     "corpus",
     "core",
+    "peers",
 )  # those of picotrain.bench; a test, too
 _RUN_COMMANDS = ("resume", "eval", "sample", "report")  # their first word is a run directory
 
