@@ -189,7 +189,7 @@ def bench_(
     Examples: `picotrain bench`, `picotrain bench --full --out results.json`,
     `picotrain bench step --depth 4 6 --compile`, `picotrain bench loader --path corpora/mine`.
 
-    Benchmarks: matmul, step, loader, checkpoint, sampling, startup, time_to_bpb, corpus, core; those named run as in the
+    Benchmarks: matmul, step, memory, loader, checkpoint, sampling, startup, time_to_bpb, corpus, core; those named run as in the
     set, with the options that follow a single name (`picotrain bench step --help` lists them). It needs no network.
     """
     if names and names[0] in ("--help", "-h"):  # after a name it asks for the options of that one
