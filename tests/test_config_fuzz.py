@@ -78,8 +78,11 @@ def test_a_value_is_valid_or_one_problem_at_its_key(key: str, typed: str):
         max_size=6,
     )
 )
+@example(["experiment=null"])
 def test_parsing_a_command_line_never_fails_and_loses_no_word(words: list[str]):
     result = parse(words)
     kept = len(result.groups) + len(result.values)
-    assert kept <= len(words) <= kept + len(result.problems) + len(words) - len({word.partition("=")[0].lstrip("+~") for word in words})
+    repeated = len(words) - len({word.partition("=")[0].lstrip("+~") for word in words})
+    none = any(word.lstrip("+") == "experiment=null" for word in words)  # which is the default: nothing is to be kept of it
+    assert kept <= len(words) <= kept + len(result.problems) + repeated + none
     assert all(problem.message for problem in result.problems)
