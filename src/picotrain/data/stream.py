@@ -115,7 +115,7 @@ class Loader(Iterator[Batch]):
     on exactly. The rows of a step are the same for any device_batch_size.
     on_bad_shard: "stop" raises what cannot be read; "skip" passes over the rest of its unit and notes it in `skipped`.
 
-    Memory, at most, beside the batches of a step and READY_BATCHES: let S be max(8 MiB, unit_bytes), t the bytes of an id in
+    Memory, at most, beside the batches of a step and 2 x READY_BATCHES: let S be max(8 MiB, unit_bytes), t the bytes of an id in
     rows (2, or 4 above 65,536 ids), and count a token a byte of text (mostly it is one in four). Each of lanes / dp_size lanes
     holds for each source its present and its prepared slice, 2 x S x t; each of WORKERS slices in the making takes
     S x (5 + 4 + t) for text, ids and rows, and up to 10 x its longest document while that is cut. A unit below S counts with
