@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 from picotrain import checkpoint, optim
-from picotrain.config.schema import AdamWConfig
+from picotrain.config.schema import OptimizerConfig
 from picotrain.errors import CheckpointError
 from picotrain.shape import Rates
 from picotrain.state import LoopState, TrainState, model_tensors, optimizer_tensors
@@ -31,7 +31,7 @@ class Tiny(nn.Module):
 def trained(step: int, seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
     model = Tiny()
-    optimizer = optim.build(AdamWConfig(matrix_lr=0.1, embed_lr=0.1, head_lr=0.1), model, Rates(0.1, 0.1, 0.1, 0.0))
+    optimizer = optim.build(OptimizerConfig(matrix_lr=0.1, embed_lr=0.1, head_lr=0.1), model, Rates(0.1, 0.1, 0.1, 0.0))
     for _ in range(3):
         model(torch.randint(16, (4, 5))).square().mean().backward()
         optimizer.step()

@@ -12,13 +12,13 @@ from picotrain.config import Config, dump, flatten, load, with_values
 from picotrain.config.groups import GROUPS
 from picotrain.config.keys import leaves
 from picotrain.config.overrides import parse, parse_value
-from picotrain.config.schema import AdamWConfig, DataConfig, ModelConfig, ScheduleConfig
+from picotrain.config.schema import DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from picotrain.errors import ConfigError, Problem
 
 BASE = Config(
     model=ModelConfig(depth=4, head_dim=64),
     data=DataConfig(kind="files", name="texts", path="texts"),
-    optimizer=AdamWConfig(matrix_lr=0.01, embed_lr=0.2, head_lr=0.01),
+    optimizer=OptimizerConfig(matrix_lr=0.01, embed_lr=0.2, head_lr=0.01),
     schedule=ScheduleConfig(kind="constant"),
 )
 TEXT_KEYS = [key for key, leaf in leaves().items() if leaf.is_text]

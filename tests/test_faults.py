@@ -20,7 +20,7 @@ from test_loop import assert_same_run, wait_for
 
 from picotrain import checkpoint, optim
 from picotrain.checkpoint import saver as saving
-from picotrain.config.schema import AdamWConfig, CheckpointConfig
+from picotrain.config.schema import CheckpointConfig, OptimizerConfig
 from picotrain.model import GPT
 from picotrain.shape import Rates
 
@@ -166,7 +166,7 @@ def guarded(max_z: float | None = None) -> tuple[GPT, torch.optim.Optimizer, opt
 
     model = GPT(ModelConfig(depth=2, head_dim=16, width=32), 100, 16)
     model.init_weights(0)
-    section = AdamWConfig(matrix_lr=0.01, embed_lr=0.01, head_lr=0.01)
+    section = OptimizerConfig(matrix_lr=0.01, embed_lr=0.01, head_lr=0.01)
     return model, optim.build(section, model, Rates(0.01, 0.01, 0.01, 0.1)), optim.Guard(max_z, torch.device("cpu"))
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import lines, losses, picotrain
 from test_loop import weights
-from test_model import ids_of
+from test_model import all_weights_acting, ids_of
 from torch import Tensor
 
 from picotrain import hardware, loop, optim, parallel, plan
@@ -39,14 +39,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model(precision: str, mode: str = "none", **config: Any) -> GPT:
-    """A model all of whose weights act."""
     section = ModelConfig.model_validate({"depth": 2, "head_dim": 16, "width": WIDTH} | config)
-    gpt = build(section, 300, SEQ_LEN, precision, mode)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.normal_(0, 0.1, generator=generator)
-    return gpt
+    return all_weights_acting(build(section, 300, SEQ_LEN, precision, mode))  # type: ignore[arg-type]
 
 
 def loss_of(gpt: GPT, seed: int = 2) -> Tensor:

@@ -184,7 +184,7 @@ def test_garbage_is_looked_for_from_the_first_turn_of_the_loop_on_and_after_a_st
     section, watchdog = SimpleNamespace(train=None), SimpleNamespace(beat=beat)
     run = SimpleNamespace(plan=None, config=section, state=None, resumed_step=None, watchdog=watchdog)
     run.warm_up = lambda: seen.append(gc.isenabled())
-    monkeypatch.setattr(loop, "_Run", lambda *_: nullcontext(run))
+    monkeypatch.setattr(loop, "Session", lambda *_: nullcontext(run))
     nothing: Any = None
     with worker._without_collector(), pytest.raises(StopIteration):
         loop.train(tmp_path, nothing, nothing)

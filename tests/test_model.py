@@ -35,6 +35,15 @@ def ids_of(batch: int, tokens: int, vocab_size: int = VOCAB, seed: int = 2) -> T
     return torch.randint(vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+@torch.no_grad()
+def all_weights_acting(gpt: GPT) -> GPT:
+    """The model with every weight drawn at random: the initial zeros would hide what a layer does."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in gpt.parameters():
+        parameter.normal_(0, 0.1, generator=generator)
+    return gpt
+
+
 # ---------------------------------------------------------------- parity with transformers
 
 

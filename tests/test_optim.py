@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from picotrain import optim
-from picotrain.config.schema import AdamWConfig, ModelConfig
+from picotrain.config.schema import ModelConfig, OptimizerConfig
 from picotrain.model import GPT
 from picotrain.shape import Rates
 
 RATES = Rates(matrix_lr=0.01, embed_lr=0.2, head_lr=0.004, weight_decay=0.1)
-SECTION = AdamWConfig(matrix_lr=1, embed_lr=1, head_lr=1, eps=1e-8)
+SECTION = OptimizerConfig(matrix_lr=1, embed_lr=1, head_lr=1, eps=1e-8)
 
 
 def model(seed: int = 0) -> GPT:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import losses, picotrain
 from test_loop import weights
-from test_model import ids_of
+from test_model import all_weights_acting, ids_of
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,14 +27,8 @@ WIDTH, SEQ_LEN, ROWS = 64, 64, 4
 
 
 def model(mode: str, precision: str = "fp32", depth: int = 2, **config: Any) -> GPT:
-    """A model all of whose weights act."""
     section = ModelConfig.model_validate({"depth": depth, "head_dim": 16, "width": WIDTH} | config)
-    gpt = build(section, 300, SEQ_LEN, precision, mode)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.normal_(0, 0.1, generator=generator)
-    return gpt
+    return all_weights_acting(build(section, 300, SEQ_LEN, precision, mode))  # type: ignore[arg-type]
 
 
 def trained(gpt: GPT) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ import torch
 
 from picotrain import optim
 from picotrain.checkpoint import Saver
-from picotrain.config.schema import AdamWConfig, CheckpointConfig, ModelConfig
+from picotrain.config.schema import CheckpointConfig, ModelConfig, OptimizerConfig
 from picotrain.errors import PicotrainError
 from picotrain.model import GPT
 from picotrain.shape import Rates
@@ -56,7 +56,7 @@ def measure_saves(args: argparse.Namespace) -> dict[str, Any]:
     """Saves of a state in this process."""
     model = GPT(ModelConfig(depth=args.depth, head_dim=64), VOCAB, SEQ_LEN)
     model.init_weights(0)
-    optimizer = optim.build(AdamWConfig(matrix_lr=1e-3, embed_lr=1e-3, head_lr=1e-3), model, Rates(1e-3, 1e-3, 1e-3, 0.1))
+    optimizer = optim.build(OptimizerConfig(matrix_lr=1e-3, embed_lr=1e-3, head_lr=1e-3), model, Rates(1e-3, 1e-3, 1e-3, 0.1))
     state = TrainState(model, optimizer, loader={"row": 0, "lanes_count": 1, "lanes": [[[0, 0, 0, 0]]]})
     quiet = [step(state) for _ in range(4)][1:]
 

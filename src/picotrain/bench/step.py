@@ -152,25 +152,11 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     flops = plan.flops_per_token * tokens_per_s
     return {
         "benchmark": "step",
-        "depth": plan.depth,
-        "seq_len": plan.seq_len,
-        "batch": plan.device_batch_size,
-        "grad_accum": options.grad_accum,
-        "vocab": plan.vocab_size,
-        "precision": plan.precision,
-        "compile": plan.compile,
-        "recompute": plan.recompute,
+        **_setting(plan, config, options),
         "attention": full.kernel.name,
         "window_attention": windowed.kernel.name if plan.window_attention else None,
-        "device": device,
-        "hardware": plan.hardware_name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "set": options.set,
-        **pace.setting(plan, config),
         "tok_per_sec": round(tokens_per_s),
         "step_ms": round(1000 * step_s, 1),
-        "optimizer": config.optimizer.kind,
         **_parts_ms(clock, steps[options.warmup :]),
         "first_step_s": round(seconds[0], 2),
         "gflops": round(flops / 1e9, 1),
@@ -182,6 +168,27 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         "predicted_mib": round(plan.predicted_memory_bytes / 2**20),
         "of_predicted": round((peak or rss) / plan.predicted_memory_bytes, 3),
         **(environment.gpu(environment.STATE, lambda: clock.seconds(starts[0], step()[-1])) if device == "cuda" else {}),
+    }
+
+
+def _setting(plan: planning.Plan, config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """What was measured, and on what."""
+    return {
+        "depth": plan.depth,
+        "seq_len": plan.seq_len,
+        "batch": plan.device_batch_size,
+        "grad_accum": options.grad_accum,
+        "vocab": plan.vocab_size,
+        "precision": plan.precision,
+        "compile": plan.compile,
+        "optimizer": config.optimizer.kind,
+        "recompute": plan.recompute,
+        "device": plan.device,
+        "hardware": plan.hardware_name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "set": options.set,
+        **pace.setting(plan, config),
     }
 
 

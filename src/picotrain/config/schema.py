@@ -9,52 +9,32 @@ is checked by that section's `_check`, so that no object of these classes contra
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, StrictBool
 
+from picotrain.config.fields import (
+    CREDENTIALS,
+    Decay,
+    Fraction,
+    Int,
+    NonNegative,
+    NonNegativeInt,
+    Number,
+    Positive,
+    PositiveFloat,
+    Section,
+    Text,
+)
 from picotrain.errors import Problem
 
 SCHEMA_VERSION = 1
-_CREDENTIALS = re.compile(r"\w+://([^/?]*@|.*[?&][^=&]*(token|key|sig|secret|password|credential)[^=&]*=)", re.IGNORECASE)
 HORIZONS = ("max_steps", "num_train_epochs", "target_tokens", "target_flops", "target_param_data_ratio")
 
 
-def _no_bool(value: Any) -> Any:
-    """YAML's true is no number: `train.seq_len=true` is a mistake, not 1."""
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not a boolean")
-    return value
-
-
-_Number = BeforeValidator(_no_bool)
-Int = Annotated[int, _Number]
-Positive = Annotated[int, Field(gt=0), _Number]
-NonNegativeInt = Annotated[int, Field(ge=0), _Number]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False), _Number]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _Number]
-Fraction = Annotated[float, Field(ge=0, le=1), _Number]
-Decay = Annotated[float, Field(ge=0, lt=1), _Number]
-Text = Annotated[str, Field(min_length=1)]
 FullAttention = Literal["auto", "fa4", "fa3", "cudnn", "flash", "sdpa", "blocked"]
 WindowAttention = Literal["auto", "fa4", "fa3", "flash", "flex", "banded", "blocked"]
 Recompute = Literal["none", "selective", "full"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    def _problems(self) -> list[Problem]:
-        """What is wrong between the keys of this section."""
-        return []
-
-    @model_validator(mode="after")
-    def _check(self) -> Section:
-        if problems := self._problems():
-            text = "; ".join(map(str, problems))
-            raise PydanticCustomError("contradiction", "{text}", {"text": text, "problems": problems})
-        return self
 
 
 class RunConfig(Section):
@@ -71,7 +51,7 @@ class ModelConfig(Section):
     """A GPT from one dial, its depth."""
 
     depth: Positive
-    head_dim: Annotated[int, Field(ge=2, multiple_of=2), _Number]  # rotary embeddings turn pairs of features
+    head_dim: Annotated[int, Field(ge=2, multiple_of=2), Number]  # rotary embeddings turn pairs of features
     width: Positive | None = None  # null: 64 x depth, rounded up to a multiple of head_dim
     n_kv_heads: Positive | None = None  # null: as many as query heads (no grouped-query attention)
     window_pattern: Annotated[str, Field(pattern="^[SL]+$")] = "L"  # repeated over layers; S = half of seq_len; last layer L
@@ -126,7 +106,7 @@ class DataConfig(Section):
     repo_id: Text | None = None  # kind=hub: data set on the Hugging Face Hub
     file_pattern: Text | None = None  # kind=hub: e.g. "shard_{index:05d}.parquet"
     num_shards: Positive | None = None  # kind=hub: training shards to fetch
-    max_shards: Annotated[int, Field(ge=2), _Number] | None = None  # kind=hub: shards there are, the validation shard included
+    max_shards: Annotated[int, Field(ge=2), Number] | None = None  # kind=hub: shards there are, the validation shard included
     val_shard: Text | None = None  # file name of the validation shard; null: the last one
     lanes: Positive | None = None  # null: the largest power of two <= min(64, units)
     unit_bytes: Positive | None = None  # null: max(1 MiB, 400 x (seq_len + 1))
@@ -146,7 +126,7 @@ class DataConfig(Section):
                     problems.append(Problem(f"data.{key}", rule, "e.g. data=climbmix" if kind == "hub" else f"add data={kind}"))
         urls = {"data.path": [self.path or ""], "data.mixture": [entry.source for entry in self.mixture]}
         for key, texts in urls.items():
-            if any(_CREDENTIALS.match(text) for text in texts):
+            if any(CREDENTIALS.match(text) for text in texts):
                 rule = "holds credentials, which config.yaml would keep for everybody to read"
                 problems.append(Problem(key, rule, "the protocol's own environment variables or files, e.g. ~/.netrc, AWS_ACCESS_KEY_ID"))
         if problems:
@@ -183,7 +163,7 @@ class TokenizerConfig(Section):
     """Byte-level BPE, trained on the training split or taken from a file."""
 
     kind: Literal["bpe"] = "bpe"
-    vocab_size: Annotated[int, Field(ge=257), _Number] = 32_768  # specials included: 256 bytes and <|bos|> at least
+    vocab_size: Annotated[int, Field(ge=257), Number] = 32_768  # specials included: 256 bytes and <|bos|> at least
     train_bytes: Positive = 100_000_000  # text the vocabulary is trained on, spread over the shards
     path: Text | None = None  # a tokenizer.json to use instead of training one
     encoder: Literal["auto", "gigatoken", "tokenizers"] = "auto"
@@ -203,7 +183,7 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.1  # on matrices only
     scale: StrictBool = True  # rates and decay follow batch, width and horizon (picotrain.shape.scale_rates)
     momentum: Decay | None = None  # kind=muon: decay of the gradient's moving average, per step
-    ns_steps: Annotated[int, Field(ge=1, le=10), _Number] | None = None  # kind=muon: of the Newton-Schulz iteration
+    ns_steps: Annotated[int, Field(ge=1, le=10), Number] | None = None  # kind=muon: of the Newton-Schulz iteration
 
     def _problems(self) -> list[Problem]:
         given = [key for key in ("momentum", "ns_steps") if getattr(self, key) is not None]
@@ -213,9 +193,6 @@ class OptimizerConfig(Section):
             rule = "is read for optimizer.kind=muon only, and this is adamw"
             return [Problem(f"optimizer.{key}", rule, "add optimizer=muon") for key in given]
         return []
-
-
-AdamWConfig = OptimizerConfig  # which is AdamW where nothing else is said
 
 
 class ScheduleConfig(Section):
@@ -238,7 +215,7 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """Batch, horizon, cadence and precision."""
 
-    seq_len: Annotated[int, Field(ge=8), _Number] | None = None  # null: 512 below depth 12, else 2,048
+    seq_len: Annotated[int, Field(ge=8), Number] | None = None  # null: 512 below depth 12, else 2,048
     total_batch_size: Positive | Literal[-1] = -1  # tokens per step; -1: from the model's size
     device_batch_size: Positive | Literal["auto"] = "auto"  # rows per rank and micro-batch
     max_steps: Positive | None = None
@@ -341,7 +318,7 @@ class ArchiveConfig(Section):
     close_s: PositiveFloat = 600.0  # how long the end of a run waits for the last pass
 
     def _problems(self) -> list[Problem]:
-        if not _CREDENTIALS.match(self.url or ""):
+        if not CREDENTIALS.match(self.url or ""):
             return []
         rule = "holds credentials, which config.yaml would keep for everybody to read"
         return [Problem("archive.url", rule, "the protocol's own environment variables or files, e.g. AWS_ACCESS_KEY_ID")]
@@ -362,7 +339,7 @@ class CoreConfig(Section):
 
     def _problems(self) -> list[Problem]:
         problems = []
-        if _CREDENTIALS.match(self.bundle or ""):
+        if CREDENTIALS.match(self.bundle or ""):
             problems.append(Problem("evaluation.core.bundle", "holds credentials", "a URL without them"))
         if "://" in (self.bundle or "") and self.sha256 is None:
             hint = "the 64 digits that `sha256sum` prints for an archive you trust"

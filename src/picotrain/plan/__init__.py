@@ -15,11 +15,11 @@ from pydantic import BaseModel, ConfigDict
 
 from picotrain import hardware, shape
 from picotrain.config.saved import write_whole
-from picotrain.config.schema import Config, FullAttention, OptimizerConfig, Recompute, TrainConfig, WindowAttention
+from picotrain.config.schema import Config, FullAttention, OptimizerConfig, Recompute, WindowAttention
 from picotrain.data.corpus import Corpus
 from picotrain.data.mixture import Mixture
 from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
-from picotrain.errors import ConfigError, Problem
+from picotrain.errors import ConfigError
 from picotrain.plan import fp8, pace
 from picotrain.plan.memory import (
     MEMORY_SHARE,
@@ -34,6 +34,7 @@ from picotrain.plan.memory import (
     staging_bytes,
     total_batch,
 )
+from picotrain.plan.problems import attention_problems, batch_problems, lane_problems, nearest, profiler_problems
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
 REPEAT_WARNING_EPOCHS = 4.0  # repeating up to about 4 times costs little (arXiv:2305.16264)
@@ -186,21 +187,21 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     per_token = bytes_per_token or estimate_bytes_per_token(config.tokenizer.vocab_size)
     corpus_tokens = corpus.text_bytes / per_token if corpus else None
     world_size = hw.nproc_per_node * config.launch.nnodes
-    problems = _attention_problems(config)
+    problems = attention_problems(config)
 
     batch, data_held = total_batch(config, params), data_bytes(config, corpus, per_token)
-    problems += _batch_problems(train, train.seq_len, batch, world_size)
+    problems += batch_problems(train, train.seq_len, batch, world_size)
     rows = max(batch // train.seq_len, 1)
     micro_rows = device_batch(config, d, params, rows, world_size, data_held)
     problems += fp8.problems(config, d, micro_rows * train.seq_len)
 
     stream = _stream_facts(config, corpus, train.seq_len)
-    problems += _lane_problems(config, stream["lanes"], stream.pop("largest_source"), world_size)
+    problems += lane_problems(config, stream["lanes"], stream.pop("largest_source"), world_size)
 
     tokens, horizon = _horizon_tokens(config, corpus_tokens)
     num_steps = max(1, math.ceil(tokens / batch)) if batch > 0 else 1
     if corpus or not train.num_train_epochs:  # else their number is not known yet
-        problems += _profiler_problems(config, num_steps)
+        problems += profiler_problems(config, num_steps)
     if problems:
         raise ConfigError(problems)
 
@@ -298,16 +299,6 @@ def _attention(config: Config, windows: tuple[int, ...]) -> dict[str, Any]:
     return {"attention": known(hw.attention, hardware.attention_kernels(hw.device), seq_len), "window_attention": window_attention}
 
 
-def _attention_problems(config: Config) -> list[Problem]:
-    hw = config.hardware
-    asked = (("attention", hw.attention, hardware.attention_kernels), ("window_attention", hw.window_attention, hardware.window_kernels))
-    return [
-        Problem(f"hardware.{key}", f"{name} does not run on {hw.device}", f"valid there: auto, {', '.join(kernels(hw.device))}")
-        for key, name, kernels in asked
-        if name not in ("auto", *kernels(hw.device))
-    ]
-
-
 def _peak(config: Config) -> float | None:
     """Peak dense bf16 FLOPs per second and device; a CPU has one only when the config says so."""
     hw = config.hardware
@@ -329,49 +320,6 @@ def _horizon_tokens(config: Config, corpus_tokens: float | None) -> tuple[int, s
         return int(train.target_flops / flops), "train.target_flops"
     ratio = train.target_param_data_ratio or shape.DEFAULT_RATIO
     return round(ratio * params.scaling), "train.target_param_data_ratio"
-
-
-def nearest(value: float, valid: list[int]) -> str:
-    """The valid values next to one that is not, in words."""
-    below, above = [v for v in valid if v <= value], [v for v in valid if v > value]
-    return " or ".join(f"{v:,}" for v in [*below[-1:], *above[:1]])
-
-
-def _batch_problems(train: TrainConfig, seq_len: int, batch: int, dp_size: int) -> list[Problem]:
-    rows_per_rank = 1 if train.device_batch_size == "auto" else train.device_batch_size
-    quantum = seq_len * dp_size * rows_per_rank
-    if batch > 0 and batch % quantum == 0:
-        return []
-    factors = f"seq_len {seq_len:,} x dp_size {dp_size}" + (f" x device_batch_size {rows_per_rank}" if rows_per_rank > 1 else "")
-    below = batch // quantum * quantum
-    choices = nearest(batch, [v for v in (below, below + quantum) if v > 0])
-    problem = f"{batch:,} tokens are no multiple of {factors} = {quantum:,}"
-    return [Problem("train.total_batch_size", problem, f"nearest that work: {choices}; -1 derives it from the model")]
-
-
-def _lane_problems(config: Config, lanes: int | None, num_units: int | None, dp_size: int) -> list[Problem]:
-    if lanes is None:
-        return []
-    problems = []
-    if num_units is not None and lanes > num_units:
-        problems.append(Problem("data.lanes", f"{lanes} lanes need as many units, the corpus has {num_units}", f"at most {num_units}"))
-    if lanes % dp_size:
-        fitting = [n for n in range(1, lanes + 1) if lanes % n == 0]
-        problems.append(
-            Problem(
-                "hardware.nproc_per_node",
-                f"dp_size {dp_size} does not divide the {lanes} lanes of the data stream",
-                f"valid sizes: {', '.join(map(str, fitting))}; or another data.lanes before the run is created",
-            )
-        )
-    return problems
-
-
-def _profiler_problems(config: Config, num_steps: int) -> list[Problem]:
-    first = config.profiler.first_step if config.profiler.enabled else None
-    if first is None or first < num_steps:
-        return []
-    return [Problem("profiler.first_step", f"step {first:,} does not come: the run has {num_steps:,} steps", f"at most {num_steps - 1:,}")]
 
 
 def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None, epochs: float | None, memory: int) -> list[str]:
