@@ -181,10 +181,10 @@ def _table(table: Table) -> str:
     for i, row in enumerate(table.rows):
         cells = [f"<td{kind}>{_text(value)}</td>" for value, kind in zip(row, kinds, strict=True)]
         if table.bars:
-            cells.insert(1, f"<td>{_bar(table.bars[i], table.bars)}</td>")
+            cells.insert(1, f'<td class="bars">{_bar(table.bars[i], table.bars)}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     if table.bars:
-        head.insert(1, "<td></td>")
+        head.insert(1, '<td class="bars"></td>')
     body = "\n".join(lines)
     return _scrolled(f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>\n{body}\n</tbody></table>")
 
