@@ -32,6 +32,11 @@ def _spans(tokens: int, window: int) -> list[tuple[int, int, int]]:
     return [(a, min(a + BLOCK, tokens), max(0, a - window + 1)) for a in range(0, tokens, BLOCK)]
 
 
+def _transposed(x: Tensor) -> Tensor:
+    """(N, S, D) -> (N, D, S) in a layout that bmm takes as it is: it would copy a slice, column by column."""
+    return x.contiguous().mT
+
+
 # To torch.compile forward and backward are one call each: unrolled, they were eleven of the 27 kernels that it made of a model, and the
 # step was no faster for them (docs/log.md, 2026-11-25: start-up). Compiled code is kept under these names, whatever the functions do:
 # who changes how many tensors they return, or their shapes, renames them.
@@ -47,12 +52,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> tupl
     """y and the probabilities of each block."""
     y, kept = torch.empty_like(q), []
     for a, b, first in _spans(q.size(1), window):
-        s = torch.bmm(q[:, a:b] * scale, k[:, first:b].mT)  # (N, b - a, b - first)
-        later = torch.ones(b - a, b - a, dtype=torch.bool, device=q.device).triu_(1)
-        s[:, :, a - first :].masked_fill_(later, -math.inf)
+        s = torch.bmm(q[:, a:b] * scale, _transposed(k[:, first:b]))  # (N, b - a, b - first)
+        # To add -inf is several times as fast as masked_fill_.
+        s[:, :, a - first :] += q.new_full((b - a, b - a), -math.inf).triu_(1)  # keys after the query
         if (left := b - window - first) > 0:  # keys that have left the window of the block's last query
-            gone = torch.ones(b - a, left, dtype=torch.bool, device=q.device).tril_(a - window - first)
-            s[:, :, :left].masked_fill_(gone, -math.inf)
+            s[:, :, :left] += q.new_full((b - a, left), -math.inf).tril_(a - window - first)
         p = torch.softmax(s, dim=-1)
         y[:, a:b] = torch.bmm(p, v[:, first:b])
         kept.append(p)
@@ -67,7 +71,7 @@ def _backward(d_y: Tensor, q: Tensor, k: Tensor, v: Tensor, kept: list[Tensor], 
     for p, (a, b, first) in zip(kept, _spans(q.size(1), window), strict=True):
         d_block = d_y[:, a:b]
         d_v[:, first:b] += torch.bmm(p.mT, d_block)
-        d_p = torch.bmm(d_block, v[:, first:b].mT)
+        d_p = torch.bmm(d_block, _transposed(v[:, first:b]))
         d_s = torch.ops.aten._softmax_backward_data(d_p, p, -1, q.dtype)  # p (d_p - sum(p d_p)) in one pass
         d_q[:, a:b] = torch.bmm(d_s, k[:, first:b])
         d_k[:, first:b] += torch.bmm(d_s.mT, q[:, a:b])
