@@ -21,7 +21,7 @@ from test_bundle import write_bundle
 
 from picotrain import bench, hardware, shape
 from picotrain import plan as planning
-from picotrain.bench import core, corpus, environment, peers, processes, sampling, sets, step, table
+from picotrain.bench import core, corpus, environment, peers, processes, sampling, sets, step, table, time_to_bpb
 from picotrain.bench.sets import Task
 from picotrain.cli import bench as command_module
 from picotrain.cli import main
@@ -123,6 +123,31 @@ def test_checkpoint_says_how_long_a_save_holds_the_loop(tmp_path: Path):
     (line,) = measure("checkpoint", "--depth", "1", "--saves", "1", "--signals", "0", "--folder", str(tmp_path))
     assert line["benchmark"] == "checkpoint" and line["state_mb"] > 10
     assert line["stall_share"] == pytest.approx(line["stall_s"] / line["sync_s"], abs=0.01)
+
+
+SMALL_RUN = ["model.depth=1", "tokenizer.vocab_size=300", "train.seq_len=32", "train.total_batch_size=64", "train.device_batch_size=2"]
+
+
+def test_time_to_bpb_trains_what_its_recipes_say_and_counts_without_the_first_ten(corpus_dir: Path):
+    small = [*SMALL_RUN, "hardware.compile=false", "data.unit_bytes=8192", "train.eval_tokens=64"]
+    options = ["--corpus", str(corpus_dir), "--recipes", "fast", "adamw", "reference", "--steps", "12", "--target", "0.1", "--set", *small]
+    lines = {line["recipe"]: line for line in measure("time_to_bpb", *options)}
+    assert list(lines) == ["fast", "adamw", "reference"]
+    for line in lines.values():
+        assert (line["steps"], line["tokens"], line["reached"]) == (12, 12 * 64, False)
+        assert 0 <= line["steps_s"] <= line["training_s"] < line["command_s"] and 0 < line["val_bpb"] < 10
+    for name in ("fast", "reference"):
+        model = lines[name]["model"]
+        assert model["value_embeds"] and model["residual_scalars"] and model["smear"] and model["qk_scale"] == 1.3, name
+    assert not lines["adamw"]["model"]["value_embeds"]
+    assert [line["optimizer"] for line in lines.values()] == ["muon", "adamw", "muon"]
+
+
+def test_time_to_bpb_plans_the_steps_of_a_budget_by_a_short_run(monkeypatch: pytest.MonkeyPatch):
+    found = {"steps": 30, "step_ms": 250.0, "steps_s": 5.0, "command_s": 9.0, "val_bpb": 1.0}
+    monkeypatch.setattr(time_to_bpb, "_train", lambda words: {**found, "words": words})
+    (line,) = measure("time_to_bpb", "--recipes", "fast", "--budget", "5")
+    assert "train.max_steps=30" in line["words"] and line["reached"], "ten, which are not counted, and 5 s of 250 ms"
 
 
 def test_sampling_times_both_ways(monkeypatch: pytest.MonkeyPatch):

@@ -171,6 +171,22 @@ def test_the_command_line_beats_a_preset_by_value_and_by_group():
     assert silent.train.max_steps == compose(["experiment=cpu_speedrun"]).train.max_steps, "the horizon is no cadence"
 
 
+def test_naming_the_choice_that_a_preset_makes_itself_changes_nothing():
+    for preset, words in {
+        "cpu_d4": ["model=d4", "data=pystdlib", "hardware=cpu", "optimizer=muon", "tokenizer=bpe", "cadence=default", "schedule=trapezoid"],
+        "speedrun": ["model=d24", "data=climbmix", "hardware=8xh100"],
+    }.items():
+        assert compose([f"experiment={preset}", *words]) == compose([f"experiment={preset}"])
+
+
+def test_another_size_keeps_the_features_of_a_preset_and_another_kind_of_optimizer_not_the_rates():
+    preset = compose(["experiment=cpu_d4"])
+    larger = compose(["experiment=cpu_d4", "model=d6"])
+    assert larger.model == preset.model.model_copy(update={"depth": 6})
+    assert larger.model.value_embeds and larger.model.qk_scale == 1.3
+    assert compose(["experiment=cpu_d4", "optimizer=adamw"]).optimizer == compose(["optimizer=adamw"]).optimizer
+
+
 def test_the_order_of_groups_and_values_does_not_matter():
     assert compose(["data=files", "data.path=/a", "model.width=256", "model=d2"]) == compose(
         ["model=d2", "data.path=/a", "data=files", "model.width=256"]

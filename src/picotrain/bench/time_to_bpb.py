@@ -14,7 +14,8 @@ The horizon is fixed before: the rate falls to its end within --steps of that re
 says that so many seconds of steps allow. val_bpb: at the end. steps_s: of the steps after the first ten, which is what the peers'
 published figure counts; training_s: of all steps; command_s: of the whole process, with imports, the preparation of corpus and
 tokenizer unless they are in the cache (--cache), compiling, both validations, the save and the report. matmul_gflops: the machine's
-ceiling at 2048^3 in that precision, before the run: figures of two machines are comparable in multiples of it only.
+ceiling at 2048^3 in that precision, before the run: figures of two machines are comparable in multiples of it only. model and
+optimizer: what the run's own config.yaml says.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 
 from picotrain import hardware
 from picotrain.bench.matmul import flops_per_second
+from picotrain.config.saved import read
 from picotrain.errors import PicotrainError
 from picotrain.model import DTYPES
 
@@ -109,7 +111,10 @@ def _train(words: list[str]) -> dict[str, Any]:
     train = [line for line in lines if line["kind"] == "train"]
     val = [line for line in lines if line["kind"] == "val"]
     steps_s = sum(line["dt_ms"] for line in train[FIRST_STEPS:]) / 1000
+    config = read(run_dir / "config.yaml")
     return {
+        "model": {key: value for key, value in config["model"].items() if value is not None},
+        "optimizer": config["optimizer"]["kind"],
         "val_bpb": round(val[-1]["val_bpb"], 4) if val else None,
         "val_tokens": val[-1]["tokens"] if val else None,
         "steps": len(train),

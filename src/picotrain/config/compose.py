@@ -111,25 +111,33 @@ def _grouped_tree(groups: dict[str, str], config_dir: Path | None) -> dict[str, 
     """The merged groups as plain values, interpolations in them as they are written."""
     if config_dir and (problems := check_config_dir(config_dir)):
         raise ConfigError(problems)
-    tree = _hydra(groups, config_dir)
-    beside = {group: choice for group, choice in groups.items() if group != "experiment"}
-    if beside and "experiment" in groups:
-        _choices_beat_preset(tree, _hydra(beside, config_dir), beside)
+    tree, _ = _hydra(groups, config_dir)
+    if "experiment" in groups and len(groups) > 1:
+        _, presets = _hydra({"experiment": groups["experiment"]}, config_dir)
+        others = {group: choice for group, choice in groups.items() if group != "experiment" and choice != presets[group]}
+        if others:
+            _choices_beat_preset(tree, _hydra(others, config_dir)[0], others)
     return tree
 
 
 def _choices_beat_preset(tree: dict[str, Any], without_preset: dict[str, Any], groups: dict[str, str]) -> None:
-    """A preset comes last, so that its values win over a group's; but not over a group chosen on the command line."""
+    """A preset comes last, so that its values win over a group's; but not over a group chosen on the command line.
+
+    What the choice's file says wins. What else the preset says of that group was meant for a choice of another kind where the group
+    has kinds (Muon's rates, the shards of a data set), and goes; otherwise it stays: a larger model keeps the preset's features.
+    """
     for group in groups:
         if group == "cadence":
             for key in CADENCE:
                 if key in without_preset["train"]:
                     put(tree, f"train.{key}", without_preset["train"][key])
         elif group in without_preset:
-            tree[group] = without_preset[group]
+            section = without_preset[group]
+            tree[group] = section if "kind" in section else {**tree[group], **section}
 
 
-def _hydra(groups: dict[str, str], config_dir: Path | None) -> dict[str, Any]:
+def _hydra(groups: dict[str, str], config_dir: Path | None) -> tuple[dict[str, Any], dict[str, str]]:
+    """The merged tree of these choices, and the choice of every group, a preset's and the defaults' included."""
     from hydra import compose as hydra_compose
     from omegaconf import OmegaConf
 
@@ -138,13 +146,15 @@ def _hydra(groups: dict[str, str], config_dir: Path | None) -> dict[str, Any]:
         words.append(f"hydra.searchpath=[{_quoted(f'file://{config_dir.resolve()}')}]")
     try:
         with _hydra_at(conf_dir()), _no_environment():
-            tree = OmegaConf.to_container(hydra_compose("config", words), resolve=False)
+            composed = hydra_compose("config", words, return_hydra_config=True)
+            tree = OmegaConf.to_container(composed, resolve=False)
     except Exception as error:  # of many kinds, all for what a user's files hold
         if config_dir is None:
             raise
         raise ConfigError([_hydra_problem(error, config_dir)]) from None
     assert isinstance(tree, dict)
-    return tree  # type: ignore[return-value]
+    choices = tree.pop("hydra")["runtime"]["choices"]
+    return tree, choices  # type: ignore[return-value]
 
 
 def _hydra_problem(error: Exception, config_dir: Path) -> Problem:
