@@ -65,6 +65,7 @@ def prompts_of(example: Example, shots: list[Example], delimiter: str) -> list[s
 
 
 def shared_length(sequences: list[list[int]]) -> int:
+    """How many tokens all sequences begin with."""
     length = 0
     while all(length < len(ids) and ids[length] == sequences[0][length] for ids in sequences):
         length += 1
@@ -123,12 +124,14 @@ def perturbed(model: GPT, seed: int = 1) -> GPT:
 
 
 def mismatches(task: Task, result: core.TaskResult, plain: list[Answer]) -> Iterator[dict[str, Any]]:
+    """The examples for which the two implementations predict different answers; margin: how near the plain one was to another."""
     for one, (answer, margin) in zip(result.predictions, plain, strict=True):
         if one.prediction != answer:
             yield {"task": task.label, "index": one.index, "prediction": one.prediction, "plain": answer, "margin": margin}
 
 
 def timed(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """(seconds, what it gave), the device waited for."""
     started = time.perf_counter()
     found = run()
     if device == "cuda":
@@ -143,6 +146,7 @@ def weighted(rows: list[dict[str, Any]]) -> float | None:
 
 
 def measure(task: Task, model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> dict[str, Any]:
+    """Both implementations on one task: seconds of each (medians of the repeats, reading aside), and what they predict differently."""
     scorer, parallel = GptScorer(model, tokenizer), Parallel.single(options.device)
     ours_s, plain_s = [], []
     read_s = min(timed(lambda: read_examples(task), options.device)[0] for _ in range(3))
@@ -173,6 +177,7 @@ def measure(task: Task, model: GPT, tokenizer: Tokenizer, options: argparse.Name
 
 
 def report(rows: list[dict[str, Any]], model: GPT, device: str) -> dict[str, Any]:
+    """The line of all tasks together."""
     differing = [one for row in rows for one in row["mismatches"]]
     few_shot = [row for row in rows if row["kind"] == "multiple_choice" and row["shots"] > 0]
     return {
@@ -210,6 +215,7 @@ def subject_of(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
 
 
 def tokenizer_of(options: argparse.Namespace) -> Tokenizer:
+    """The tokenizer that was named, or one trained on a shard of the corpus."""
     if options.tokenizer:
         return load_tokenizer(options.tokenizer)
     shard = min(options.corpus.glob("*.parquet"))

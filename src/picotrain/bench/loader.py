@@ -175,6 +175,7 @@ def usual_batches(
 
 
 def endless_texts(corpus: Corpus) -> Iterator[str]:
+    """The training documents, over and over, in the order of the files."""
     while True:
         for shard in corpus.shards:
             for rg in range(len(shard.row_groups)):
@@ -210,6 +211,7 @@ def cut_short(corpus: Corpus, folder: Path) -> Corpus:
 
 
 def cut(text: str, rng: np.random.Generator) -> Iterator[str]:
+    """A text in pieces of log-normal length, the median MEDIAN_CHARACTERS."""
     at = 0
     while at < len(text):
         end = at + max(1, int(rng.lognormal(np.log(MEDIAN_CHARACTERS), 0.7)))

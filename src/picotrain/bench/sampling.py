@@ -25,12 +25,14 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 256
 
 
 def with_cache(model: GPT, prompt: Tensor) -> None:
+    """Greedy continuation as `picotrain sample` makes it."""
     for _ in generate_rows(model, prompt, NEW_TOKENS, temperature=0, top_k=None, seed=0):
         pass
 
 
 @torch.no_grad()
 def without_cache(model: GPT, prompt: Tensor) -> None:
+    """The same, every token from the whole sequence."""
     ids = prompt
     for _ in range(NEW_TOKENS):
         ids = torch.cat((ids, model(ids, last_only=True)[:, 0].argmax(dim=-1, keepdim=True)), dim=1)
