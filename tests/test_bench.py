@@ -189,6 +189,24 @@ def test_peers_are_compared_within_a_repeat(monkeypatch: pytest.MonkeyPatch):
     assert line["tok_per_sec"] == {"picotrain": 200, "gpt2": 100, "nanochat": 50}
 
 
+TINY_VARIANTS = ["--depth", "1", "--seq-len", "16", "--batch", "2", "--vocab", "300", "--no-compile", "--rounds", "5"]
+
+
+def test_variants_are_compared_with_the_config_as_it_is_within_a_round(monkeypatch: pytest.MonkeyPatch):
+    plain, wide, two = measure("variants", *TINY_VARIANTS, "--variants", "model.width=1024", "model.smear=true optimizer=adamw")
+    assert (plain["variant"], plain["times"], plain["quartiles"]) == ("", 1.0, [1.0, 1.0]) and plain["optimizer"] == "muon"
+    assert wide["times"] > 1.5, "sixteen times as wide"
+    assert two["variant"] == "model.smear=true optimizer=adamw" and two["step_ms"] > 0
+    for line in (wide, two):
+        low, high = line["quartiles"]
+        assert low <= line["times"] <= high
+
+
+def test_a_variant_that_is_no_config_is_one_message_and_exit_code_2(command):
+    found = command("variants", *TINY_VARIANTS, "--variants", "model.smeer=true")
+    assert found.code == 2 and "model.smeer" in found.err and "model.smear" in found.err
+
+
 def test_startup_times_the_help_of_the_command():
     (line,) = measure("startup", "--modes", "help", "--repeats", "1")
     assert line["mode"] == "help" and line["command_s"] > 0
@@ -354,6 +372,9 @@ def test_a_gpu_measures_compiled_bf16_at_2048_tokens():
 
 def test_a_name_that_the_quick_set_lacks_runs_as_in_the_full_one():
     assert sets.tasks(["startup", "step"], False, LAPTOP) == [Task("startup", ["--device", "cpu"]), sets.quick_set(LAPTOP)[1]]
+    for machine in (H100, LAPTOP):
+        for name in bench.NAMES:
+            assert [task.name for task in sets.tasks([name], False, machine)][:1] == [name]
 
 
 @pytest.mark.parametrize("name", bench.NAMES)

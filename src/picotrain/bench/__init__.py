@@ -21,7 +21,7 @@ from typing import Any, NoReturn, Protocol, cast
 
 from picotrain.errors import PicotrainError
 
-NAMES = ("matmul", "step", "memory", "loader", "checkpoint", "sampling", "startup", "time_to_bpb", "corpus", "core", "peers")
+NAMES = ("matmul", "step", "memory", "loader", "checkpoint", "sampling", "startup", "time_to_bpb", "corpus", "core", "peers", "variants")
 
 
 class Benchmark(Protocol):

@@ -19,11 +19,12 @@ GPU_STEP = ["--device", "cuda", "--seq-len", "2048", "--vocab", "32768", "--batc
 
 
 def tasks(names: list[str], full: bool, machine: Machine) -> list[Task]:
-    """The set, or what it has of these names; a name that only the full set has, from there. core, which needs files, when named."""
+    """The set, or what it has of these names; a name that only the full set has, from there. core and peers, which need what is the
+    user's to bring, when named."""
     chosen = full_set(machine) if full else quick_set(machine)
     if not names:
         return chosen
-    everything = [*full_set(machine), Task("core", ["--device", machine.device])]
+    everything = [*full_set(machine), Task("core", ["--device", machine.device]), Task("peers", [])]
     return [task for name in names for task in [t for t in chosen if t.name == name] or [t for t in everything if t.name == name]]
 
 
@@ -47,6 +48,7 @@ def full_set(machine: Machine) -> list[Task]:
         Task("matmul", ["--device", machine.device]),
         *_full_steps(machine),
         _memory(machine),
+        _variants(machine),
         Task("loader", []),
         Task("loader", ["--short"]),
         Task("checkpoint", []),
@@ -72,6 +74,11 @@ def _memory(machine: Machine) -> Task:
         sizes = ["--depth", "12", "20", "--seq-len", "2048", "--vocab", "32768", "--batch", "4", "16", "--compile", "false", "true"]
         return Task("memory", ["--device", "cuda", *sizes, *precision])
     return Task("memory", ["--batch", "2", "8", *precision])
+
+
+def _variants(machine: Machine) -> Task:
+    size = ["--depth", "12", "--seq-len", "2048", "--vocab", "32768", "--batch", "16"] if machine.device == "cuda" else []
+    return Task("variants", ["--device", machine.device, *size])
 
 
 def best_mode(machine: Machine) -> list[str]:

@@ -114,47 +114,56 @@ def config_of(options: argparse.Namespace) -> Config:
     return config
 
 
+class Training:
+    """A model and its optimizer as a run has them, on one batch of random ids that is already on the device."""
+
+    def __init__(self, plan: planning.Plan, config: Config, grad_accum: int):
+        self._model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to(plan.device)
+        hw = config.hardware
+        full, windowed = self._model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())
+        self.kernels = Names(full.kernel.name, windowed.kernel.name)
+        self._model.init_weights(0)
+        if plan.compile:
+            self._model.compile_blocks()
+        self._optimizer = optim.build(config.optimizer, self._model, plan.rates)
+        self._ids = torch.randint(plan.vocab_size, (plan.device_batch_size, plan.seq_len), device=plan.device)
+        self._grad_accum = grad_accum
+
+    def step(self, clock: Clock) -> list[Any]:
+        """Marks: at its start, after each forward and each backward, after the optimizer."""
+        marks = [clock.mark()]
+        for _ in range(self._grad_accum):
+            loss = self._model(self._ids, self._ids) / self._grad_accum
+            marks.append(clock.mark())
+            loss.backward()
+            marks.append(clock.mark())
+        self._optimizer.step()
+        marks.append(clock.mark())
+        self._optimizer.zero_grad(set_to_none=True)
+        return marks
+
+
 def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """One setting: forward and backward on every micro-batch of a step, and the optimizer."""
     set_up_process(config.hardware)
     plan = planning.make(config, "step")
-    device, clock = plan.device, Clock(plan.device)
-    ceiling = matmul.flops_per_second(device, compute_dtype(plan.precision))
-    model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to(device)
-    hw = config.hardware
-    full, windowed = model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())
-    model.init_weights(0)
-    if plan.compile:
-        model.compile_blocks()
-    optimizer = optim.build(config.optimizer, model, plan.rates)
-    ids = torch.randint(plan.vocab_size, (plan.device_batch_size, plan.seq_len), device=device)
+    clock = Clock(plan.device)
+    ceiling = matmul.flops_per_second(plan.device, compute_dtype(plan.precision))
+    training = Training(plan, config, options.grad_accum)
 
-    def step() -> list[Any]:
-        """Marks: at its start, after each forward and each backward, after the optimizer."""
-        marks = [clock.mark()]
-        for _ in range(options.grad_accum):
-            loss = model(ids, ids) / options.grad_accum
-            marks.append(clock.mark())
-            loss.backward()
-            marks.append(clock.mark())
-        optimizer.step()
-        marks.append(clock.mark())
-        optimizer.zero_grad(set_to_none=True)
-        return marks
-
-    steps = [step() for _ in range(options.warmup + options.steps)]
+    steps = [training.step(clock) for _ in range(options.warmup + options.steps)]
     starts = [*(marks[0] for marks in steps), clock.mark()]
     seconds = [clock.seconds(start, end) for start, end in itertools.pairwise(starts)]
     step_s = statistics.median(seconds[options.warmup :])
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
+    peak = torch.cuda.max_memory_allocated() if plan.device == "cuda" else None
     rss = peak_rss_bytes()
-    tokens_per_s = options.grad_accum * ids.numel() / step_s
+    tokens_per_s = options.grad_accum * plan.device_batch_size * plan.seq_len / step_s
     flops = plan.flops_per_token * tokens_per_s
     return {
         "benchmark": "step",
         **_setting(plan, config, options),
-        "attention": full.kernel.name,
-        "window_attention": windowed.kernel.name if plan.window_attention else None,
+        "attention": training.kernels.attention,
+        "window_attention": training.kernels.window_attention if plan.window_attention else None,
         "tok_per_sec": round(tokens_per_s),
         "step_ms": round(1000 * step_s, 1),
         **_parts_ms(clock, steps[options.warmup :]),
@@ -167,7 +176,7 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         "peak_device_mib": round(peak / 2**20) if peak else None,
         "predicted_mib": round(plan.predicted_memory_bytes / 2**20),
         "of_predicted": round((peak or rss) / plan.predicted_memory_bytes, 3),
-        **(environment.gpu(environment.STATE, lambda: clock.seconds(starts[0], step()[-1])) if device == "cuda" else {}),
+        **(environment.gpu(environment.STATE, lambda: clock.seconds(starts[0], training.step(clock)[-1])) if plan.device == "cuda" else {}),
     }
 
 

@@ -136,6 +136,13 @@ def _peers(line: Line) -> Found:
     ]
 
 
+def _variants(line: Line) -> Found:
+    mode = [line["precision"], *["compiled"] * line["compile"], line["optimizer"]]
+    setting = line["variant"] or f"d{line['depth']} {' '.join(mode)}, {line['batch']} x {line['seq_len']:,}"
+    low, high = line["quartiles"]
+    return [(setting, f"{line['times']:.3f}", "times", f"{short(line['step_ms'])} ms, half of the rounds within {low} and {high}")]
+
+
 _ROWS: dict[str, Callable[[Line], Found]] = {
     "matmul": _matmul,
     "step": _step,
@@ -150,4 +157,5 @@ _ROWS: dict[str, Callable[[Line], Found]] = {
     "corpus_ranks": _corpus_ranks,
     "core": _core,
     "peers": _peers,
+    "variants": _variants,
 }

@@ -1,0 +1,81 @@
+"""The step under changes of the config, side by side in one process: what each costs. One JSON line per variant.
+
+    python benchmarks/variants.py                    each model feature, beside the plain model under Muon
+    python benchmarks/variants.py --variants "model.window_pattern=SL" "hardware.attention=sdpa model.n_kv_heads=2" --rounds 60
+
+A variant is one or more overrides in one word. In every round each variant and the config without any makes one step, in another order each
+time: a machine that drifts by a quarter within minutes drifts for all of them. times: the step's time over that of the config
+without a variant, the median of the ratios within a round; quartiles: of those ratios. Random ids, on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+from picotrain import hardware
+from picotrain import plan as planning
+from picotrain.bench.step import Training, config_of
+from picotrain.bench.timing import Clock
+from picotrain.worker import set_up_process
+
+FEATURES = ("model.value_embeds=true", "model.residual_scalars=true", "model.smear=true", "model.qk_scale=1.3")
+VARIANTS = [*FEATURES, " ".join(FEATURES), "model.window_pattern=SSSL", "model.logit_softcap=null", "optimizer=adamw"]
+WARM_ROUNDS = 2  # in the first of them everything is compiled
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, metavar="'KEY=VALUE ...'")
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=8, help="rows")
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp8"], default="bf16" if hardware.detect().fast_bf16 else "fp32")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=hardware.has_compiler())
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="muon")
+    parser.add_argument("--rounds", type=int, default=30)
+
+
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    words = ["", *options.variants]  # the first is what the others are compared with
+    _allow_recompiling(len(words))
+    trainings = [_training(options, word) for word in words]
+    clock, order = Clock(options.device), random.Random(0)
+    seconds: list[list[float]] = [[] for _ in words]
+    for number in range(WARM_ROUNDS + options.rounds):
+        for i in order.sample(range(len(words)), len(words)):
+            marks = trainings[i].step(clock)
+            taken = clock.seconds(marks[0], marks[-1])
+            if number >= WARM_ROUNDS:
+                seconds[i].append(taken)
+    for word, own in zip(words, seconds, strict=True):
+        ratios = [a / b for a, b in zip(own, seconds[0], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        yield {
+            "benchmark": "variants",
+            **{key: getattr(options, key) for key in ("depth", "seq_len", "batch", "vocab", "precision", "compile", "optimizer", "rounds")},
+            "hardware": hardware.detect().name if options.device == "cuda" else hardware.cpu().name,
+            "variant": word,
+            "step_ms": round(1000 * statistics.median(own), 1),
+            "times": round(middle, 3),
+            "quartiles": [round(low, 3), round(high, 3)],
+        }
+
+
+def _training(options: argparse.Namespace, variant: str) -> Training:
+    one = {"depth": [options.depth], "precision": [options.precision], "optimizer": [options.optimizer]}
+    config = config_of(argparse.Namespace(**vars(options) | one | {"grad_accum": 1, "set": variant.split()}))
+    set_up_process(config.hardware)
+    return Training(planning.make(config, "variants"), config, 1)
+
+
+def _allow_recompiling(variants: int) -> None:
+    """Torch compiles a function for eight kinds of calls, each variant is one, and then runs it uncompiled: here it shall rather fail."""
+    import torch._dynamo.config
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * variants)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
