@@ -137,10 +137,11 @@ def _peers(line: Line) -> Found:
 
 
 def _variants(line: Line) -> Found:
-    mode = [line["precision"], *["compiled"] * line["compile"], line["optimizer"]]
-    setting = line["variant"] or f"d{line['depth']} {' '.join(mode)}, {line['batch']} x {line['seq_len']:,}"
+    if not line["variant"]:
+        mode = [line["precision"], *["compiled"] * line["compile"], line["optimizer"]]
+        return [(f"d{line['depth']} {' '.join(mode)}, {line['batch']} x {line['seq_len']:,}", short(line["step_ms"]), "ms")]
     low, high = line["quartiles"]
-    return [(setting, f"{line['times']:.3f}", "times", f"{short(line['step_ms'])} ms, half of the rounds within {low} and {high}")]
+    return [(line["variant"], f"{line['times']:.2f}", "times", f"half of {line['rounds']} rounds within {low:.2f} and {high:.2f}")]
 
 
 _ROWS: dict[str, Callable[[Line], Found]] = {
