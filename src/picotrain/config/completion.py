@@ -37,6 +37,7 @@ BENCHMARKS = (
     "corpus",
     "core",
     "peers",
+    "variants",
 )  # those of picotrain.bench; a test, too
 _RUN_COMMANDS = ("resume", "eval", "sample", "report")  # their first word is a run directory
 
