@@ -31,7 +31,6 @@ from picotrain.errors import Problem
 SCHEMA_VERSION = 1
 HORIZONS = ("max_steps", "num_train_epochs", "target_tokens", "target_flops", "target_param_data_ratio")
 
-
 FullAttention = Literal["auto", "fa4", "fa3", "cudnn", "flash", "sdpa", "blocked"]
 WindowAttention = Literal["auto", "fa4", "fa3", "flash", "flex", "banded", "blocked"]
 Recompute = Literal["none", "selective", "full"]
