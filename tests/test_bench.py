@@ -200,6 +200,12 @@ def test_variants_are_compared_with_the_config_as_it_is_within_a_round(monkeypat
         assert low <= line["times"] <= high
 
 
+def test_variants_have_one_process(command):
+    threads = f"hardware.threads={hardware.cores() + 1}"
+    found = command("variants", *TINY_VARIANTS, "--variants", threads, "model.smear=true")
+    assert found.code == 2 and threads in found.err and "bench step" in found.err and "smear" not in found.err
+
+
 def test_a_variant_that_is_no_config_is_one_message_and_exit_code_2(command):
     found = command("variants", *TINY_VARIANTS, "--variants", "model.smeer=true")
     assert found.code == 2 and "model.smeer" in found.err and "model.smear" in found.err
