@@ -26,6 +26,7 @@ from picotrain.bench.sets import Task
 from picotrain.cli import bench as command_module
 from picotrain.cli import main
 from picotrain.config.schema import ModelConfig
+from picotrain.evaluation import Bpb
 from picotrain.hardware import Machine
 
 REPO = Path(__file__).resolve().parent.parent
@@ -128,22 +129,26 @@ def test_checkpoint_says_how_long_a_save_holds_the_loop(tmp_path: Path):
 SMALL_RUN = ["model.depth=1", "tokenizer.vocab_size=300", "train.seq_len=32", "train.total_batch_size=64", "train.device_batch_size=2"]
 
 
-def test_time_to_bpb_trains_what_its_recipes_say_and_counts_without_the_first_ten(corpus_dir: Path):
+def test_time_to_bpb_trains_what_its_recipes_say_and_counts_without_the_first_ten(corpus_dir: Path, tmp_path: Path):
     small = [*SMALL_RUN, "hardware.compile=false", "data.unit_bytes=8192", "train.eval_tokens=64"]
-    options = ["--corpus", str(corpus_dir), "--recipes", "fast", "reference", "--steps", "12", "--target", "0.1", "--set", *small]
+    recipes = ["--recipes", "fast", "reference", "--steps", "12", "--target", "0.1", "--val-tokens", "640"]
+    options = ["--corpus", str(corpus_dir), "--cache", str(tmp_path), *recipes, "--set", *small]
     lines = {line["recipe"]: line for line in measure("time_to_bpb", *options)}
     assert list(lines) == ["fast", "reference"]
     for line in lines.values():
         assert (line["steps"], line["tokens"], line["reached"]) == (12, 12 * 64, False)
-        assert 0 <= line["steps_s"] <= line["training_s"] < line["command_s"] and 0 < line["val_bpb"] < 10
+        assert 0 <= line["steps_s"] <= line["training_s"] < line["command_s"] and line["prepare_s"] > 0
+        assert 0 < line["val_bpb"] < 10 and 500 < line["val_tokens"] <= 640, "20 rows, but for their special tokens; not the run's own 2"
         model = line["model"]
         assert model["value_embeds"] and model["residual_scalars"] and model["smear"] and model["qk_scale"] == 1.3
         assert line["optimizer"] == "muon"
 
 
 def test_time_to_bpb_plans_the_steps_of_a_budget_by_a_short_run(monkeypatch: pytest.MonkeyPatch):
-    found = {"steps": 30, "step_ms": 250.0, "steps_s": 5.0, "command_s": 9.0, "val_bpb": 1.0}
-    monkeypatch.setattr(time_to_bpb, "_train", lambda words: {**found, "words": words})
+    found = {"steps": 30, "step_ms": 250.0, "steps_s": 5.0, "command_s": 9.0}
+    monkeypatch.setattr(time_to_bpb, "_train", lambda words, run_dir: {**found, "words": words})
+    monkeypatch.setattr(time_to_bpb, "_seconds", lambda words: 1.0)
+    monkeypatch.setattr(time_to_bpb, "_validated", lambda run_dir, max_tokens: Bpb(val_bpb=1.0, val_loss=1.0, tokens=64, bytes=64))
     (line,) = measure("time_to_bpb", "--recipes", "fast", "--budget", "5")
     assert "train.max_steps=30" in line["words"] and line["reached"], "ten, which are not counted, and 5 s of 250 ms"
 

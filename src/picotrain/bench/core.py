@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
-from picotrain import checkpoint
+from picotrain.bench.trained import model_of
 from picotrain.config.schema import HardwareConfig, ModelConfig
 from picotrain.errors import DataError
 from picotrain.evaluation import core
@@ -37,8 +37,6 @@ from picotrain.evaluation.bundle import Example, LanguageModeling, MultipleChoic
 from picotrain.evaluation.scorer import GptScorer
 from picotrain.model import DTYPES, GPT
 from picotrain.parallel import Parallel
-from picotrain.run import read_material
-from picotrain.state import load_model_tensors
 from picotrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from picotrain.worker import set_up_process
 
@@ -204,10 +202,8 @@ def subject_of(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
     """The model and its tokenizer, on the device and in the dtype it computes in."""
     dtype = DTYPES[options.precision]
     if options.run:
-        run = read_material(options.run)
-        tokenizer, plan = run.tokenizer, run.plan
-        model = GPT(run.config.model, plan.vocab_size, plan.seq_len, dtype)
-        load_model_tensors(model, checkpoint.load_tensors(checkpoint.find(options.run / "checkpoints", "last"), "model"))
+        material, model = model_of(options.run, dtype)
+        tokenizer = material.tokenizer
     else:
         tokenizer = tokenizer_of(options)
         model = perturbed(GPT(ModelConfig(depth=options.depth, head_dim=64), tokenizer.vocab_size, options.seq_len, dtype))

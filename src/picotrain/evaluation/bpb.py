@@ -30,7 +30,7 @@ class Bpb:
         """From sums; NaN where there is no token."""
         if not tokens:
             return cls(math.nan, math.nan, 0, 0)
-        return cls(nats / (math.log(2) * n_bytes), nats / tokens, int(tokens), int(n_bytes))
+        return cls(float(nats / (math.log(2) * n_bytes)), float(nats / tokens), int(tokens), int(n_bytes))
 
 
 class Rows(NamedTuple):
