@@ -14,6 +14,8 @@ from conftest import lines, losses, picotrain
 from test_hardships import patched
 from test_hf import gpt2  # noqa: F401  # a fixture
 
+from picotrain import hardware
+
 TASKS = {"colours": "multiple_choice", "names": "schema", "ends": "language_modeling"}
 
 # Torch's threads now and then abort while the interpreter of one of several ranks ends; here it happens every time.
@@ -21,6 +23,16 @@ ABORTS_AT_EXIT = """
 import atexit
 if os.environ.get("WORLD_SIZE", "1") != "1":
     atexit.register(os.abort)
+"""
+# And each rank says at its end how many threads it had.
+TELLS_ITS_THREADS = """
+import sys
+leave = os._exit
+def tell(code):
+    print("threads of a rank:", sys.modules["torch"].get_num_threads(), file=sys.stderr, flush=True)
+    leave(code)
+if os.environ.get("WORLD_SIZE", "1") != "1":
+    os._exit = tell
 """
 
 
@@ -155,9 +167,10 @@ def test_two_ranks_find_what_one_finds_and_say_a_mistake_once(run, tmp_path):
     alone = json.loads((folder / "results.json").read_text()), (folder / "predictions.jsonl").read_text()
     for file in (folder / "tasks").iterdir():
         file.unlink()
-    environment = patched(tmp_path / "patch", ABORTS_AT_EXIT)
+    environment = patched(tmp_path / "patch", ABORTS_AT_EXIT + TELLS_ITS_THREADS)
     done = evaluate(run, "--max-per-task", "7", ranks=2, env=environment)
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"threads of a rank: {max(1, hardware.cores() // 2)}\n") == 2, "ranks share the cores"
     both = json.loads((folder / "results.json").read_text()), (folder / "predictions.jsonl").read_text()
     assert both[1] == alone[1] and both[0]["core"] == alone[0]["core"]
     assert both[0]["bpb"]["val"] == pytest.approx(alone[0]["bpb"]["val"], rel=1e-6) and both[0]["samples"] == alone[0]["samples"]
