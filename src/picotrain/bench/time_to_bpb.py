@@ -43,7 +43,7 @@ from picotrain.worker import set_up_process
 FEATURES = ["model.value_embeds=true", "model.residual_scalars=true", "model.smear=true", "model.qk_scale=1.3"]
 ADAMW = ["optimizer=adamw", "optimizer.scale=false", "optimizer.matrix_lr=0.005", "optimizer.embed_lr=0.6", "optimizer.head_lr=0.02"]
 RECIPES: dict[str, tuple[int, list[str]]] = {  # steps, overrides
-    "fast": (220, ["experiment=cpu_d4"]),
+    "fast": (150, ["experiment=cpu_d4"]),
     "adamw": (320, [*ADAMW, "train.total_batch_size=4096"]),
     "reference": (200, ["optimizer=muon", *FEATURES, "train.total_batch_size=16384"]),
 }
