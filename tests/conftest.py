@@ -17,6 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+# Two test processes share the cores, and a thread that spins at a barrier keeps the core from the one it waits for: the suite's slowest
+# tests took five times as long. Read when torch is loaded, here and in the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 SUBJECTS = ["the cat", "a grey dog", "our neighbour", "the old ship", "every student", "the loop", "Ümit", "a small model"]
 VERBS = ["sees", "follows", "paints", "counts", "forgets", "carries", "measures", "reads"]
 OBJECTS = ["the river", "two apples", "a long letter", "the gradient", "seven tokens", "the naïve café", "its own shadow", "日本の本"]

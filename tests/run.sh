@@ -8,4 +8,4 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/scripts/setup.sh" dev
 cd "$root"
-exec .venv/bin/python -m pytest -n auto --maxprocesses 4 "$@"
+exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal "$@" # neighbours stay together, and so do their fixtures
