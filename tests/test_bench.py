@@ -153,6 +153,12 @@ def test_time_to_bpb_plans_the_steps_of_a_budget_by_a_short_run(monkeypatch: pyt
     assert "train.max_steps=30" in line["words"] and line["reached"], "ten, which are not counted, and 5 s of 250 ms"
 
 
+def test_a_corpus_that_is_not_there_is_one_message(command):
+    found = command("time_to_bpb", "--corpus", "/nowhere", "--recipes", "fast")
+    assert found.code == 2 and "there is no /nowhere" in found.err
+    assert found.err.count("error:") == 1 and "tokenizer train" not in found.err
+
+
 def test_sampling_times_both_ways(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sampling, "NEW_TOKENS", 3)
     (line,) = measure("sampling", "--depth", "1", "--repeats", "1", "--threads", "1")

@@ -20,8 +20,7 @@ class BenchmarkFailed(PicotrainError):
     """A benchmark's process did not end well; its exit code, and as the message what it said."""
 
     def __init__(self, name: str, code: int, said: str):
-        mistake = code == PicotrainError.exit_code and said.startswith("error: ")  # of the user, already one message
-        super().__init__(said.removeprefix("error: ").strip() if mistake else f"the benchmark {name} ended with exit code {code}:\n{said}")
+        super().__init__(_why(f"the benchmark {name}", code, said))
         self.exit_code = code if code > 0 else 1  # below 0: by a signal
 
 
@@ -60,4 +59,10 @@ def ended(process: subprocess.Popen[str]) -> None:
     """Wait for a `command`. Raises PicotrainError with what it said where it failed."""
     _, said = process.communicate()
     if process.returncode:
-        raise PicotrainError(f"`{' '.join(process.args[2:])}` ended with exit code {process.returncode}:\n{said}")  # type: ignore[index]
+        raise PicotrainError(_why(f"`{' '.join(process.args[2:])}`", process.returncode, said))  # type: ignore[index]
+
+
+def _why(what: str, code: int, said: str) -> str:
+    """Why a process failed: the user's mistake, which already is one message, or all that it said."""
+    mistake = code == PicotrainError.exit_code and said.startswith("error: ")
+    return said.removeprefix("error: ").strip() if mistake else f"{what} ended with exit code {code}:\n{said}"
