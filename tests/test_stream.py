@@ -484,8 +484,9 @@ def test_memory_stays_within_the_stated_bound_whatever_the_number_of_shards(tmp_
     texts = ["word " * 400] * (4 * slice_bytes // 2000)
     few = write(tmp_path / "few", *[texts] * 4, ["v"], group=len(texts))
     many = write(tmp_path / "many", *[texts] * 24, ["v"], group=len(texts))
-    peaks = [traced_peak(corpus, 4000, lanes) for corpus in (few, many)]
+    # All workers hold a slice at once sooner or later, but not in every pass: the fewer shards are measured before and after.
+    peaks = [traced_peak(corpus, 4000, lanes) for corpus in (few, many, few)]
     of_a_slice = 5 + 4 + 2  # bytes: text, ids, rows; this tokenizer makes a token of every byte
     bound = lanes * 2 * slice_bytes * 2 + stream.WORKERS * slice_bytes * of_a_slice + (1 << 20)
     assert max(peaks) < bound
-    assert peaks[1] < peaks[0] + slice_bytes  # six times the shards, no more memory
+    assert peaks[1] < max(peaks[0], peaks[2]) + slice_bytes  # six times the shards, no more memory
