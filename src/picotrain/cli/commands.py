@@ -129,7 +129,7 @@ def load_model(run: Path, which: str) -> tuple[runs.Material, GPT, Path]:
     plan = material.plan
     here = plan.device in ("cpu", hardware.detect().device)  # a run of a GPU node can be looked at on a laptop
     device = plan.device if here else "cpu"
-    set_up_process(material.config.hardware.model_copy(update={"device": device, "threads": None}))  # all of this machine's
+    set_up_process(material.config.hardware.model_copy(update={"device": device, "threads": None}))  # this machine's, shared by its ranks
     path = checkpoint.find(run / "checkpoints", which)
     checkpoint.verify(path)
     model = GPT(material.config.model, plan.vocab_size, plan.seq_len, compute_dtype(plan.precision if here else "fp32"))
