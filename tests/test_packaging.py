@@ -90,15 +90,16 @@ def test_wheel_version_is_the_package_version(wheel: Path) -> None:
     assert wheel.name.split("-")[1] == picotrain.__version__
 
 
-def test_readme_table_lists_exactly_the_dependencies() -> None:
-    section = re.search(r"(?ms)^#+ Dependencies\b.*?$(.*?)(?=^#|\Z)", (REPO / "README.md").read_text("utf-8"))
-    assert section, "README.md has no heading 'Dependencies'"
+def test_the_docs_table_lists_exactly_the_dependencies() -> None:
+    page = REPO / "docs" / "code.md"
+    section = re.search(r"(?ms)^#+ Dependencies\b.*?$(.*?)(?=^#|\Z)", page.read_text("utf-8"))
+    assert section, f"{page.name} has no heading 'Dependencies'"
     cells = re.findall(r"(?m)^\|([^|\n]+)\|", section[1])
     table = {canonicalize_name(name) for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
     required = names(PROJECT["dependencies"])
     optional = set().union(*(names(extra) for extra in PROJECT["optional-dependencies"].values()))
-    assert required <= table, f"README.md lacks {sorted(required - table)}"
-    assert table <= required | optional, f"README.md lists what pyproject.toml does not: {sorted(table - required - optional)}"
+    assert required <= table, f"{page.name} lacks {sorted(required - table)}"
+    assert table <= required | optional, f"{page.name} lists what pyproject.toml does not: {sorted(table - required - optional)}"
 
 
 def test_every_requirement_is_pinned_to_a_version_it_allows() -> None:
