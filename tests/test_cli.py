@@ -261,3 +261,15 @@ def test_a_relative_path_is_saved_as_an_absolute_one(command, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     assert f"path: {tmp_path / 'texts'}\n" in command("config", "data=files", "data.path=texts").out
+
+
+def test_a_start_that_a_number_spoils_leaves_nothing_and_the_corrected_command_trains(tmp_path: Path, tiny):
+    """Also with the largest seed there is."""
+    run_dir = tmp_path / "run"
+    for spoilt in ("train.target_flops=1e30", "run.seed=9223372036854775808", "train.max_steps=4611686018427387904"):
+        done = in_a_process("train", *tiny(run_dir), "train.max_steps=null", spoilt)
+        assert done.returncode == 2 and spoilt.partition("=")[0] in done.stderr and "Traceback" not in done.stderr
+        assert not (run_dir / "config.yaml").exists()
+    done = in_a_process("train", *tiny(run_dir, "train.max_steps=2", "train.sample_every=1", "run.seed=9223372036854775807"))
+    assert done.returncode == 0, done.stderr
+    assert len(lines(run_dir, "train")) == 2

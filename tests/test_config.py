@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from picotrain import plan as planning
 from picotrain.config import (
     Config,
     classify_change,
@@ -251,8 +252,8 @@ LITERAL += [
 
 @pytest.mark.parametrize("text", LITERAL)
 def test_text_is_taken_as_it_was_typed_and_survives_saving(text: str, tmp_path: Path, composed_once: None):
-    config = compose([f"run.name={text}", "data=files", f"data.path={text}", f"sampling.prompts=x{text}"])
-    assert (config.run.name, config.data.path, config.sampling.prompts) == (text, text, (f"x{text}",))
+    config = compose([f"data.name={text}", "data=files", f"data.path={text}", f"sampling.prompts=x{text}"])
+    assert (config.data.name, config.data.path, config.sampling.prompts) == (text, text, (f"x{text}",))
     (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
     assert load(tmp_path / "config.yaml") == config
 
@@ -686,9 +687,9 @@ def test_importing_the_config_imports_neither_hydra_nor_torch():
 
 
 def test_a_name_with_an_exotic_line_break_survives_a_saved_config(tmp_path: Path):
-    config = compose(["model=d2", "data=pystdlib", "run.name=a\x85b\u2028c é"])
+    config = compose(["model=d2", "data=pystdlib", "data.name=a\x85b\u2028c é"])
     (tmp_path / "config.yaml").write_text(dump(config), encoding="utf-8")
-    assert load(tmp_path / "config.yaml").run.name == "a\x85b\u2028c é"
+    assert load(tmp_path / "config.yaml").data.name == "a\x85b\u2028c é"
 
 
 # -- mixtures
@@ -740,3 +741,66 @@ def test_credentials_in_a_data_url_are_refused():
         compose(["data=files", "data.path=https://example.org/corpus?X-Amz-Signature=hunter2"])
     with pytest.raises(ConfigError, match="data.mixture: holds credentials"):
         compose(["data=mixture", "data.mixture=[{source: 'https://me:hunter2@example.org/corpus'}]"])
+
+
+# -- numbers that overflow where they are used
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "run.seed=9223372036854775808",
+        "run.seed=18446744073709551616",
+        "run.seed=-1",
+        "train.max_steps=4611686018427387904",
+        "train.max_steps=1000000000000 train.total_batch_size=1073741824",
+        "train.num_train_epochs=1e300",
+        "train.target_tokens=99999999999999999999",
+        "train.target_flops=1e30",
+        "train.target_param_data_ratio=1e6 model.depth=9999",
+        "train.eval_every=-99999999999999999999",
+        "train.eval_tokens=99999999999999999999999",
+        "train.grad_clip=1e300",
+        "model.depth=10000 model.width=1048576",
+        "model.rope_theta=1e300",
+        "tokenizer.vocab_size=99999999999",
+        "optimizer.matrix_lr=1e300",
+        "launch.grace_s=1e300",
+        "launch.hang_s=1e10",
+        "checkpoint.rolling_minutes=1e300",
+        "archive.interval_s=1e300",
+        "sampling.max_tokens=99999999999999999999",
+        "hardware.threads=999999999999",
+        "hardware.memory_bytes=99999999999999999999",
+    ],
+)
+def test_a_number_too_large_for_where_it_is_used_is_refused_by_its_key(words: str):
+    with pytest.raises(ConfigError) as refused:
+        planning.make(planning.decide(compose(["data=pystdlib", "hardware=cpu", *words.split()])), "run")
+    assert {problem.path for problem in refused.value.problems} <= {word.partition("=")[0] for word in words.split()} | {
+        "train.target_param_data_ratio"
+    }
+
+
+def test_every_number_of_the_config_has_an_upper_bound():
+    """What anybody may type into a key of numbers: ten to the 400 is refused, by a message and not by an overflow."""
+    for key, leaf in leaves().items():
+        if {int, float} & set(leaf.kinds):
+            with pytest.raises(ConfigError) as refused:
+                compose(["data=pystdlib", f"{key}={10**400}"])
+            assert key in [problem.path for problem in refused.value.problems]
+
+
+@pytest.mark.parametrize("name", ["../../x", "..", "a//b", "a/../b", "/abs", "a\nb", "\x1b[2J", "x" * 300, "."])
+def test_a_run_name_stays_below_its_folder(name: str):
+    with pytest.raises(ConfigError) as refused:
+        compose(["data=pystdlib", f"run.name={name}"])
+    assert [problem.path for problem in refused.value.problems] == ["run.name"]
+
+
+@pytest.mark.parametrize("endpoint", ["nohost:notaport", "host", ":29400", "host:", "host:0", "host:65536", "host:٣", "host:29400x"])
+def test_a_meeting_place_is_a_host_and_a_port(endpoint: str):
+    with pytest.raises(ConfigError) as refused:
+        compose(["data=pystdlib", "launch.nnodes=2", f"launch.rdzv_endpoint={endpoint}"])
+    assert [problem.path for problem in refused.value.problems] == ["launch.rdzv_endpoint"]
+    assert compose(["data=pystdlib", "launch.nnodes=2", "launch.rdzv_endpoint=[::1]:29400"]).launch.nnodes == 2

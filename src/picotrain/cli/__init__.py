@@ -143,10 +143,10 @@ def sample(
     run: RunDir,
     prompt: Annotated[str, typer.Argument(help="Text to continue; none: start a document.")] = "",
     checkpoint: Checkpoint = "last",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token every time.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Choose among the k likeliest; 0: among all.")] = 50,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, max=2**24, help="Tokens to generate at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=1e6, help="0 takes the likeliest token every time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(min=0, max=2**24, help="Choose among the k likeliest; 0: among all.")] = 50,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
 ) -> None:
     """Continue a prompt with a run's model, streaming."""
     from picotrain.cli import commands
@@ -215,7 +215,7 @@ CorpusFolder = Annotated[str, typer.Argument(metavar="CORPUS", help="A folder of
 def data_prepare(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUTS...", help="Files, folders (searched) and globs.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
-    seed: Annotated[int, typer.Option(help="Of the order; validation documents stay the same.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the order; validation documents stay the same.")] = 0,
     min_chars: Annotated[int, typer.Option(min=0, help="Leave out documents of fewer characters.")] = 0,
     keep_duplicates: Annotated[bool, typer.Option("--keep-duplicates", help="Do not leave out exact copies.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core from 64 MB of text.")] = None,
@@ -242,7 +242,7 @@ def data_inspect(
     tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="A tokenizer.json, or its folder, to count tokens with.")] = None,
     max_bytes: Annotated[int | None, typer.Option(min=1, help="Read about so much text, spread evenly; default: all.")] = None,
     samples: Annotated[int, typer.Option(min=0, help="Documents to show the beginning of.")] = 3,
-    seed: Annotated[int, typer.Option(help="Which documents are shown.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Which documents are shown.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print what is in a corpus: sizes, lengths, duplicates, special-token text, invalid UTF-8, sample documents.

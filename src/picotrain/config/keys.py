@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from picotrain.config.fields import NO_NUL
 from picotrain.config.schema import Config, Section
 from picotrain.errors import Problem
 
@@ -96,15 +97,16 @@ def _leaf(key: str, annotation: Any) -> Leaf:
 # The rule of a key, in words ------------------------------------------------------------------------------
 
 
-def rule(key: str) -> str:
-    """What the key may hold, e.g. "a whole number of at least 8, or null"."""
+def rule(key: str, value: Any = None) -> str:
+    """What the key may hold, e.g. "a whole number of at least 8, or null". An upper bound that nobody meets by accident is named to
+    the `value` that is above it only."""
     schema = _json_schema()
     node: dict[str, Any] = schema
     for name in key.split("."):
         node = node["properties"][name]
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rpartition("/")[2]]
-    return ", or ".join(_words(choice) for choice in node.get("anyOf", [node]))
+    return ", or ".join(_words(choice, value) for choice in node.get("anyOf", [node]))
 
 
 @cache
@@ -112,7 +114,7 @@ def _json_schema() -> dict[str, Any]:
     return Config.model_json_schema()
 
 
-def _words(node: dict[str, Any]) -> str:
+def _words(node: dict[str, Any], value: Any = None) -> str:
     """One branch of a JSON schema, in words."""
     if "enum" in node:
         return "one of " + ", ".join(map(str, node["enum"]))
@@ -120,11 +122,11 @@ def _words(node: dict[str, Any]) -> str:
         return str(node["const"])
     match node["type"]:
         case "integer":
-            return ("an even number" if node.get("multipleOf") == 2 else "a whole number") + _bounds(node)
+            return ("an even number" if node.get("multipleOf") == 2 else "a whole number") + _bounds(node, value)
         case "number":
-            return "a number" + _bounds(node)
+            return "a number" + _bounds(node, value)
         case "string":
-            return f"text that matches {node['pattern']}" if "pattern" in node else "text"
+            return f"text that matches {node['pattern']}" if node.get("pattern", NO_NUL) != NO_NUL else "text"
         case "array" if "$ref" in node["items"]:
             fields = _json_schema()["$defs"][node["items"]["$ref"].rpartition("/")[2]]["properties"]
             return f"a list of sections with {', '.join(fields)}"
@@ -137,10 +139,15 @@ def _words(node: dict[str, Any]) -> str:
             return other
 
 
-def _bounds(node: dict[str, Any]) -> str:
+def _bounds(node: dict[str, Any], value: Any) -> str:
     names = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "of at most"}
-    bounds = [f"{word} {node[name]}" for name, word in names.items() if name in node]
+    found = {word: node[name] for name, word in names.items() if name in node and _worth_saying(node[name], value)}
+    bounds = [f"{word} {bound:,.0f}" if bound == int(bound) < 1e16 else f"{word} {bound:g}" for word, bound in found.items()]
     return " " + " and ".join(bounds) if bounds else ""
+
+
+def _worth_saying(bound: float, value: Any) -> bool:
+    return abs(bound) < 1000 or (isinstance(value, int | float) and abs(value) >= abs(bound))
 
 
 # Names that resemble one another --------------------------------------------------------------------------

@@ -18,13 +18,19 @@ from picotrain.config.fields import (
     Decay,
     Fraction,
     Int,
+    Large,
     NonNegative,
     NonNegativeInt,
     Number,
     Positive,
     PositiveFloat,
+    Seconds,
     Section,
+    Seed,
+    Size,
+    Steps,
     Text,
+    Words,
 )
 from picotrain.errors import Problem
 
@@ -42,21 +48,28 @@ class RunConfig(Section):
     name: Text | None = None  # null: model, data and a hash of the experiment
     dir: Text | None = None  # null: runs/<name> below the current folder
     cache_dir: Text | None = None  # corpora and tokenizers; null: $PICOTRAIN_CACHE, else ~/.cache/picotrain
-    seed: NonNegativeInt = 1337
+    seed: Seed = 1337
     resume: Literal["auto", "never"] = "auto"
+
+    def _problems(self) -> list[Problem]:
+        parts = (self.name or "run").split("/")  # a name may lead into folders below runs/, never out of it
+        if all(part not in ("", ".", "..") and part.isprintable() and len(part.encode(errors="replace")) <= 255 for part in parts):
+            return []
+        rule = f"is {self.name!r:.60} and must name a folder below runs/: no part of it empty, '.', '..', over 255 bytes or unprintable"
+        return [Problem("run.name", rule, "e.g. run.name=first; run.dir=PATH puts a run anywhere")]
 
 
 class ModelConfig(Section):
     """A GPT from one dial, its depth."""
 
-    depth: Positive
-    head_dim: Annotated[int, Field(ge=2, multiple_of=2), Number]  # rotary embeddings turn pairs of features
-    width: Positive | None = None  # null: 64 x depth, rounded up to a multiple of head_dim
-    n_kv_heads: Positive | None = None  # null: as many as query heads (no grouped-query attention)
+    depth: Annotated[int, Field(gt=0, le=10_000), Number]
+    head_dim: Annotated[int, Field(ge=2, le=2**16, multiple_of=2), Number]  # rotary embeddings turn pairs of features
+    width: Size | None = None  # null: 64 x depth, rounded up to a multiple of head_dim
+    n_kv_heads: Size | None = None  # null: as many as query heads (no grouped-query attention)
     window_pattern: Annotated[str, Field(pattern="^[SL]+$")] = "L"  # repeated over layers; S = half of seq_len; last layer L
     logit_softcap: PositiveFloat | None = 15.0  # null: off
     norm_eps: PositiveFloat = 1e-6
-    rope_theta: PositiveFloat = 10_000.0
+    rope_theta: Annotated[float, Field(ge=1, le=1e12, allow_inf_nan=False), Number] = 10_000.0
     # What the fastest recipes add (picotrain.model.features); the plain model, which export knows, has none of it.
     value_embeds: StrictBool = False  # a table of values by token in every other layer
     residual_scalars: StrictBool = False  # learned factors of residual stream and embedding at each layer
@@ -86,7 +99,7 @@ class MixtureSource(Section):
     source: Text  # pystdlib, climbmix, fineweb_edu, or a path or URL as data.path takes it
     weight: PositiveFloat = 1.0  # its share of the rows, relative to the others'
     at_end: Literal["wrap", "stop"] = "wrap"  # read once: begin anew, or leave the mixture
-    num_shards: Positive | None = None  # of a Hugging Face Hub source: training shards to fetch
+    num_shards: Size | None = None  # of a Hugging Face Hub source: training shards to fetch
     val_shard: Text | None = None  # file name of its validation shard; null: the last one
 
     @property
@@ -104,10 +117,10 @@ class DataConfig(Section):
     mixture: tuple[MixtureSource, ...] = ()  # kind=mixture
     repo_id: Text | None = None  # kind=hub: data set on the Hugging Face Hub
     file_pattern: Text | None = None  # kind=hub: e.g. "shard_{index:05d}.parquet"
-    num_shards: Positive | None = None  # kind=hub: training shards to fetch
-    max_shards: Annotated[int, Field(ge=2), Number] | None = None  # kind=hub: shards there are, the validation shard included
+    num_shards: Size | None = None  # kind=hub: training shards to fetch
+    max_shards: Annotated[int, Field(ge=2, le=2**20), Number] | None = None  # kind=hub: shards there are, the validation shard included
     val_shard: Text | None = None  # file name of the validation shard; null: the last one
-    lanes: Positive | None = None  # null: the largest power of two <= min(64, units)
+    lanes: Size | None = None  # null: the largest power of two <= min(64, units)
     unit_bytes: Positive | None = None  # null: max(1 MiB, 400 x (seq_len + 1))
     on_bad_shard: Literal["stop", "skip"] = "stop"  # what cannot be read: save and end, or pass over it and note an event
     cache_bytes: Positive | None = 100_000_000_000  # of shards fetched from a URL that are kept; null: all
@@ -162,7 +175,7 @@ class TokenizerConfig(Section):
     """Byte-level BPE, trained on the training split or taken from a file."""
 
     kind: Literal["bpe"] = "bpe"
-    vocab_size: Annotated[int, Field(ge=257), Number] = 32_768  # specials included: 256 bytes and <|bos|> at least
+    vocab_size: Annotated[int, Field(ge=257, le=2**24), Number] = 32_768  # specials included: 256 bytes and <|bos|> at least
     train_bytes: Positive = 100_000_000  # text the vocabulary is trained on, spread over the shards
     path: Text | None = None  # a tokenizer.json to use instead of training one
     encoder: Literal["auto", "gigatoken", "tokenizers"] = "auto"
@@ -214,13 +227,13 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """Batch, horizon, cadence and precision."""
 
-    seq_len: Annotated[int, Field(ge=8), Number] | None = None  # null: 512 below depth 12, else 2,048
+    seq_len: Annotated[int, Field(ge=8, le=2**24), Number] | None = None  # null: 512 below depth 12, else 2,048
     total_batch_size: Positive | Literal[-1] = -1  # tokens per step; -1: from the model's size
-    device_batch_size: Positive | Literal["auto"] = "auto"  # rows per rank and micro-batch
-    max_steps: Positive | None = None
+    device_batch_size: Size | Literal["auto"] = "auto"  # rows per rank and micro-batch
+    max_steps: Steps | None = None
     num_train_epochs: PositiveFloat | None = None
     target_tokens: Positive | None = None
-    target_flops: PositiveFloat | None = None
+    target_flops: Large | None = None
     target_param_data_ratio: PositiveFloat | None = None
     eval_every: Int = 250  # steps; <= 0: off
     eval_tokens: Positive = 41_943_040
@@ -248,15 +261,15 @@ class HardwareConfig(Section):
     """What the machine decides; the experiment does not change with it."""
 
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    nproc_per_node: Positive | Literal["auto"] = "auto"  # auto: every GPU, else 1
-    threads: Positive | None = None  # CPU threads per process; null: cores / processes
+    nproc_per_node: Size | Literal["auto"] = "auto"  # auto: every GPU, else 1
+    threads: Size | None = None  # CPU threads per process; null: cores / processes
     compile: StrictBool | Literal["auto"] = "auto"
     attention: FullAttention = "auto"  # auto: the first of the device's kernels that works, see picotrain.hardware
     window_attention: WindowAttention = "auto"  # of layers with a sliding window
     recompute: Recompute = "none"  # activations computed again in the backward instead of kept (picotrain.model.recompute)
     name: Text | None = None  # e.g. "NVIDIA H100 80GB HBM3"; null: ask the machine
     memory_bytes: Positive | None = None  # per device; null: ask the machine
-    peak_flops: PositiveFloat | None = None  # dense bf16 per device; null: from the table of picotrain.hardware
+    peak_flops: Large | None = None  # dense bf16 per device; null: from the table of picotrain.hardware
     price_per_hour: NonNegative | None = None  # of the node, in dollars
 
     def _problems(self) -> list[Problem]:
@@ -276,12 +289,12 @@ class ParallelConfig(Section):
 class LaunchConfig(Section):
     """How processes are started and ended."""
 
-    nnodes: Positive = 1
+    nnodes: Size = 1
     node_rank: NonNegativeInt = 0
     rdzv_endpoint: Text | None = None  # host:port of the first node; null on one node
-    grace_s: PositiveFloat = 120.0  # how long workers get to save after a signal
+    grace_s: Seconds = 120.0  # how long workers get to save after a signal
     max_restarts: NonNegativeInt = 0  # how often workers are started again after one has died
-    hang_s: PositiveFloat | None = 1800.0  # no step for so long: every rank prints its stacks and ends; null: never
+    hang_s: Seconds | None = 1800.0  # no step for so long: every rank prints its stacks and ends; null: never
 
     def _problems(self) -> list[Problem]:
         problems = []
@@ -289,6 +302,10 @@ class LaunchConfig(Section):
             problems.append(
                 Problem("launch.node_rank", f"must be below launch.nnodes={self.nnodes}, not {self.node_rank}", "ranks start at 0")
             )
+        host, _, port = (self.rdzv_endpoint or "host:1").rpartition(":")
+        if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
+            rule = f"must be host:port with a port of 1 to 65535, not {self.rdzv_endpoint!r}"
+            problems.append(Problem("launch.rdzv_endpoint", rule, "e.g. launch.rdzv_endpoint=node0:29400"))
         if self.nnodes > 1 and self.rdzv_endpoint is None:
             problems.append(
                 Problem("launch.rdzv_endpoint", "must be given on more than one node", "launch.rdzv_endpoint=host:port of node 0")
@@ -301,9 +318,9 @@ class CheckpointConfig(Section):
 
     background: StrictBool = True  # the loop waits only while tensors are copied to host memory
     rolling_minutes: PositiveFloat | None = 10.0  # at most so much work is lost; null: no rolling checkpoints
-    keep_last: Positive | None = None  # permanent checkpoints that stay; null: all
+    keep_last: Steps | None = None  # permanent checkpoints that stay; null: all
     keep_best: StrictBool = True  # the one with the lowest validation BPB stays, too
-    keep_every: Positive | None = None  # and those of steps that this divides
+    keep_every: Steps | None = None  # and those of steps that this divides
     shard_bytes: Positive = 5 * 10**9  # of a safetensors file at most
 
 
@@ -311,10 +328,10 @@ class ArchiveConfig(Section):
     """Where a run is mirrored to while it trains."""
 
     url: Text | None = None  # the run's own folder: s3://, gs://, hf://datasets/..., file:// or a path; null: none
-    interval_s: PositiveFloat = 300.0  # between passes; a whole checkpoint is sent at once
+    interval_s: Seconds = 300.0  # between passes; a whole checkpoint is sent at once
     min_age_s: NonNegative = 30.0  # younger files wait: they may be half-written
-    keep_last: Positive | None = 3  # checkpoints that stay there, beside the best; null: all
-    close_s: PositiveFloat = 600.0  # how long the end of a run waits for the last pass
+    keep_last: Steps | None = 3  # checkpoints that stay there, beside the best; null: all
+    close_s: Seconds = 600.0  # how long the end of a run waits for the last pass
 
     def _problems(self) -> list[Problem]:
         if not CREDENTIALS.match(self.url or ""):
@@ -326,7 +343,7 @@ class ArchiveConfig(Section):
 class BpbConfig(Section):
     """Bits per byte on the validation shard."""
 
-    device_batch_size: Positive | None = None  # rows per forward; null: as in training
+    device_batch_size: Size | None = None  # rows per forward; null: as in training
 
 
 class CoreConfig(Section):
@@ -359,15 +376,15 @@ class SamplingConfig(Section):
     """What is generated when samples are due."""
 
     prompts: tuple[str, ...] = ()
-    max_tokens: Positive = 64
+    max_tokens: Words = 64
     temperature: NonNegative = 0.8  # 0: greedy
-    top_k: Positive | None = 50  # null: all
+    top_k: Words | None = 50  # null: all
 
 
 class LoggerConfig(Section):
     """What is shown; metrics.jsonl always has every step."""
 
-    log_every: Positive = 10  # steps between console lines
+    log_every: Steps = 10  # steps between console lines
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
@@ -376,7 +393,7 @@ class ProfilerConfig(Section):
 
     enabled: StrictBool = False
     first_step: NonNegativeInt | None = None  # null: the fourth step of a start, once in a run
-    steps: Positive = 3
+    steps: Steps = 3
 
 
 class Config(Section):

@@ -56,7 +56,7 @@ def _problem(found: Any) -> Problem:
         return Problem(key, "is missing", f"must be {rule(key)}")
     words = leaves()[key].words
     meant = nearest(value, words, 1) if isinstance(value, str) else []
-    return Problem(key, f"must be {rule(key)}, not {shown(value)}", f"did you mean {meant[0]}?" if meant else "")
+    return Problem(key, f"must be {rule(key, value)}, not {shown(value)}", f"did you mean {meant[0]}?" if meant else "")
 
 
 def _element_problem(key: str, element: type[Section], inside: tuple[Any, ...], found: Any) -> Problem:

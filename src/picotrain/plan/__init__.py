@@ -34,7 +34,7 @@ from picotrain.plan.memory import (
     staging_bytes,
     total_batch,
 )
-from picotrain.plan.problems import attention_problems, batch_problems, lane_problems, nearest, profiler_problems
+from picotrain.plan.problems import attention_problems, batch_problems, lane_problems, nearest, profiler_problems, total_problems
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
 REPEAT_WARNING_EPOCHS = 4.0  # repeating up to about 4 times costs little (arXiv:2305.16264)
@@ -200,6 +200,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
 
     tokens, horizon = _horizon_tokens(config, corpus_tokens)
     num_steps = max(1, math.ceil(tokens / batch)) if batch > 0 else 1
+    problems += total_problems(num_steps * batch, num_steps, horizon)
     if corpus or not train.num_train_epochs:  # else their number is not known yet
         problems += profiler_problems(config, num_steps)
     if problems:

@@ -62,3 +62,13 @@ def profiler_problems(config: Config, num_steps: int) -> list[Problem]:
     if first is None or first < num_steps:
         return []
     return [Problem("profiler.first_step", f"step {first:,} does not come: the run has {num_steps:,} steps", f"at most {num_steps - 1:,}")]
+
+
+MOST_TOKENS = 2**53  # whole numbers up to here survive JSON and a double
+
+
+def total_problems(tokens: float, num_steps: float, horizon: str) -> list[Problem]:
+    """A horizon and a batch may each be possible, and their product not."""
+    if tokens <= MOST_TOKENS and num_steps <= MOST_TOKENS:
+        return []
+    return [Problem(horizon, f"asks for {tokens:.3g} tokens in all, more than can be counted", f"at most {MOST_TOKENS:,}")]
