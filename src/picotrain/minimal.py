@@ -1,7 +1,7 @@
 """The training loop in about twenty lines, to learn from: `python -m picotrain.minimal model=d2 train.max_steps=20`.
 
 Same model, data, optimizer and schedule as `picotrain train` on a CPU; no evaluation, checkpoint or second process.
-A test holds its losses equal to the loop's.
+A test holds its losses equal to the loop's. As a command it takes small steps, unless it is told a train.total_batch_size.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 
 from picotrain import optim, schedule
-from picotrain.config import Config, compose
+from picotrain.config import Config, compose, with_values
 from picotrain.data.stream import Loader
 from picotrain.errors import PicotrainError
 from picotrain.model import build
 from picotrain.run import gather, resolve
+
+STEP_TOKENS = 8192  # a second or so of a small model
 
 
 def say(message: str) -> None:
@@ -44,7 +46,10 @@ def losses(config: Config) -> Iterator[float]:
 
 if __name__ == "__main__":
     try:
-        for number, value in enumerate(losses(compose(["hardware=cpu", *sys.argv[1:]]))):
+        chosen = compose(["hardware=cpu", *sys.argv[1:]])
+        if chosen.train.total_batch_size == -1:
+            chosen = with_values(chosen, {"train.total_batch_size": STEP_TOKENS})
+        for number, value in enumerate(losses(chosen)):
             print(f"step {number:5d}  loss {value:.4f}", flush=True)
     except PicotrainError as error:
         say(f"error: {error}")

@@ -159,7 +159,7 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
 
 
 def _foretell(config: Config, say: Say) -> bool:
-    """Say whose text it is, and warn of too many passes over it, before any of it is downloaded or prepared; whether there was a warning."""
+    """Say whose text it is, and warn of too many passes over it, before it is downloaded or prepared; whether there was a warning."""
     early = preview(config)
     for name, licence in early.licences.items():
         say(f"licence of {name}: {licence}")

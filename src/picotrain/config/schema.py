@@ -157,9 +157,7 @@ class DataConfig(Section):
             problems.append(Problem("data.file_pattern", rule, 'e.g. "shard_{index:05d}.parquet"'))
         if self.num_shards is None and self.shard_text_bytes is None:
             rule = "must be given, as data.shard_text_bytes does not say how much text a shard has"
-            problems.append(
-                Problem("data.num_shards", rule, "data.num_shards=..., or data.shard_text_bytes=... to have it follow from the horizon")
-            )
+            problems.append(Problem("data.num_shards", rule, "data.num_shards=..., or data.shard_text_bytes=... and the horizon decides"))
         if (self.num_shards or 0) >= self.max_shards:
             rule = f"must be below data.max_shards={self.max_shards}, as one shard validates, not {self.num_shards}"
             problems.append(Problem("data.num_shards", rule, f"at most {self.max_shards - 1}"))

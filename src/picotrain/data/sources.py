@@ -131,9 +131,8 @@ def named_tokenizer(section: TokenizerConfig) -> Tokenizer | None:
         raise ConfigError([Problem("tokenizer.path", str(error))]) from error
     if tokenizer.vocab_size != section.vocab_size:
         rule = f"is {section.vocab_size:,}, but {tokenizer.path} has {tokenizer.vocab_size:,} tokens"
-        raise ConfigError(
-            [Problem("tokenizer.vocab_size", rule, f"tokenizer.vocab_size={tokenizer.vocab_size}, or another tokenizer.path")]
-        )
+        right = f"tokenizer.vocab_size={tokenizer.vocab_size}, or another tokenizer.path"
+        raise ConfigError([Problem("tokenizer.vocab_size", rule, right)])
     return tokenizer
 
 

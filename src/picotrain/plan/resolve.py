@@ -184,10 +184,7 @@ def choose_data(config: Config, pystdlib_bytes: int) -> tuple[str, str]:
     if epochs <= AUTO_DATA_EPOCHS:
         return "pystdlib", f"data=auto is pystdlib: {fact} (at most {AUTO_DATA_EPOCHS:.0f})"
     if config.hardware.device == "cpu":
-        return (
-            "pystdlib",
-            f"data=auto is pystdlib: {fact}, and without a GPU nothing is downloaded that was not named (data=climbmix names it)",
-        )
+        return "pystdlib", f"data=auto is pystdlib: {fact}, but without a GPU only a corpus that is named is downloaded (data=climbmix)"
     return "climbmix", f"data=auto is climbmix: {fact}, more than {AUTO_DATA_EPOCHS:.0f}"
 
 
