@@ -131,12 +131,10 @@ def download(name: str, overrides: Sequence[str], shards: int | None, config_dir
     extra = [] if shards is None else [f"data.num_shards={shards}"]
     config = resolved([*overrides, f"data={name}", *extra], None, config_dir)
     if not any(word.startswith("data.num_shards=") for word in (*overrides, *extra)):
-        steps = runs.preview(config).num_steps
-        print(
-            f"{config.data.num_shards:,} training shards, for less than one pass over them in the {steps:,} steps of "
-            f"`picotrain train {' '.join([*overrides, f'data={name}'])}`; --shards N takes another number",
-            file=sys.stderr,
-        )
+        plan = runs.preview(config)
+        run = f"`picotrain train {' '.join([*overrides, f'data={name}'])}`"
+        count = f"{config.data.num_shards:,} training shards: {run} passes over them {plan.epochs or 0:.2f} times"
+        print(f"{count} in {plan.num_steps:,} steps; --shards N takes another number", file=sys.stderr)
     try:
         with Bars() as bars:
             corpus = sources.resolve(config.data, runs.cache_dir(config), bars.say)
