@@ -48,11 +48,10 @@ def test_a_step_in_several_pieces_is_the_loops_too(tiny, tmp_path: Path):
     assert list(minimal.losses(compose(overrides))) == pytest.approx(losses(tmp_path / "loop"), rel=1e-6)
 
 
-def test_a_mistake_ends_in_one_message(tiny, tmp_path: Path):
+def test_a_mistake_ends_in_one_message():
     done = as_command("model=d5")
-    assert (done.returncode, done.stderr.count("error:")) == (2, 1) and "nearest: d4, d6" in done.stderr
-    done = as_command(*tiny(tmp_path / "x", "data.path=/nowhere/at/all"))
-    assert done.returncode == 2 and "/nowhere/at/all" in done.stderr and "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr.count("error:")) == (2, 1)
+    assert "nearest: d4, d6" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_it_has_at_most_twenty_lines_of_code():

@@ -65,7 +65,7 @@ def prose(path: Path, n_bytes: int) -> Path:
         ["model=d2"],
         ["model=d2", "archive.url=there"],
         ["model=d20", "hardware=8xh100"],
-        ["model=d2", "train.max_steps=5", "data.on_bad_shard=skip", "data.lanes=4"],
+        ["model=d2", "train.max_steps=5", "data.on_bad_shard=skip", "data.lanes=8"],
         ["data=climbmix", "train.target_tokens=1e9"],
         ["data=fineweb_edu", "data.num_shards=7"],
         ["data=mixture", "data.mixture=[{source: climbmix, weight: 3}, {source: pystdlib, at_end: stop}]"],
@@ -214,7 +214,7 @@ def test_the_estimate_is_near_what_is_there_once_it_is_prepared(kind: str, tmp_p
     if kind == "file":
         path = prose(tmp_path / "one.txt", 3_000_000)
     elif kind == "folder":
-        path = [prose(tmp_path / f"texts/{i}.md", 20_000 + 100 * i) for i in range(40)][0].parent
+        path = [prose(tmp_path / f"texts/{i}.md", 20_000 + 100 * i).parent for i in range(40)][-1]
     else:
         path = json_lines(tmp_path / "lines.jsonl") if kind == "lines" else nested_parquet(tmp_path / "tables")
     config = resolved("data=files", f"data.path={path}")
@@ -269,13 +269,13 @@ def test_too_many_passes_are_warned_of_before_train_does_anything(tmp_path: Path
 
 
 def test_each_source_of_a_mixture_has_its_warning_and_one_that_leaves_has_none(tmp_path: Path):
-    paths = [prose(tmp_path / f"{name}.txt", n) for name, n in (("small", 300_000), ("large", 30_000_000), ("leaves", 300_000))]
+    paths = [prose(tmp_path / f"{name}.txt", n) for name, n in (("small", 30_000), ("large", 3_000_000), ("leaves", 30_000))]
     entries = f"{{source: {paths[0]}}}, {{source: {paths[1]}, weight: 8}}, {{source: {paths[2]}, at_end: stop}}"
-    plan = runs.preview(resolved("data=mixture", f"data.mixture=[{entries}]", "train.total_batch_size=8192", "train.target_tokens=2e7"))
+    plan = runs.preview(resolved("data=mixture", f"data.mixture=[{entries}]", "train.total_batch_size=8192", "train.target_tokens=2e6"))
     (warning,) = repeats.warnings(plan)
     assert "small.txt" in warning and "smaller weight" in warning
     assert plan.sources["leaves.txt"] == 1.0 and plan.sources["large.txt"] < 4 < plan.sources["small.txt"]
-    read = {"small.txt": 0.95 * 3e5, "large.txt": 0.95 * 3e7, "leaves.txt": 0.95 * 3e5}
+    read = {"small.txt": 0.95 * 3e4, "large.txt": 0.95 * 3e6, "leaves.txt": 0.95 * 3e4}
     assert sum(n * read[name] for name, n in plan.sources.items()) == pytest.approx(plan.total_tokens * plan.bytes_per_token, rel=0.01)
 
 
