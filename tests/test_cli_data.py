@@ -191,6 +191,24 @@ def test_download_fetches_and_says_where(command: Callable[..., Done], tmp_path:
     assert "shard 1 of 1" in done.err
 
 
+def test_download_takes_what_a_run_of_these_words_needs(
+    command: Callable[..., Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def resolve(data, cache, say):
+        asked.append(data.num_shards)
+        return scan(corpus, data.name)
+
+    corpus = write_corpus(tmp_path / "corpus")
+    monkeypatch.setattr(sources, "resolve", resolve)
+    for words in ([], ["model=d12"], ["model=d12", "data.num_shards=5"]):
+        done = command("download", "climbmix", *words)
+        assert done.code == 0
+        assert (f"{asked[-1]} training shards" in done.err) == (asked[-1] != 5)
+    assert asked[0] < asked[1] and asked[2] == 5
+
+
 def test_download_refuses_more_shards_than_there_are(command: Callable[..., Done]) -> None:
     done = command("download", "climbmix", "--shards", "7000")
     assert done.code == 2

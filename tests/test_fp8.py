@@ -166,7 +166,7 @@ def test_a_run_learns_as_in_bf16_and_is_evaluated_in_bf16(tmp_path: Path, tiny, 
     run_dir = tmp_path / "fp8"
     common = ("train.max_steps=6", "train.sample_every=6", "train.eval_tokens=1000000")  # eval, too, takes all of the validation shard
     overrides = tiny(run_dir, *common, "train.precision=fp8")
-    runs.open_run(runs.locate(compose(overrides)), overrides, print)
+    runs.open_run(runs.resolve(compose(overrides)), overrides, print)
     with parallel.StopSignal() as stop:
         assert loop.train(run_dir, parallel.Parallel.single(), stop).status == "finished"
     done = picotrain("train", *tiny(tmp_path / "bf16", *common, "train.precision=bf16"))

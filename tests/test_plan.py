@@ -149,8 +149,9 @@ def test_a_cpu_compiles_where_that_pays_and_can_be_done(monkeypatch: pytest.Monk
 def test_data_auto_depends_on_the_horizon():
     tokens_of_30_mb = 30e6 / plan.estimate_bytes_per_token(32_768)
     for epochs, choice in ((19, "pystdlib"), (21, "climbmix")):
-        config = decided(f"train.target_tokens={int(epochs * tokens_of_30_mb)}")
-        assert plan.choose_data(config, 30_000_000)[0] == choice
+        words = [f"train.target_tokens={int(epochs * tokens_of_30_mb)}"]
+        assert plan.choose_data(decided("hardware=1xh100", *words), 30_000_000)[0] == choice
+        assert plan.choose_data(decided("hardware=cpu", *words), 30_000_000)[0] == "pystdlib", "nothing is downloaded there unasked"
 
 
 def test_hardware_that_is_not_here_is_refused_before_training(monkeypatch: pytest.MonkeyPatch):

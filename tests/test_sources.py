@@ -19,8 +19,9 @@ import pytest
 
 from picotrain.config.schema import DataConfig, TokenizerConfig
 from picotrain.data import sources
+from picotrain.data.amounts import pystdlib_text_bytes
 from picotrain.data.corpus import Corpus, default_lanes, default_unit_bytes, sample_texts, units
-from picotrain.data.sources import check_rows, known, known_tokenizer, obtain_tokenizer, pystdlib_text_bytes, resolve
+from picotrain.data.sources import check_rows, known, known_tokenizer, obtain_tokenizer, resolve
 from picotrain.errors import DataError, TokenizerError
 from picotrain.tokenizer import load_tokenizer, train_tokenizer
 

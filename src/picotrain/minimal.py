@@ -1,7 +1,7 @@
 """The training loop in about twenty lines, to learn from: `python -m picotrain.minimal model=d2 train.max_steps=20`.
 
-Same model, data, optimizer and schedule as `picotrain train`; no accumulation, evaluation, checkpoint or second process.
-A test holds its losses equal to the loop's.
+Same model, data, optimizer and schedule as `picotrain train` on a CPU; no evaluation, checkpoint or second process.
+A test holds its losses equal to the loop's. As a command it takes small steps, unless it is told a train.total_batch_size.
 """
 
 from __future__ import annotations
@@ -10,30 +10,47 @@ import sys
 from collections.abc import Iterator
 
 from picotrain import optim, schedule
-from picotrain.config import Config, compose
+from picotrain.config import Config, compose, with_values
 from picotrain.data.stream import Loader
-from picotrain.model import GPT
-from picotrain.run import gather, locate
+from picotrain.errors import PicotrainError
+from picotrain.model import build
+from picotrain.run import gather, resolve
+
+STEP_TOKENS = 8192  # a second or so of a small model
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
 
 
 def losses(config: Config) -> Iterator[float]:
     """Train, yielding the loss of every step."""
-    config, p, corpus, tokenizer = gather(locate(config), print)
-    model = GPT(config.model, p.vocab_size, p.seq_len)
+    config, p, corpus, tokenizer = gather(resolve(config, say), say)
+    model = build(config.model, p.vocab_size, p.seq_len, p.precision)
     model.init_weights(config.run.seed)
     optimizer = optim.build(config.optimizer, model, p.rates)
     factor = schedule.build(config.schedule, p.num_steps)
     with Loader(corpus, tokenizer, **p.stream, seed=config.run.seed) as batches:
         for step in range(p.num_steps):
-            batch = next(batches)  # ids (B, T), and the ids that follow them (B, T)
-            loss = model(batch.inputs, batch.targets)  # forward: how surprised is the model by the next token?
-            loss.backward()  # backward: how would each weight change that?
+            total = 0.0
+            for _ in range(p.grad_accum_steps):  # a step's rows in pieces that fit the memory
+                batch = next(batches)  # ids (B, T), and the ids that follow them (B, T)
+                loss = model(batch.inputs, batch.targets) / p.grad_accum_steps  # forward: how surprised is the model by the next token?
+                loss.backward()  # backward: how would each weight change that?
+                total += loss.item()
             optim.set_lr(optimizer, factor(step))
             optimizer.step()  # step: change every weight a little
             optimizer.zero_grad()
-            yield loss.item()
+            yield total
 
 
 if __name__ == "__main__":
-    for number, value in enumerate(losses(compose(sys.argv[1:]))):
-        print(f"step {number:5d}  loss {value:.4f}")
+    try:
+        chosen = compose(["hardware=cpu", *sys.argv[1:]])
+        if chosen.train.total_batch_size == -1:
+            chosen = with_values(chosen, {"train.total_batch_size": STEP_TOKENS})
+        for number, value in enumerate(losses(chosen)):
+            print(f"step {number:5d}  loss {value:.4f}", flush=True)
+    except PicotrainError as error:
+        say(f"error: {error}")
+        sys.exit(error.exit_code)

@@ -25,13 +25,15 @@ from pydantic import ValidationError
 from picotrain import __version__, hardware
 from picotrain import plan as planning
 from picotrain.config import Config, dump, load
-from picotrain.config.identity import classify_change, diff, run_name
+from picotrain.config.identity import classify_change, diff
 from picotrain.config.saved import parse_json, read_plain, write_whole
-from picotrain.data import sources
+from picotrain.data import amounts, sources
 from picotrain.data.mixture import Mixture
 from picotrain.data.remote import is_url
 from picotrain.errors import ConfigError, DataError, Problem, RunError
-from picotrain.plan import Plan, fp8
+from picotrain.plan import Plan, fp8, repeats
+from picotrain.plan.resolve import cache_dir
+from picotrain.plan.resolve import resolve as resolve
 
 if TYPE_CHECKING:
     from picotrain.evaluation.bundle import Bundle
@@ -52,6 +54,7 @@ COUNTED = (
 )  # fmt: skip
 # What a start writes, config.yaml last: it may be killed in between.
 WRITTEN = ("attempts", "tokenizer.json", "data.json", "environment.json", "plan.json", "overrides.txt", "config.yaml")
+SAMPLE_BYTES = 1_000_000  # of text that a plan measures a tokenizer on
 PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "tokenizers", "gigatoken", "hydra-core", "pydantic", "huggingface_hub", "torchao")
 
 
@@ -64,39 +67,8 @@ class Material(NamedTuple):
     tokenizer: Tokenizer
 
 
-def cache_dir(config: Config) -> Path:
-    """Where corpora and tokenizers are kept: run.cache_dir, else $PICOTRAIN_CACHE, else ~/.cache/picotrain."""
-    place = config.run.cache_dir or os.environ.get("PICOTRAIN_CACHE") or "~/.cache/picotrain"
-    return Path(place).expanduser().absolute()
-
-
-def locate(config: Config) -> Config:
-    """Decide a config and name the run's places: name, directory and cache, and every path absolute."""
-    config = planning.decide(config)
-    mixture = tuple(entry.model_copy(update={"source": _absolute_source(entry.source)}) for entry in config.data.mixture)
-    data = config.data.model_copy(update={"path": _absolute(config.data.path), "mixture": mixture})
-    tokenizer = config.tokenizer.model_copy(update={"path": _absolute(config.tokenizer.path)})
-    archive = config.archive.model_copy(update={"url": _absolute(config.archive.url)})
-    core = config.evaluation.core.model_copy(update={"bundle": _absolute(config.evaluation.core.bundle)})
-    evaluation = config.evaluation.model_copy(update={"core": core})
-    config = config.model_copy(update={"data": data, "tokenizer": tokenizer, "archive": archive, "evaluation": evaluation})
-    name = config.run.name or run_name(config)
-    folder = Path(config.run.dir or Path("runs") / name).expanduser().absolute()
-    run = config.run.model_copy(update={"name": name, "dir": str(folder), "cache_dir": str(cache_dir(config))})
-    return config.model_copy(update={"run": run})
-
-
-def _absolute(path: str | None) -> str | None:
-    """A path that means the same from every folder: a resume may come from another one."""
-    return str(Path(path).expanduser().absolute()) if path and not is_url(path) else path
-
-
-def _absolute_source(source: str) -> str:
-    return source if source in sources.PRESETS else _absolute(source) or source
-
-
 def gather(config: Config, say: Say) -> Material:
-    """Prepare corpus and tokenizer of a located config, downloading and training what is not in the cache yet."""
+    """Prepare corpus and tokenizer of a resolved config, downloading and training what is not in the cache yet."""
     from picotrain.tokenizer import load_tokenizer  # brings numpy, which a plan does not need
 
     cache = cache_dir(config)
@@ -108,8 +80,30 @@ def gather(config: Config, say: Say) -> Material:
     return Material(config, plan, corpus, tokenizer)
 
 
+def preview(config: Config) -> Plan:
+    """The plan of a resolved config as far as it can be told without preparing, downloading or training anything.
+
+    Raises ConfigError with all problems, those of a tokenizer that tokenizer.path names included, and DataError for text that is none.
+    """
+    name, cache = config.run.name or "", cache_dir(config)
+    named: list[Tokenizer | None] = []
+    all_problems(lambda: named.append(sources.named_tokenizer(config.tokenizer)), lambda: planning.make(config, name))
+    corpus = sources.known_mixture(config.data, cache)
+    measured = sources.known_tokenizer(config.tokenizer, corpus, cache) if corpus else None
+    per_token: float | None = measured["bytes_per_token"] if measured else None
+    if per_token is None and named[0]:
+        texts = list(corpus.sample(SAMPLE_BYTES)) if corpus and not _is_remote(corpus) else amounts.sample(config.data, SAMPLE_BYTES)
+        per_token = sources.bytes_per_token(named[0], texts) if texts else None
+    guess = () if corpus else amounts.estimate(config.data, cache)
+    return planning.make(config, name, corpus, per_token, guess)
+
+
+def _is_remote(corpus: Mixture) -> bool:
+    return any(part.remote for part in corpus.corpora)
+
+
 def open_bundle(config: Config) -> Bundle:
-    """The evaluation bundle of a located config that names one, from the cache where it is a URL. Raises DataError."""
+    """The evaluation bundle of a resolved config that names one, from the cache where it is a URL. Raises DataError."""
     from picotrain.evaluation import bundle, fetch
 
     section = config.evaluation.core
@@ -128,23 +122,27 @@ def is_finished(run_dir: Path, num_steps: int) -> bool:
 
 
 def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
-    """Create the run directory of a located config, or open the one that is there; the caller holds its lock.
+    """Create the run directory of a resolved config, or open the one that is there; the caller holds its lock.
     None: the run is finished, and nothing was changed.
 
     Raises RunError when the directory holds another experiment, naming the keys that differ, or may not be resumed.
     """
     run_dir = Path(config.run.dir or "")
+    is_there = (run_dir / "config.yaml").exists()
     all_problems(
         lambda: check_machine(config),
         lambda: planning.make(config, run_dir.name),
+        lambda: None if is_there else sources.named_tokenizer(config.tokenizer),  # a run has its own
         lambda: _check_trackers(config.logger.trackers),
     )
-    if (run_dir / "config.yaml").exists():
+    warned = False
+    if is_there:
         material = _reopen(run_dir, config, say)
     else:
         check_places(run_dir)
         if not _is_new(run_dir):
             raise RunError(f"{run_dir} is no run and not empty; another run.dir or run.name would be right")
+        warned = _foretell(config, say)
         material = gather(config, say)
     if is_finished(run_dir, material.plan.num_steps):
         return None
@@ -153,7 +151,22 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
             if task.problem:
                 say(f"WARNING: CORE will lack a task: {task.problem}")
     _write(run_dir, material, overrides)
+    repeated = repeats.warnings(material.plan) if warned else []
+    for note in material.plan.notes:
+        if note not in repeated:
+            say(note)
     return material.plan
+
+
+def _foretell(config: Config, say: Say) -> bool:
+    """Say whose text it is, and warn of too many passes over it, before it is downloaded or prepared; whether there was a warning."""
+    early = preview(config)
+    for name, licence in early.licences.items():
+        say(f"licence of {name}: {licence}")
+    warnings = repeats.warnings(early)
+    for warning in warnings:
+        say(warning)
+    return bool(warnings)
 
 
 def _is_new(run_dir: Path) -> bool:

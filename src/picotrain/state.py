@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import torch
-from pydantic import ConfigDict, Field, Strict
+from pydantic import AliasChoices, ConfigDict, Field, Strict
 from torch import nn
 
 from picotrain.errors import CheckpointError
@@ -23,7 +23,8 @@ class LoopState:
     min_val_bpb: Number | None = None
     val_bpb: Number | None = None  # last measured
     val_bpb_step: Annotated[int, Strict()] | None = None
-    total_training_time_s: Number = 0.0
+    smooth_train_loss: Number | None = None  # the value last shown; `smoother` is what goes on from it
+    total_training_time: Annotated[Number, Field(validation_alias=AliasChoices("total_training_time", "total_training_time_s"))] = 0.0
     smoother: dict[str, Number] = field(default_factory=dict)  # of the de-biased training loss
     skipped: Annotated[int, Strict(), Field(ge=0)] = 0  # updates that were left out so far
     recent_losses: list[Number] = field(default_factory=list)  # of the guard against spikes

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from picotrain import plan as planning
 from picotrain import run as runs
 from picotrain.config import compose
 from picotrain.hardware import Machine
@@ -27,7 +26,7 @@ STATE = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_w": "power.dr
 
 def environment(machine: Machine) -> dict[str, Any]:
     """As a run's environment.json has it, and what figures depend on besides: cores, load, clocks, commit."""
-    config = planning.decide(compose([f"hardware.device={machine.device}", "hardware.nproc_per_node=1"]))
+    config = runs.resolve(compose(["data=pystdlib", f"hardware.device={machine.device}", "hardware.nproc_per_node=1"]))
     found: dict[str, Any] = runs.environment(config) | {"commit": commit()}
     found["hardware"] |= {
         "cores": machine.cores,

@@ -98,7 +98,7 @@ def _measured(setting: argparse.Namespace) -> dict[str, Any]:
     """Train in this process, and ask how much it has held."""
     words = overrides(setting, setting.device)
     with tempfile.TemporaryDirectory() as folder:
-        config = runs.locate(compose([*words, f"run.dir={folder}/run"]))
+        config = runs.resolve(compose([*words, f"run.dir={folder}/run"]))
         run_dir = Path(config.run.dir or "")
         with RunLock(run_dir), contextlib.redirect_stdout(sys.stderr):
             plan = runs.open_run(config, words, lambda text: None)
@@ -122,7 +122,7 @@ def peak_bytes(device: str) -> int:
 def _counted(setting: argparse.Namespace) -> dict[str, Any]:
     from picotrain.bench.live import gpu_step_bytes
 
-    config = planning.decide(compose([*overrides(setting, "cuda"), "hardware.name=meta"]))
+    config = runs.resolve(compose([*overrides(setting, "cuda"), "hardware.name=meta"]))
     plan = planning.make(config, "memory")
     return _line(setting, plan, gpu_step_bytes(config, plan)) | {"counted": "on the meta device"}
 

@@ -109,7 +109,7 @@ def config_of(options: argparse.Namespace) -> Config:
         "train.total_batch_size": tokens, "train.precision": precision, "hardware.device": options.device,
         "hardware.nproc_per_node": 1, "hardware.compile": options.compile, "checkpoint.background": False,
     }  # fmt: skip
-    config = planning.decide(compose([*(f"{key}={str(value).lower()}" for key, value in values.items()), *options.set]))
+    config = runs.resolve(compose([*(f"{key}={str(value).lower()}" for key, value in values.items()), *options.set]))
     runs.check_machine(config)
     return config
 

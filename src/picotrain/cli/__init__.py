@@ -268,18 +268,20 @@ def data_verify(corpus: CorpusFolder) -> None:
 @data_app.command("download")
 def data_download(
     corpus: Annotated[str, typer.Argument(metavar="NAME", help="climbmix, fineweb_edu, or a choice of your own.")],
-    shards: Annotated[int | None, typer.Option(min=1, help="Training shards to fetch; default: as the config says.")] = None,
+    overrides: Overrides = None,
+    shards: Annotated[int | None, typer.Option(min=1, help="Training shards to fetch; default: what a run of these words needs.")] = None,
     config_dir: ConfigDir = None,
 ) -> None:
     """Fetch shards of a data set from the Hugging Face Hub into the cache; goes on where it was interrupted.
 
-    Example: `picotrain data download climbmix --shards 170`, then `picotrain train data=climbmix data.num_shards=170`.
+    Example: `picotrain data download climbmix model=d20`, then `picotrain train data=climbmix model=d20`;
+    `picotrain data download climbmix --shards 170`, then `picotrain train data=climbmix data.num_shards=170`.
 
     The validation shard comes too. $PICOTRAIN_CACHE names the cache folder, $HF_ENDPOINT a mirror of the Hub.
     """
     from picotrain.cli import data
 
-    data.download(corpus, shards, config_dir)
+    data.download(corpus, overrides or [], shards, config_dir)
 
 
 @tokenizer_app.command("train")

@@ -9,11 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from picotrain import plan as planning
 from picotrain import run as runs
 from picotrain.cli import say
 from picotrain.config import Config, compose, dump
-from picotrain.config.compose import data_preset
 from picotrain.data import sources
 from picotrain.data.remote import is_url
 
@@ -22,14 +20,8 @@ if TYPE_CHECKING:
 
 
 def resolved(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> Config:
-    """Compose, decide every auto, and name the run's places."""
-    config = compose(overrides, config_dir=config_dir, config_file=config_file)
-    if config.data.kind == "auto":
-        choice, reason = planning.choose_data(config, sources.pystdlib_text_bytes())
-        say(reason)
-        own = {key: value for key in ("lanes", "unit_bytes", "num_shards") if (value := getattr(config.data, key)) is not None}
-        config = config.model_copy(update={"data": data_preset(choice).model_copy(update=own)})
-    return runs.locate(config)
+    """The config that these words mean, resolved; what was decided is said once."""
+    return runs.resolve(compose(overrides, config_dir=config_dir, config_file=config_file), say)
 
 
 def train(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> int:
@@ -43,7 +35,7 @@ def resume(place: str, overrides: Sequence[str]) -> int:
     runs.require_run(run)
     config = compose(overrides, config_file=run / "config.yaml", same_run=True)
     here = config.run.model_copy(update={"dir": str(run.absolute()), "name": run.name})
-    return _start(runs.locate(config.model_copy(update={"run": here})), overrides)
+    return _start(runs.resolve(config.model_copy(update={"run": here}), say), overrides)
 
 
 def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
@@ -63,9 +55,6 @@ def _start(config: Config, overrides: Sequence[str]) -> int:
     from picotrain.launch import RunLock, launch
     from picotrain.worker import run as in_process
 
-    if config.archive.url and config.train.save_every == -1:
-        say("an archive is set: train.save_every=1000, so that there is something to mirror")
-        config = config.model_copy(update={"train": config.train.model_copy(update={"save_every": 1000})})
     run_dir = Path(config.run.dir or "")
     if config.launch.node_rank > 0:  # node 0 prepares the shared run directory and holds its lock
         return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
@@ -74,18 +63,13 @@ def _start(config: Config, overrides: Sequence[str]) -> int:
         if plan is None:
             say(f"{run_dir} is finished: `picotrain report` shows it, a larger horizon goes on, another run.name trains anew")
             return 0
-        for note in plan.notes:
-            say(note)
         return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
 
 
 def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None, as_json: bool) -> None:
     """Print the plan as far as it is known without preparing anything."""
     config = resolved(overrides, config_file, config_dir)
-    cache = runs.cache_dir(config)
-    corpus = sources.known_mixture(config.data, cache)
-    measured = sources.known_tokenizer(config.tokenizer, corpus, cache) if corpus else None
-    plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"] if measured else None)
+    plan = runs.preview(config)
     if as_json:
         print(plan.model_dump_json(indent=2))
         return

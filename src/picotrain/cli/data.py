@@ -117,8 +117,8 @@ def verify(corpus: str) -> int:
     )
 
 
-def download(name: str, shards: int | None, config_dir: Path | None) -> None:
-    """Fetch shards of a data set on the Hub into the cache and say where they are."""
+def download(name: str, overrides: Sequence[str], shards: int | None, config_dir: Path | None) -> None:
+    """Fetch shards of a data set on the Hub into the cache, as many as said or as a run of these words needs, and say where they are."""
     from picotrain import run as runs
     from picotrain.cli.commands import resolved
     from picotrain.cli.show import corpus_table
@@ -129,7 +129,12 @@ def download(name: str, shards: int | None, config_dir: Path | None) -> None:
         names = [choice for choice in choices("data", config_dir) if _data_kind(choice, config_dir) == "hub"]
         raise DataError(f"{name!r} is no data set on the Hub; those there are: {', '.join(names)} (more of your own with --config-dir)")
     extra = [] if shards is None else [f"data.num_shards={shards}"]
-    config = resolved([f"data={name}", *extra], None, config_dir)
+    config = resolved([*overrides, f"data={name}", *extra], None, config_dir)
+    if not any(word.startswith("data.num_shards=") for word in (*overrides, *extra)):
+        plan = runs.preview(config)
+        run = f"`picotrain train {' '.join([*overrides, f'data={name}'])}`"
+        count = f"{config.data.num_shards:,} training shards: {run} passes over them {plan.epochs or 0:.2f} times"
+        print(f"{count} in {plan.num_steps:,} steps; --shards N takes another number", file=sys.stderr)
     try:
         with Bars() as bars:
             corpus = sources.resolve(config.data, runs.cache_dir(config), bars.say)

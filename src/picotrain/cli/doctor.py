@@ -78,7 +78,7 @@ def _device(config: Config) -> tuple[str, None]:
 
 
 def _plan(config: Config) -> tuple[str, planning.Plan]:
-    plan = planning.make(config, config.run.name or "")
+    plan = runs.preview(config)
     return f"{plan.num_steps:,} steps of {plan.total_batch_size:,} tokens, about {size(plan.predicted_memory_bytes)} a rank", plan
 
 

@@ -40,7 +40,10 @@ def plan_table(plan: Plan, measure: str = "") -> None:
     kv = "" if plan.n_kv_heads == plan.n_heads else f", {plan.n_kv_heads} key-value heads"
     batch = f"{plan.device_batch_size} rows x {plan.seq_len} tokens x {plan.dp_size} ranks x {plan.grad_accum_steps} accumulation steps"
     units_text = UNKNOWN if plan.num_units is None else f"{plan.lanes} lanes over {plan.num_units} units of >= {size(plan.unit_bytes)}"
-    epochs = UNKNOWN if plan.epochs is None else f"{plan.epochs:.2f}"
+    guessed = f" (estimated from {plan.text_estimate})" if plan.text_estimate else ""
+    about = "about " if guessed and plan.horizon == "train.num_train_epochs" else ""
+    text = f" over {size(plan.text_bytes)} of text" if plan.text_bytes else ""
+    epochs = UNKNOWN if plan.epochs is None else f"{plan.epochs:.2f}{text}{guessed}"
     unknown = f"{UNKNOWN}; `{measure}` measures it, then plan tells the time" if measure else UNKNOWN
     time = _time(plan) if plan.predicted_step_ms else unknown
     cost = "" if plan.predicted_cost is None else f", about ${plan.predicted_cost:,.0f}"
@@ -56,9 +59,10 @@ def plan_table(plan: Plan, measure: str = "") -> None:
         "attention": _attention(plan),
         "recomputed": RECOMPUTED[plan.recompute],
         "batch": f"{plan.total_batch_size:,} tokens = {batch}",
-        "horizon": f"{plan.num_steps:,} steps, {plan.total_tokens:,} tokens (set by {plan.horizon})",
+        "horizon": f"{about}{plan.num_steps:,} steps, {plan.total_tokens:,} tokens (set by {plan.horizon})",
         "epochs": epochs,
         "sources": ", ".join(f"{name} {passes:.2f} passes" for name, passes in plan.sources.items()),
+        "licence": "; ".join(f"{name}: {licence}" for name, licence in plan.licences.items()),
         "data stream": units_text,
         "peak rates": rates,
         "checkpoint": size(plan.checkpoint_bytes),

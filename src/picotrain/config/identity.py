@@ -24,6 +24,8 @@ _CHANGES: dict[str, Change] = {
     "data.path": "free",  # a corpus that has moved; its fingerprint tells another one
     "data.on_bad_shard": "free",
     "data.cache_bytes": "free",
+    "data.licence": "free",  # words
+    "data.shard_text_bytes": "free",  # an estimate; what follows from it is data.num_shards
     "tokenizer": "refused",
     "tokenizer.path": "free",  # as above
     "tokenizer.encoder": "free",  # identical ids

@@ -99,7 +99,7 @@ class MixtureSource(Section):
     source: Text  # pystdlib, climbmix, fineweb_edu, or a path or URL as data.path takes it
     weight: PositiveFloat = 1.0  # its share of the rows, relative to the others'
     at_end: Literal["wrap", "stop"] = "wrap"  # read once: begin anew, or leave the mixture
-    num_shards: Size | None = None  # of a Hugging Face Hub source: training shards to fetch
+    num_shards: Size | None = None  # of a Hugging Face Hub source: training shards to fetch; null: what its share of the horizon needs
     val_shard: Text | None = None  # file name of its validation shard; null: the last one
 
     @property
@@ -117,21 +117,24 @@ class DataConfig(Section):
     mixture: tuple[MixtureSource, ...] = ()  # kind=mixture
     repo_id: Text | None = None  # kind=hub: data set on the Hugging Face Hub
     file_pattern: Text | None = None  # kind=hub: e.g. "shard_{index:05d}.parquet"
-    num_shards: Size | None = None  # kind=hub: training shards to fetch
+    num_shards: Size | None = None  # kind=hub: training shards to fetch; null: what the horizon needs (picotrain.plan.resolve)
+    shard_text_bytes: Positive | None = None  # kind=hub: text in a shard, about
     max_shards: Annotated[int, Field(ge=2, le=2**20), Number] | None = None  # kind=hub: shards there are, the validation shard included
     val_shard: Text | None = None  # file name of the validation shard; null: the last one
+    licence: Text | None = None  # of the text, in words; shown, and nothing follows from it
     lanes: Size | None = None  # null: the largest power of two <= min(64, units)
     unit_bytes: Positive | None = None  # null: max(1 MiB, 400 x (seq_len + 1))
     on_bad_shard: Literal["stop", "skip"] = "stop"  # what cannot be read: save and end, or pass over it and note an event
     cache_bytes: Positive | None = 100_000_000_000  # of shards fetched from a URL that are kept; null: all
 
     def _problems(self) -> list[Problem]:
-        needed = {"files": ("path",), "hub": ("repo_id", "file_pattern", "num_shards", "max_shards"), "mixture": ("mixture",)}
+        needed = {"files": ("path",), "hub": ("repo_id", "file_pattern", "max_shards"), "mixture": ("mixture",)}
+        optional = {"hub": ("num_shards", "shard_text_bytes")}
         problems = []
         for kind, keys in needed.items():
-            for key in keys:
+            for key in (*keys, *optional.get(kind, ())):
                 given = getattr(self, key) not in (None, ())
-                if kind == self.kind and not given:
+                if kind == self.kind and not given and key in keys:
                     problems.append(Problem(f"data.{key}", f"must be given for data.kind={kind}", f"data.{key}=..."))
                 if kind != self.kind and given and (self.kind, key) != ("auto", "num_shards"):  # auto may become a hub corpus
                     rule = f"is read for data.kind={kind} only, and this is {self.kind}"
@@ -156,7 +159,7 @@ class DataConfig(Section):
         return problems
 
     def _shard_problems(self) -> list[Problem]:
-        assert self.file_pattern and self.num_shards and self.max_shards
+        assert self.file_pattern and self.max_shards
         problems = []
         try:
             named = self.file_pattern.format(index=0) != self.file_pattern.format(index=1)
@@ -165,7 +168,10 @@ class DataConfig(Section):
         if not named:
             rule = f"must name a shard by its number, and {self.file_pattern!r} does not"
             problems.append(Problem("data.file_pattern", rule, 'e.g. "shard_{index:05d}.parquet"'))
-        if self.num_shards >= self.max_shards:
+        if self.num_shards is None and self.shard_text_bytes is None:
+            rule = "must be given, as data.shard_text_bytes does not say how much text a shard has"
+            problems.append(Problem("data.num_shards", rule, "data.num_shards=..., or data.shard_text_bytes=... and the horizon decides"))
+        if (self.num_shards or 0) >= self.max_shards:
             rule = f"must be below data.max_shards={self.max_shards}, as one shard validates, not {self.num_shards}"
             problems.append(Problem("data.num_shards", rule, f"at most {self.max_shards - 1}"))
         return problems

@@ -1,7 +1,7 @@
 """Where a config's corpus and tokenizer come from: the standard library, the user's files, or the Hugging Face Hub.
 
-`resolve` and `obtain_tokenizer` do the work (once: all results stay in the cache folder); `known` and `known_tokenizer` only look,
-for a plan. Without torch.
+`resolve` and `obtain_tokenizer` do the work (once: all results stay in the cache folder); `known`, `known_tokenizer` and
+`named_tokenizer` only look, for a plan. How much text there is before any of it is prepared: `amounts`. Without torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,7 @@ from picotrain.config.schema import DataConfig
 from picotrain.data.corpus import ORIGIN, Corpus, Remote, assemble, hash_bytes, read_json, scan, validating, write_atomic
 from picotrain.data.mixture import Mixture, Source
 from picotrain.data.prepare import Input, Say, Undecodable, expand, identify, locked, prepare, silent
-from picotrain.errors import DataError, TokenizerError
+from picotrain.errors import ConfigError, DataError, Problem, TokenizerError
 
 if TYPE_CHECKING:
     from picotrain.config.schema import TokenizerConfig
@@ -39,13 +39,12 @@ NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 def gather(data: DataConfig, cache: Path, say: Say = silent) -> Mixture:
     """What this config trains on, made or downloaded into `cache` when it is not there yet. Raises DataError."""
-    parts = _parts(data)
-    return _mixture(data, [resolve(part, cache, say) for part in parts])
+    return _mixture(data, [resolve(part, cache, say) for part in parts(data)])
 
 
 def known_mixture(data: DataConfig, cache: Path) -> Mixture | None:
     """What this config trains on if all of it is already there; see `known`."""
-    corpora = [known(part, cache) for part in _parts(data)]
+    corpora = [known(part, cache) for part in parts(data)]
     there = [corpus for corpus in corpora if corpus is not None]
     return _mixture(data, there) if len(there) == len(corpora) else None
 
@@ -55,11 +54,11 @@ def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
     cache = Path(cache).expanduser().absolute()
     if data.kind == "hub":
         return _download(data, cache, say)
-    if _is_remote(data):
+    if is_remote(data):
         return _scan_url(data, cache, say)
     if (corpus := known(data, cache)) is not None:
         return corpus
-    files, undecodable = _inputs(data)
+    files, undecodable = inputs(data)
     say(f"preparing {data.name} from {len(files):,} files")
     identified = identify(files)
     folder = cache / "corpora" / f"{_label(data)}-{identified[0][:16]}"
@@ -77,21 +76,16 @@ def known(data: DataConfig, cache: Path) -> Corpus | None:
     if data.kind == "hub":
         root, names = _hub_shards(data, cache)
         return _hub_corpus(data, root, names) if all((root / name).is_file() for name in names) else None
-    if _is_remote(data):
+    if is_remote(data):
         return _known_url(data, cache)
     if (folder := _shard_folder(data)) is not None:
         return scan(folder, data.name, data.val_shard, cache=cache)
-    files, _ = _inputs(data)
+    files, _ = inputs(data)
     entry = read_json(_index(files, cache))
     if entry is None or entry.get("stats") != _stats(files):
         return None
     folder = cache / "corpora" / str(entry.get("folder"))
     return scan(folder, data.name, data.val_shard) if (folder / ORIGIN).is_file() else None
-
-
-def pystdlib_text_bytes() -> int:
-    """About how much text data=pystdlib has, from file sizes alone."""
-    return sum(file.path.stat().st_size for file in _stdlib_files())
 
 
 def obtain_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path, say: Say = silent) -> tuple[Path, dict[str, Any]]:
@@ -125,6 +119,23 @@ def obtain_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path, say: S
     return path, meta
 
 
+def named_tokenizer(section: TokenizerConfig) -> Tokenizer | None:
+    """The tokenizer that `path` names; None: one will be trained. Raises ConfigError when it cannot be read or is of another vocabulary."""
+    from picotrain.tokenizer import load_tokenizer
+
+    if section.path is None:
+        return None
+    try:
+        tokenizer = load_tokenizer(_tokenizer_path(section, Path()), section.encoder)
+    except TokenizerError as error:
+        raise ConfigError([Problem("tokenizer.path", str(error))]) from error
+    if tokenizer.vocab_size != section.vocab_size:
+        rule = f"is {section.vocab_size:,}, but {tokenizer.path} has {tokenizer.vocab_size:,} tokens"
+        right = f"tokenizer.vocab_size={tokenizer.vocab_size}, or another tokenizer.path"
+        raise ConfigError([Problem("tokenizer.vocab_size", rule, right)])
+    return tokenizer
+
+
 def known_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path) -> dict[str, Any] | None:
     """What `obtain_tokenizer` measured, if it has run for this corpus and section."""
     return read_json(_tokenizer_home(section, corpus, cache) / META)
@@ -148,13 +159,16 @@ def _check_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, unit_bytes: 
         )
 
 
-def _measure(tokenizer: Tokenizer, corpus: Text) -> dict[str, Any]:
-    """Bytes of training text per token, the `<|bos|>` that leads each document counted."""
-    texts = list(Mixture.of(corpus).sample(META_BYTES))
+def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
+    """Bytes of these documents per token, the `<|bos|>` that leads each of them counted."""
     ids, _ = tokenizer.encode_flat(texts)
+    return sum(len(text.encode()) for text in texts) / (len(ids) + len(texts))
+
+
+def _measure(tokenizer: Tokenizer, corpus: Text) -> dict[str, Any]:
     return {
         "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": sum(len(text.encode()) for text in texts) / (len(ids) + len(texts)),
+        "bytes_per_token": bytes_per_token(tokenizer, list(Mixture.of(corpus).sample(META_BYTES))),
         "corpus": corpus.fingerprint,
         "tokenizer": tokenizer.fingerprint,
     }
@@ -174,11 +188,11 @@ def _tokenizer_path(section: TokenizerConfig, home: Path) -> Path:
     return path if path.suffix == ".json" else path / "tokenizer.json"
 
 
-def _parts(data: DataConfig) -> list[DataConfig]:
+def parts(data: DataConfig) -> list[DataConfig]:
     """A mixture's sources as data configs of their own; any other config is its own only part."""
     if data.kind != "mixture":
         return [data]
-    parts = []
+    found = []
     for entry in data.mixture:
         if entry.source in PRESETS:
             part = data_preset(entry.source)
@@ -186,8 +200,8 @@ def _parts(data: DataConfig) -> list[DataConfig]:
         else:
             part = DataConfig(kind="files", name=entry.name, path=entry.source)
             changes = {"val_shard": entry.val_shard}
-        parts.append(part.model_copy(update={**changes, "cache_bytes": data.cache_bytes}))
-    return parts
+        found.append(part.model_copy(update={**changes, "cache_bytes": data.cache_bytes}))
+    return found
 
 
 def _mixture(data: DataConfig, corpora: list[Corpus]) -> Mixture:
@@ -197,7 +211,7 @@ def _mixture(data: DataConfig, corpora: list[Corpus]) -> Mixture:
     return Mixture(data.name, tuple(Source(corpus, entry.weight, entry.at_end == "wrap") for entry, corpus in pairs))
 
 
-def _inputs(data: DataConfig) -> tuple[list[Input], Undecodable]:
+def inputs(data: DataConfig) -> tuple[list[Input], Undecodable]:
     """The files to prepare, and what to do with one that is not UTF-8 (the library's own tests hold some on purpose)."""
     if data.kind == "pystdlib":
         return list(_stdlib_files()), "skip"
@@ -248,7 +262,7 @@ def _hash(value: Any) -> str:
 # --- URLs ----------------------------------------------------------------------------------------
 
 
-def _is_remote(data: DataConfig) -> bool:
+def is_remote(data: DataConfig) -> bool:
     from picotrain.data.remote import is_url
 
     return data.kind == "files" and data.path is not None and is_url(data.path)
@@ -307,7 +321,8 @@ def _download(data: DataConfig, cache: Path, say: Say) -> Corpus:
     root, names = _hub_shards(data, cache)
     missing = [name for name in names if not (root / name).is_file()]
     if missing:
-        say(f"downloading {len(missing)} of {len(names)} shards of {data.repo_id} into {root}")
+        terms = f" (licence: {data.licence})" if data.licence else ""
+        say(f"downloading {len(missing)} of {len(names)} shards of {data.repo_id}{terms} into {root}")
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             try:
                 for count, (name, size) in enumerate(pool.map(lambda name: _fetch(data, cache, name), missing), 1):

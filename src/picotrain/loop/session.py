@@ -158,7 +158,8 @@ class Session:
         for text in sorted(set(chain.from_iterable(self.parallel.gather(self.loader.skipped())))):
             self.monitor.event(self.state.step, "skipped_data", text)
         loop = self.state.loop
-        loop.smoother, loop.total_training_time_s = self.monitor.smoother_state(), self.monitor.total_training_time_s
+        loop.smoother, loop.smooth_train_loss = self.monitor.smoother_state(), self.monitor.smooth_loss
+        loop.total_training_time = self.monitor.total_training_time_s
         loop.skipped, loop.recent_losses = self.monitor.skipped, self.guard.state_dict()
         if self.saver:
             try:
@@ -341,5 +342,5 @@ class Session:
         metrics_bytes = checkpoint.load(path, self.state)
         loop = self.state.loop
         self.guard.load_state_dict(loop.recent_losses)
-        self.monitor.start(self.state.step, metrics_bytes, loop.smoother, loop.total_training_time_s, loop.skipped)
+        self.monitor.start(self.state.step, metrics_bytes, loop.smoother, loop.total_training_time, loop.skipped)
         return self.state.step

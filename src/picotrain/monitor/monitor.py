@@ -86,6 +86,11 @@ class Monitor:
         """The smoothed loss, for the checkpoint; flush first."""
         return self._smoother.state_dict()
 
+    @property
+    def smooth_loss(self) -> float | None:
+        """The training loss as it was last shown, smoothed; None before the first step. Flush first."""
+        return self._smoother.value
+
     def metrics_bytes(self) -> int:
         """The length of metrics.jsonl, for the checkpoint; flush first. On disk when this returns; 0 on other ranks than the main one."""
         return self._metrics.size_bytes() if self._metrics else 0

@@ -1,6 +1,6 @@
 """What a config means: steps, batch arithmetic, memory, time and cost. Nothing is downloaded, built or launched here.
 
-`decide` replaces every `auto` once, from tables and device facts; `make` derives the numbers and finds what does not
+`resolve` replaces every `auto` once, from tables and device facts; `make` derives the numbers and finds what does not
 fit together, all of it at once. A run keeps its plan in plan.json and reads it back when it is resumed.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,13 @@ from pydantic import BaseModel, ConfigDict
 from picotrain import hardware, shape
 from picotrain.config.saved import write_whole
 from picotrain.config.schema import Config, FullAttention, OptimizerConfig, Recompute, WindowAttention
+from picotrain.data import amounts, sources
+from picotrain.data.amounts import Amount
 from picotrain.data.corpus import Corpus
 from picotrain.data.mixture import Mixture
 from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
 from picotrain.errors import ConfigError
-from picotrain.plan import fp8, pace
+from picotrain.plan import fp8, pace, repeats
 from picotrain.plan.memory import (
     MEMORY_SHARE,
     checkpoint_bytes,
@@ -35,13 +38,20 @@ from picotrain.plan.memory import (
     total_batch,
 )
 from picotrain.plan.problems import attention_problems, batch_problems, lane_problems, nearest, profiler_problems, total_problems
+from picotrain.plan.resolve import choose_data, decide, estimate_bytes_per_token, horizon_tokens, resolve
 
-AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
-REPEAT_WARNING_EPOCHS = 4.0  # repeating up to about 4 times costs little (arXiv:2305.16264)
-COMPILE_FLOPS = 3e13  # of training on a CPU from which on torch.compile is taken: about a minute, of which it wins back what it takes
-
-
-__all__ = ["Plan", "choose_data", "decide", "estimate_bytes_per_token", "halved", "lighter_settings", "make", "nearest", "predict_memory"]
+__all__ = [
+    "Plan",
+    "choose_data",
+    "decide",
+    "estimate_bytes_per_token",
+    "halved",
+    "lighter_settings",
+    "make",
+    "nearest",
+    "predict_memory",
+    "resolve",
+]
 
 
 class Plan(BaseModel):
@@ -77,6 +87,9 @@ class Plan(BaseModel):
     total_tokens: int
     horizon: str  # the config key that set num_steps
     epochs: float | None  # passes over the corpus, estimated from its bytes; None: corpus unknown
+    text_bytes: int | None = None  # of training text, of all sources; None: not known
+    text_estimate: str = ""  # what that, the epochs and a horizon in epochs were estimated from; "": the corpus is there
+    licences: dict[str, str] = {}  # of the text, by source, where the config says one
     lanes: int | None
     unit_bytes: int
     num_units: int | None  # of all sources
@@ -120,62 +133,16 @@ class Plan(BaseModel):
         write_whole(path, self.model_dump_json(indent=2) + "\n")
 
 
-def decide(config: Config) -> Config:
-    """Replace every `auto` and null that the machine decides. Only what is left open asks the machine."""
-    hw, train = config.hardware, config.train
-    machine = hardware.cpu() if hw.device == "cpu" else hardware.detect()
-    device = machine.device if hw.device == "auto" else hw.device
-    known = machine if machine.device == device else None  # planning for hardware that is not here
-    nproc = (known.count if known else 1) if hw.nproc_per_node == "auto" else hw.nproc_per_node
-    name = hw.name or (known.name if known else device)
-    fast_bf16 = known.fast_bf16 if known and not hw.name else device == "cuda"
-    use_compile = _compile_pays(config, device) if hw.compile == "auto" else hw.compile
-    return config.model_copy(
-        update={
-            "hardware": hw.model_copy(
-                update={
-                    "device": device,
-                    "nproc_per_node": nproc,
-                    "name": name,
-                    "memory_bytes": hw.memory_bytes or (known.memory_bytes if known else None),
-                    "threads": hw.threads or max(1, hardware.cores() // nproc),
-                    "compile": use_compile,
-                }
-            ),
-            "train": train.model_copy(
-                update={
-                    "seq_len": train.seq_len or shape.default_seq_len(config.model.depth),
-                    "precision": ("bf16" if fast_bf16 else "fp32") if train.precision == "auto" else train.precision,
-                }
-            ),
-        }
-    )
-
-
-def _compile_pays(config: Config, device: str) -> bool:
-    """Always on a GPU. On a CPU where there is a C++ compiler and enough to do for what it costs (docs/log.md, 2026-11-25)."""
-    if device != "cpu":
-        return device == "cuda"
-    return hardware.has_compiler() and _horizon_tokens(config, None)[0] * facts(config)[3] > COMPILE_FLOPS
-
-
-def estimate_bytes_per_token(vocab_size: int) -> float:
-    """Bytes a token stands for, before a tokenizer is there: 3.85 at 8,192 and 4.31 at 32,768, measured on Python source."""
-    return 3.85 + 0.23 * math.log2(vocab_size / 8192)
-
-
-def choose_data(config: Config, pystdlib_bytes: int) -> tuple[str, str]:
-    """What data=auto means for this horizon: (group choice, the reason in words)."""
-    tokens = _horizon_tokens(config, None)[0]
-    epochs = tokens / (pystdlib_bytes / estimate_bytes_per_token(config.tokenizer.vocab_size))
-    fact = f"the horizon of {tokens:,} tokens is {epochs:.1f} passes over the embedded standard library"
-    if epochs <= AUTO_DATA_EPOCHS:
-        return "pystdlib", f"data=auto is pystdlib: {fact} (at most {AUTO_DATA_EPOCHS:.0f})"
-    return "climbmix", f"data=auto is climbmix: {fact}, more than {AUTO_DATA_EPOCHS:.0f}"
-
-
-def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_per_token: float | None = None) -> Plan:
+def make(
+    config: Config,
+    name: str,
+    data: Corpus | Mixture | None = None,
+    bytes_per_token: float | None = None,
+    guess: Sequence[Amount] = (),
+) -> Plan:
     """Derive the plan of a decided config; what the corpus or tokenizer would tell stays an estimate without them.
+
+    guess: how much text there is, of a corpus that is not prepared yet.
 
     Raises ConfigError with every problem found: a batch that does not divide, a dp_size that does not divide the
     lanes, more lanes than units.
@@ -185,7 +152,9 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     assert train.seq_len is not None and hw.nproc_per_node != "auto", "plan.make wants a decided config"
     d, params, windows, flops = facts(config)
     per_token = bytes_per_token or estimate_bytes_per_token(config.tokenizer.vocab_size)
-    corpus_tokens = corpus.text_bytes / per_token if corpus else None
+    text = amounts.of_mixture(corpus) if corpus else guess
+    text_bytes = None if not text or None in (n := [amount.text_bytes for amount in text]) else sum(filter(None, n))
+    corpus_tokens = text_bytes / per_token if text_bytes else None
     world_size = hw.nproc_per_node * config.launch.nnodes
     problems = attention_problems(config)
 
@@ -198,7 +167,7 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     stream = _stream_facts(config, corpus, train.seq_len)
     problems += lane_problems(config, stream["lanes"], stream.pop("largest_source"), world_size)
 
-    tokens, horizon = _horizon_tokens(config, corpus_tokens)
+    tokens, horizon = horizon_tokens(config, corpus_tokens)
     num_steps = max(1, math.ceil(tokens / batch)) if batch > 0 else 1
     problems += total_problems(num_steps * batch, num_steps, horizon)
     if corpus or not train.num_train_epochs:  # else their number is not known yet
@@ -208,7 +177,6 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
 
     total_tokens = num_steps * batch
     memory = predict(config, d, params, micro_rows, data_held)
-    epochs = total_tokens / corpus_tokens if corpus_tokens else None
     plan = Plan(
         name=name,
         **_model_facts(config, d, params),
@@ -223,9 +191,12 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         num_steps=num_steps,
         total_tokens=total_tokens,
         horizon=horizon,
-        epochs=epochs,
+        epochs=repeats.epochs(text, total_tokens, per_token),
+        text_bytes=None if text_bytes is None else round(text_bytes),
+        text_estimate="; ".join(dict.fromkeys(amount.estimated for amount in text if amount.estimated)),
+        licences={part.name: part.licence for part in sources.parts(config.data) if part.licence},
         **stream,
-        sources=_source_epochs(corpus, total_tokens, per_token) if corpus else {},
+        sources=repeats.passes(text, total_tokens, per_token),
         bytes_per_token=per_token,
         eval_rows=max(train.eval_tokens // train.seq_len, 1),
         **dataclasses.asdict(_rates(config.optimizer, d.width, batch, total_tokens)),
@@ -233,8 +204,9 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         staging_bytes=staging_bytes(config, params),
         predicted_memory_bytes=memory.peak,
         predicted_memory=memory.parts(),
-        notes=_notes(config, corpus, bytes_per_token, epochs, memory.peak),
+        notes=_notes(config, corpus, bytes_per_token, memory.peak),
     )
+    plan = plan.model_copy(update={"notes": [*_estimates(config, plan, corpus), *plan.notes, *repeats.warnings(plan)]})
     return pace.timed(plan, config, plan.peak_flops)
 
 
@@ -251,14 +223,6 @@ def _stream_facts(config: Config, mixture: Mixture | None, seq_len: int) -> dict
     largest = max(units, default=None)
     lanes = config.data.lanes or (default_lanes(largest) if largest else None)
     return {"lanes": lanes, "unit_bytes": unit_bytes, "num_units": sum(units) or None, "largest_source": largest}
-
-
-def _source_epochs(mixture: Mixture, total_tokens: int, per_token: float) -> dict[str, float]:
-    """Passes over each source of a mixture, were all of the same bytes per token and none to leave; {} for a single corpus."""
-    if len(mixture.sources) == 1:
-        return {}
-    pairs = zip(mixture.corpora, mixture.shares, strict=True)
-    return {corpus.name: total_tokens * share / (corpus.text_bytes / per_token) for corpus, share in pairs}
 
 
 def _model_facts(config: Config, d: shape.Dims, params: shape.Parameters) -> dict[str, Any]:
@@ -306,29 +270,21 @@ def _peak(config: Config) -> float | None:
     return hw.peak_flops or (hardware.peak_flops(hw.name or "") if hw.device == "cuda" else None)
 
 
-def _horizon_tokens(config: Config, corpus_tokens: float | None) -> tuple[int, str]:
-    """Training tokens and the key that set them. Epochs of an unknown corpus count as if it had no end: 0 tokens."""
-    _, params, _, flops = facts(config)
-    train = config.train
-    batch = total_batch(config, params)
-    if train.max_steps:
-        return train.max_steps * batch, "train.max_steps"
-    if train.num_train_epochs:
-        return round(train.num_train_epochs * (corpus_tokens or 0)), "train.num_train_epochs"
-    if train.target_tokens:
-        return train.target_tokens, "train.target_tokens"
-    if train.target_flops:
-        return int(train.target_flops / flops), "train.target_flops"
-    ratio = train.target_param_data_ratio or shape.DEFAULT_RATIO
-    return round(ratio * params.scaling), "train.target_param_data_ratio"
+def _estimates(config: Config, plan: Plan, corpus: Mixture | None) -> list[str]:
+    """What is not known before the corpus is there, and what is told of it all the same."""
+    if corpus:
+        return []
+    by_epochs = bool(config.train.num_train_epochs)
+    if plan.epochs is None:
+        notes = [f"the corpus {config.data.name} is not prepared yet: units, lanes and epochs are not known"]
+        return notes + ["num_train_epochs needs the corpus: the number of steps is not known yet and shown as 1"] * by_epochs
+    estimated = "epochs and the number of steps are estimates" if by_epochs else "epochs are an estimate"
+    source = f", from {plan.text_estimate}" if plan.text_estimate else ""
+    return [f"the corpus {config.data.name} is not prepared yet: units and lanes are not known, {estimated}{source}"]
 
 
-def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None, epochs: float | None, memory: int) -> list[str]:
+def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None, memory: int) -> list[str]:
     notes = []
-    if corpus is None:
-        notes.append(f"the corpus {config.data.name} is not prepared yet: units, lanes and epochs are not known")
-        if config.train.num_train_epochs:
-            notes.append("num_train_epochs needs the corpus: the number of steps is not known yet and shown as 1")
     for source in corpus.corpora if corpus else ():
         working_set = 2 * WINDOW_SHARDS * sum(shard.bytes for shard in source.shards) // max(1, len(source.shards))
         if (
@@ -343,11 +299,8 @@ def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None
     if config.train.core_metric_every > 0 and config.evaluation.core.bundle is None:
         notes.append("CORE will not be evaluated: evaluation.core.bundle names no bundle")
     if bytes_per_token is None:
-        notes.append("no tokenizer is trained yet: bytes per token is an estimate from the vocabulary size")
-    if epochs and epochs > REPEAT_WARNING_EPOCHS:
-        notes.append(
-            f"warning: {epochs:.1f} passes over the corpus; beyond {REPEAT_WARNING_EPOCHS:.0f} repeated data teaches less and less"
-        )
+        what = "there is no text yet to measure the tokenizer on" if config.tokenizer.path else "no tokenizer is trained yet"
+        notes.append(f"{what}: bytes per token is an estimate from the vocabulary size")
     notes += fp8.notes(config)
     room = config.hardware.memory_bytes
     if room and memory > room * MEMORY_SHARE:
