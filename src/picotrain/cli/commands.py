@@ -18,6 +18,7 @@ from picotrain.data import sources
 from picotrain.data.remote import is_url
 
 if TYPE_CHECKING:
+    from picotrain.cli.estimate import Command
     from picotrain.model import GPT
 
 
@@ -34,7 +35,9 @@ def resolved(overrides: Sequence[str], config_file: Path | None, config_dir: Pat
 
 def train(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> int:
     """Open the run directory under its lock and launch the workers; the exit code."""
-    return _start(resolved(overrides, config_file, config_dir), overrides)
+    from picotrain.cli.estimate import Command
+
+    return _start(resolved(overrides, config_file, config_dir), overrides, Command(overrides, config_file, config_dir))
 
 
 def resume(place: str, overrides: Sequence[str]) -> int:
@@ -59,7 +62,8 @@ def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
     return folder, ["run.cache_dir=null", *rest]
 
 
-def _start(config: Config, overrides: Sequence[str]) -> int:
+def _start(config: Config, overrides: Sequence[str], command: Command | None = None) -> int:
+    from picotrain.cli.estimate import announce, say_time
     from picotrain.launch import RunLock, launch
     from picotrain.worker import run as in_process
 
@@ -70,10 +74,13 @@ def _start(config: Config, overrides: Sequence[str]) -> int:
     if config.launch.node_rank > 0:  # node 0 prepares the shared run directory and holds its lock
         return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
     with RunLock(run_dir):
+        told = announce(config, command)
         plan = runs.open_run(config, overrides, say)
         if plan is None:
             say(f"{run_dir} is finished: `picotrain report` shows it, a larger horizon goes on, another run.name trains anew")
             return 0
+        if not told:
+            say_time(plan, config, command)
         for note in plan.notes:
             say(note)
         return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
@@ -81,8 +88,11 @@ def _start(config: Config, overrides: Sequence[str]) -> int:
 
 def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None, as_json: bool) -> None:
     """Print the plan as far as it is known without preparing anything."""
+    from picotrain.cli import estimate
+
     config = resolved(overrides, config_file, config_dir)
     cache = runs.cache_dir(config)
+    estimate.calibrate(config)
     corpus = sources.known_mixture(config.data, cache)
     measured = sources.known_tokenizer(config.tokenizer, corpus, cache) if corpus else None
     plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"] if measured else None)
@@ -90,9 +100,9 @@ def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Pa
         print(plan.model_dump_json(indent=2))
         return
     from picotrain.cli.show import plan_table
-    from picotrain.plan import pace
+    from picotrain.plan import ceilings, pace
 
-    plan_table(plan, pace.hint(plan, config))
+    plan_table(plan, pace.hint(plan, config), ceilings.is_here(config))
 
 
 def show_config(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> None:

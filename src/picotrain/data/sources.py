@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,7 @@ def known(data: DataConfig, cache: Path) -> Corpus | None:
     return scan(folder, data.name, data.val_shard) if (folder / ORIGIN).is_file() else None
 
 
+@lru_cache(maxsize=1)
 def pystdlib_text_bytes() -> int:
     """About how much text data=pystdlib has, from file sizes alone."""
     return sum(file.path.stat().st_size for file in _stdlib_files())
