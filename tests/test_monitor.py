@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import io
+import itertools
 import math
 import re
 import subprocess
@@ -510,7 +511,7 @@ def test_a_log_says_something_every_half_minute_however_rare_its_lines_are(make:
         clock.now_s += 7
         step(monitor, s, started_s=clock.now_s - 7)
     shown = [int(line.split("/")[0]) for line in stream.getvalue().splitlines() if "tok/s" in line]
-    assert shown[:3] == [1, 2, 3] and {later - before for before, later in zip(shown[2:], shown[3:], strict=False)} == {5}
+    assert shown[:3] == [1, 2, 3] and {later - before for before, later in itertools.pairwise(shown[2:])} == {5}
     progress = monitor.progress("bits per byte")
     for batch in range(10):
         clock.now_s += 10
@@ -533,7 +534,9 @@ class Work:
     def load(self, monkeypatch: pytest.MonkeyPatch, load: float) -> None:
         monkeypatch.setattr(slow.hardware, "load", lambda: load)
 
-    def step(self, dt_s: float, count: int = 1, cores: float = 1.9, wait_s: float = 0.0, faults: int = 0, saving: bool = False) -> list[str]:
+    def step(
+        self, dt_s: float, count: int = 1, cores: float = 1.9, wait_s: float = 0.0, faults: int = 0, saving: bool = False
+    ) -> list[str]:
         said = []
         for _ in range(count):
             self.used = slow._Used(self.used.wall_s + dt_s, self.used.cpu_s + cores * dt_s, self.used.faults + faults)

@@ -44,5 +44,14 @@ def test_what_an_encoding_lacks_becomes_a_question_mark_of_the_same_length() -> 
 
 
 def test_long_times_read_as_one_says_them() -> None:
-    told = {0.2: "1 s", 40: "40 s", 310: "5 min", 5400: "90 min", 22100: "6 h 10 min", 7200: "2 h", 3600 * 40.2: "40 h", 86400 * 5: "5 days"}
+    told = {
+        0.2: "1 s",
+        40: "40 s",
+        310: "5 min",
+        5400: "90 min",
+        22100: "6 h 10 min",
+        7200: "2 h",
+        3600 * 40.2: "40 h",
+        86400 * 5: "5 days",
+    }
     assert {seconds: duration(seconds) for seconds in told} == told
