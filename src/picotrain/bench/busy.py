@@ -12,6 +12,7 @@ The busy processes end with the measurement, however that ends.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from picotrain.bench import processes
 MODES = {"chosen": str(hardware.SPINS), "active": "300000", "passive": "0"}  # of GOMP_SPINCOUNT, which wins over OMP_WAIT_POLICY
 WORK = ("training", "validating", "sampling")
 # Ends by itself when whoever started it is gone.
-BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(100_000): pass"
+BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]):\n    for _ in range(100_000): pass"
 SETTLE_S = 0.5
 
 
@@ -73,7 +74,7 @@ def busy(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     started: list[subprocess.Popen[bytes]] = []
     try:
         for _ in range(count):
-            started.append(subprocess.Popen([sys.executable, "-c", BUSY]))
+            started.append(subprocess.Popen([sys.executable, "-c", BUSY, str(os.getpid())]))
         time.sleep(SETTLE_S)
         yield started
     finally:
