@@ -22,7 +22,7 @@ from test_bundle import write_bundle
 
 from picotrain import bench, hardware, shape
 from picotrain import plan as planning
-from picotrain.bench import core, corpus, environment, peers, processes, sampling, sets, step, table, time_to_bpb
+from picotrain.bench import busy, core, corpus, environment, peers, processes, sampling, sets, step, table, time_to_bpb
 from picotrain.bench.sets import Task
 from picotrain.cli import bench as command_module
 from picotrain.cli import main
@@ -223,6 +223,47 @@ def test_a_variant_that_is_no_config_is_one_message_and_exit_code_2(command):
     assert found.code == 2 and "model.smeer" in found.err and "model.smear" in found.err
 
 
+def test_busy_compares_the_ways_to_wait_beside_processes_that_end_with_it(monkeypatch: pytest.MonkeyPatch):
+    rates, beside = {str(hardware.SPINS): 90, "300000": 20, "0": 100}, []
+
+    def measured(name: str, arguments: Sequence[str], variables: dict[str, str]) -> list[dict[str, Any]]:
+        beside.append([process.poll() for process in started])
+        return [dict.fromkeys(busy.WORK, rates[variables["GOMP_SPINCOUNT"]])]
+
+    started: list[Any] = []
+    original = busy.subprocess.Popen
+    monkeypatch.setattr(busy.subprocess, "Popen", lambda *words: started.append(original(*words)) or started[-1])
+    monkeypatch.setattr(busy.processes, "lines", measured)
+    (line,) = measure("busy", "--loads", "2", "--repeats", "1")
+    assert line["training"] == {"chosen": 90, "active": 20, "passive": 100} and line["of_better"]["sampling"] == 0.9
+    assert beside == [[None, None]] * 3 and len(started) == 2
+    monkeypatch.setattr(busy.processes, "lines", lambda *anything: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        measure("busy", "--loads", "1", "--repeats", "1")
+    assert len(started) == 3 and all(process.poll() is not None for process in started)
+
+
+def test_busy_measures_all_three_kinds_of_work():
+    (line,) = measure("busy", "--here", "--seconds", "0")
+    assert all(line[work] > 0 for work in busy.WORK)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there; one that has ended and that nobody waits for (PID 1 of a container may not) is not."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
+
+
+def test_a_busy_process_ends_when_whoever_started_it_is_gone():
+    popen = f"subprocess.Popen([sys.executable, '-c', {busy.BUSY!r}, str(os.getpid())], stdout=subprocess.DEVNULL)"
+    code = f"import os, subprocess, sys; print({popen}.pid)"
+    pid = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
+    deadline = time.monotonic() + 20
+    while lives(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not lives(pid)
+
+
 def test_startup_times_the_help_of_the_command():
     (line,) = measure("startup", "--modes", "help", "--repeats", "1")
     assert line["mode"] == "help" and line["command_s"] > 0
@@ -375,7 +416,7 @@ def test_the_options_of_every_set_are_those_of_their_benchmarks(machine: Machine
     quick, full = sets.quick_set(machine), sets.full_set(machine)
     for task in [*quick, *full]:
         bench.parser(task.name).parse_args(task.arguments)
-    assert {task.name for task in quick} <= {task.name for task in full} == {*bench.NAMES} - {"core", "peers"}
+    assert {task.name for task in quick} <= {task.name for task in full} == {*bench.NAMES} - {"core", "peers", "busy"}
 
 
 def test_a_gpu_measures_compiled_bf16_at_2048_tokens():

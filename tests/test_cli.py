@@ -17,6 +17,7 @@ import pytest
 from conftest import lines
 from conftest import picotrain as in_a_process
 
+from picotrain import hardware
 from picotrain.cli import main
 from picotrain.tokenizer import train_tokenizer
 
@@ -224,8 +225,14 @@ def test_report_can_be_written_again(command, trained: Path):
 def test_doctor_runs_two_steps_and_says_what_is_fine(command, tiny, tmp_path: Path):
     result = command("doctor", *tiny(tmp_path / "run"))
     assert result.code == 0, result.out
-    assert "two steps" in result.out and "FAIL" not in result.out
+    assert "two steps" in result.out and "FAIL" not in result.out and hardware.waiting() in result.out
     assert not (tmp_path / "run").exists()
+
+
+def test_doctor_says_when_others_compute(command, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for load, said in ((0.1, False), (50.0 * hardware.cores(), True)):
+        monkeypatch.setattr(hardware, "load", lambda load=load: load)
+        assert ("other processes compute" in command("doctor", *tiny(tmp_path / "run")).out) == said, load
 
 
 def test_doctor_names_what_to_fix_and_ends_with_2(command, tiny, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import io
+import itertools
 import math
 import re
 import subprocess
@@ -20,7 +21,7 @@ from picotrain.config.schema import Config
 from picotrain.config.validate import with_values
 from picotrain.errors import ConfigError, Diverged
 from picotrain.metrics import read_metrics
-from picotrain.monitor import TRACKERS, Console, Monitor, Pace, Smoother, build_trackers, mfu
+from picotrain.monitor import TRACKERS, Console, Monitor, Pace, Smoother, build_trackers, mfu, slow
 from picotrain.monitor.console import fit, train_fields
 
 PLAN = {
@@ -299,7 +300,7 @@ def test_a_pipe_gets_plain_flushed_lines_with_every_field(make: Callable[..., Mo
     text = stream.getvalue()
     assert "\x1b" not in text and "━" not in text and "bits per byte" not in text
     train = [line for line in text.splitlines() if "tok/s" in line]
-    assert [line.split("/")[0].strip() for line in train] == ["1", "10", "20", "30", "40", "50", "60", "70", "80", "90", "100"]
+    assert [line.split("/")[0].strip() for line in train] == [*"123", "10", "20", "30", "40", "50", "60", "70", "80", "90", "100"]
     assert train[0] == "  1/100  1%  loss 3.0000  lr 0.500  dt 250ms  1,024 tok/s  mfu 51.2%  ep 0.13  rank 0  pq  3 rg 12   0:00  eta ?"
 
 
@@ -497,3 +498,91 @@ def test_updates_that_are_left_out_are_counted_and_too_many_in_a_row_end_the_run
     monitor.close()
     assert [line["skipped"] for line in lines(tmp_path, "train")] == [1, 2, 2, 3, 4, 5]
     assert [line["name"] for line in lines(tmp_path, "event")][1:] == ["skipped_step"] * 5 + ["diverged"]
+
+
+# -- slow steps and silence
+
+
+def test_a_log_says_something_every_half_minute_however_rare_its_lines_are(make: Callable[..., Monitor]) -> None:
+    stream, clock = io.StringIO(), Clock()
+    monitor = make(stream=stream, now_s=clock, logger={"log_every": 1000})
+    monitor.start(0)
+    for s in range(60):
+        clock.now_s += 7
+        step(monitor, s, started_s=clock.now_s - 7)
+    shown = [int(line.split("/")[0]) for line in stream.getvalue().splitlines() if "tok/s" in line]
+    assert shown[:3] == [1, 2, 3] and {later - before for before, later in itertools.pairwise(shown[2:])} == {5}
+    progress = monitor.progress("bits per byte")
+    for batch in range(10):
+        clock.now_s += 10
+        progress(batch + 1, 10)
+    told = [line for line in stream.getvalue().splitlines() if line.startswith("bits per byte")]
+    monitor.close()
+    assert 2 <= len(told) <= 4
+
+
+class Work:
+    """Steps of a process whose CPU time, page faults and load are given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, on_cpu: bool = True):
+        self.used = slow._Used(0.0, 0.0, 0)
+        monkeypatch.setattr(slow._Used, "now", lambda: self.used)
+        monkeypatch.setattr(slow.hardware, "cores", lambda: 2)
+        self.load(monkeypatch, 2.0)
+        self.steps = slow.SlowSteps(on_cpu)
+
+    def load(self, monkeypatch: pytest.MonkeyPatch, load: float) -> None:
+        monkeypatch.setattr(slow.hardware, "load", lambda: load)
+
+    def step(
+        self, dt_s: float, count: int = 1, cores: float = 1.9, wait_s: float = 0.0, faults: int = 0, saving: bool = False
+    ) -> list[str]:
+        said = []
+        for _ in range(count):
+            self.used = slow._Used(self.used.wall_s + dt_s, self.used.cpu_s + cores * dt_s, self.used.faults + faults)
+            said.append(self.steps.update(dt_s, wait_s, saving))
+        return [text for text in said if text]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"cores": 0.9}, "other processes take the cores (load 2.0 on 2 cores)"),
+        ({"wait_s": 3.0}, "text comes too slowly"),
+        ({"saving": True}, "checkpoint"),
+        ({"faults": 5000}, "memory is short"),
+        ({}, "the cores are slower"),
+    ],
+)
+def test_a_step_of_three_times_the_usual_is_said_once_with_the_likely_reason(
+    values: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = Work(monkeypatch)
+    assert work.step(1.0, 40) == work.step(2.9) == []
+    (said,) = work.step(4.0, 30, **values)
+    assert reason in said and "4.00s instead of 1.00s" in said
+    assert work.step(1.0, 200) == work.step(4.0, 30, **values) == []  # too soon again
+    assert work.step(1.0, 299) == work.step(1.0, 2) == []
+    assert len(work.step(4.0, 30, **values)) == 1
+
+
+def test_short_steps_are_worth_a_word_when_many_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work(monkeypatch)
+    assert work.step(0.05, 100) == work.step(0.3) == work.step(0.05, 20) == []
+    work.load(monkeypatch, 9.0)
+    assert ["other processes" in text for text in work.step(0.3, 100)] == [True]
+    assert "nvidia-smi" in (lambda gpu: gpu.step(1.0, 10) + gpu.step(9.0))(Work(monkeypatch, on_cpu=False))[0]
+
+
+def test_slow_steps_are_an_event_and_a_line(make: Callable[..., Monitor], tmp_path: Path) -> None:
+    stream, clock = io.StringIO(), Clock()
+    monitor = make(stream=stream, now_s=clock, plan={"device": "cpu"})
+    monitor.start(0)
+    for s in range(20):
+        took_s = 10.0 if s >= 15 else 1.0
+        clock.now_s += took_s
+        step(monitor, s, started_s=clock.now_s - took_s, data_wait_ms=8000.0 if s >= 15 else 1.0)
+    monitor.close()
+    (event,) = (line for line in lines(tmp_path, "event") if line["name"] == "slow_steps")
+    assert event["step"] == 15 and event["message"] in stream.getvalue()
+    assert [line["step"] for line in lines(tmp_path, "train")] == list(range(20))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from picotrain.text import brief, clock, encodable, flops, printable, short, size
+from picotrain.text import brief, clock, duration, encodable, flops, printable, short, size
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,17 @@ def test_a_terminal_escape_becomes_visible_and_layout_stays() -> None:
 def test_what_an_encoding_lacks_becomes_a_question_mark_of_the_same_length() -> None:
     assert encodable("naïve 日本", "ascii") == "na?ve ??"
     assert encodable("naïve 日本", "utf-8") == encodable("naïve 日本", None) == "naïve 日本"
+
+
+def test_long_times_read_as_one_says_them() -> None:
+    told = {
+        0.2: "1 s",
+        40: "40 s",
+        310: "5 min",
+        5400: "90 min",
+        22100: "6 h 10 min",
+        7200: "2 h",
+        3600 * 40.2: "40 h",
+        86400 * 5: "5 days",
+    }
+    assert {seconds: duration(seconds) for seconds in told} == told

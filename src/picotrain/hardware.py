@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -141,6 +142,44 @@ def cpu_identity() -> str:
 def cores() -> int:
     """CPU cores this process may use (affinity masks of containers and schedulers included)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# How OpenMP threads wait. libgomp, which torch's Linux builds bring, lets a thread that has nothing to do spin 300,000 times before it
+# sleeps: the fastest while every thread has a core, and a tenth of that speed where another process wants one. 500 reaches 0.8 of the
+# better of spinning and sleeping under any load (docs/performance.md).
+SPINS = 500
+WAITING_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # the first wins over the second
+
+
+def wait_briefly() -> None:
+    """Let OpenMP threads of this process, and of those it starts, spin only briefly while they wait. A user's own setting wins.
+
+    To be called before torch is imported, since libgomp reads the environment when it is loaded; afterwards it does nothing.
+    libomp (macOS) has another variable, was not measured, and is left alone.
+    """
+    if sys.platform == "linux" and "torch" not in sys.modules and not any(name in os.environ for name in WAITING_VARIABLES):
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def waiting() -> str | None:
+    """How OpenMP threads were asked to wait, e.g. GOMP_SPINCOUNT=500; None: as the library does by itself."""
+    return next((f"{name}={os.environ[name]}" for name in WAITING_VARIABLES if name in os.environ), None)
+
+
+def load() -> float | None:
+    """Processes that computed or wanted a core, averaged over the last minute, of the whole machine; None: the system does not say."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def others_compute(threads: int = 0) -> str:
+    """The load in words if it leaves fewer cores than `threads` want (0: all), "" if not. Ask before this process computes."""
+    found, there = load(), os.cpu_count() or 1
+    if found is None or found <= max(0.5, 0.1 * there) + max(0, there - (threads or there)):
+        return ""
+    return f"load {found:.1f} on {there} cores"
 
 
 def has_compiler() -> bool:

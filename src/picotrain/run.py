@@ -361,7 +361,12 @@ def environment(config: Config) -> dict[str, Any]:
         "platform": platform.platform(),
         "picotrain": __version__,
         "packages": {name: _version(name) for name in PACKAGES},
-        "hardware": {"name": config.hardware.name, "device": config.hardware.device, "threads": config.hardware.threads},
+        "hardware": {
+            "name": config.hardware.name,
+            "device": config.hardware.device,
+            "threads": config.hardware.threads,
+            "waiting": hardware.waiting(),
+        },
     }
 
 

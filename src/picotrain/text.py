@@ -44,6 +44,18 @@ def clock(seconds: float) -> str:
     return f"{h}:{m:02d}:{s:02d}" if h else f"{m}:{s:02d}"
 
 
+def duration(seconds: float) -> str:
+    """A long time as one says it, to two digits or so: 40 s, 12 min, 6 h 10 min, 40 h, 5 days."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 100 * 60:
+        return f"{round(seconds / 60)} min"
+    hours, minutes = divmod(round(seconds / 600) * 10, 60)
+    if hours < 10:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{round(seconds / 3600)} h" if seconds < 72 * 3600 else f"{round(seconds / 86400):,} days"
+
+
 def brief(seconds: float) -> str:
     """A short duration in at most five characters: 312ms, 1.23s, 12.3s, 123s."""
     return f"{seconds * 1000:.0f}ms" if seconds < 0.9995 else f"{_three(seconds)}s"

@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m picotrain.worker RUN", file=sys.stderr)
         return PicotrainError.exit_code
+    hardware.wait_briefly()  # torchrun may have started us
     run_dir = Path(arguments[0])
 
     def work() -> int:

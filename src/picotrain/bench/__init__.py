@@ -19,9 +19,24 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
+from picotrain import hardware
 from picotrain.errors import PicotrainError
 
-NAMES = ("matmul", "step", "memory", "loader", "checkpoint", "sampling", "startup", "time_to_bpb", "corpus", "core", "peers", "variants")
+NAMES = (
+    "matmul",
+    "step",
+    "memory",
+    "loader",
+    "checkpoint",
+    "sampling",
+    "startup",
+    "time_to_bpb",
+    "corpus",
+    "core",
+    "peers",
+    "variants",
+    "busy",
+)
 
 
 class Benchmark(Protocol):
@@ -55,6 +70,7 @@ def parser(name: str, prog: str | None = None) -> argparse.ArgumentParser:
 
 def script(name: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a benchmark in this process and print a JSON line per setting; the exit code. arguments: None for those of the command line."""
+    hardware.wait_briefly()
     end_on_sigterm()
     options = parser(name, prog).parse_args(arguments)
     try:

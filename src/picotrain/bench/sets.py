@@ -19,12 +19,12 @@ GPU_STEP = ["--device", "cuda", "--seq-len", "2048", "--vocab", "32768", "--batc
 
 
 def tasks(names: list[str], full: bool, machine: Machine) -> list[Task]:
-    """The set, or what it has of these names; a name that only the full set has, from there. core and peers, which need what is the
-    user's to bring, when named."""
+    """The set, or what it has of these names; a name that only the full set has, from there. When named: core and peers, which need
+    what is the user's to bring, and busy, which wants a quiet machine to make it busy."""
     chosen = full_set(machine) if full else quick_set(machine)
     if not names:
         return chosen
-    everything = [*full_set(machine), Task("core", ["--device", machine.device]), Task("peers", [])]
+    everything = [*full_set(machine), Task("core", ["--device", machine.device]), Task("peers", []), Task("busy", [])]
     return [task for name in names for task in [t for t in chosen if t.name == name] or [t for t in everything if t.name == name]]
 
 

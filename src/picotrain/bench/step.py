@@ -118,14 +118,14 @@ class Training:
     """A model and its optimizer as a run has them, on one batch of random ids that is already on the device."""
 
     def __init__(self, plan: planning.Plan, config: Config, grad_accum: int):
-        self._model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to(plan.device)
+        self.model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to(plan.device)
         hw = config.hardware
-        full, windowed = self._model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())
+        full, windowed = self.model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())
         self.kernels = Names(full.kernel.name, windowed.kernel.name)
-        self._model.init_weights(0)
+        self.model.init_weights(0)
         if plan.compile:
-            self._model.compile_blocks()
-        self._optimizer = optim.build(config.optimizer, self._model, plan.rates)
+            self.model.compile_blocks()
+        self._optimizer = optim.build(config.optimizer, self.model, plan.rates)
         self._ids = torch.randint(plan.vocab_size, (plan.device_batch_size, plan.seq_len), device=plan.device)
         self._grad_accum = grad_accum
 
@@ -133,7 +133,7 @@ class Training:
         """Marks: at its start, after each forward and each backward, after the optimizer."""
         marks = [clock.mark()]
         for _ in range(self._grad_accum):
-            loss = self._model(self._ids, self._ids) / self._grad_accum
+            loss = self.model(self._ids, self._ids) / self._grad_accum
             marks.append(clock.mark())
             loss.backward()
             marks.append(clock.mark())

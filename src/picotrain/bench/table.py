@@ -144,6 +144,19 @@ def _variants(line: Line) -> Found:
     return [(line["variant"], f"{line['times']:.2f}", "times", f"half of {line['rounds']} rounds within {low:.2f} and {high:.2f}")]
 
 
+def _busy(line: Line) -> Found:
+    if "load" not in line:  # of one process
+        return [(work, short(line[work]), "tokens/s", line["waiting"] or "") for work in ("training", "validating", "sampling")]
+    found = []
+    for work in ("training", "validating", "sampling"):
+        mode, rate = next(iter(line[work].items()))
+        others = [f"{other} {short(value)}" for other, value in line[work].items() if other != mode]
+        share = [f"{line['of_better'][work]:.2f} of the better"] if work in line["of_better"] else []
+        setting = f"{work}, {line['load']} busy processes on {line['cores']} cores, {mode}"
+        found.append((setting, short(rate), "tokens/s", ", ".join([*others, *share])))
+    return found
+
+
 _ROWS: dict[str, Callable[[Line], Found]] = {
     "matmul": _matmul,
     "step": _step,
@@ -159,4 +172,5 @@ _ROWS: dict[str, Callable[[Line], Found]] = {
     "core": _core,
     "peers": _peers,
     "variants": _variants,
+    "busy": _busy,
 }

@@ -19,10 +19,12 @@ class Clock:
     """Points in a device's time. On CUDA an event in its stream, so that taking one does not make the host wait."""
 
     def __init__(self, device: str):
-        self._cuda = device == "cuda"
+        self._cuda, self._mps = device == "cuda", device == "mps"
 
     def mark(self) -> Any:
         """Now: when all that was asked of the device so far is done."""
+        if self._mps:
+            torch.mps.synchronize()
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

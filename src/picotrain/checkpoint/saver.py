@@ -64,6 +64,11 @@ class Saver:
         minutes = self._section.rolling_minutes
         return minutes is not None and time.monotonic() - self._begun_s >= 60 * minutes
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
     def put_off(self) -> None:
         """Count a save that could not begin as begun: the next rolling one is due after its minutes, not at every step."""
         self._begun_s = time.monotonic()

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from picotrain import hardware
 from picotrain.errors import PicotrainError, Problem
 
 app = typer.Typer(
@@ -189,8 +190,8 @@ def bench_(
     Examples: `picotrain bench`, `picotrain bench --full --out results.json`,
     `picotrain bench step --depth 4 6 --compile`, `picotrain bench loader --path corpora/mine`.
 
-    Benchmarks: matmul, step, memory, loader, checkpoint, sampling, startup, time_to_bpb, corpus, core, peers, variants; those named run
-    as in the set, with the options that follow a single name (`picotrain bench step --help` lists them). It needs no network.
+    Benchmarks: matmul, step, memory, loader, checkpoint, sampling, startup, time_to_bpb, corpus, core, peers, variants, busy; those
+    named run as in the set, with the options that follow a single name (`picotrain bench step --help` lists them). It needs no network.
     """
     if names and names[0] in ("--help", "-h"):  # after a name it asks for the options of that one
         print(ctx.get_help())
@@ -334,6 +335,7 @@ def complete_(words: Annotated[list[str] | None, typer.Argument()] = None) -> No
 
 def main() -> None:
     """Entry point. A user's mistake ends in one message and its exit code; a bug keeps its traceback."""
+    hardware.wait_briefly()
     try:
         app()
     except PicotrainError as error:

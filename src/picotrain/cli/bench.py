@@ -50,6 +50,7 @@ def bench(given: Sequence[str], full: bool, device: str, as_json: bool, out: Pat
     if full and not names:
         say("left out: core, which needs files of yours (picotrain bench core --bundle FOLDER --corpus FOLDER)")
         say("left out: peers, which needs the package transformers (picotrain bench peers)")
+        say("left out: busy, which fills the cores with processes of its own (picotrain bench busy)")
     benchmarks.end_on_sigterm()
     codes = []
     try:

@@ -16,6 +16,7 @@ from picotrain.data import sources
 from picotrain.data.remote import is_url
 
 if TYPE_CHECKING:
+    from picotrain.cli.estimate import Command
     from picotrain.model import GPT
 
 
@@ -26,7 +27,9 @@ def resolved(overrides: Sequence[str], config_file: Path | None, config_dir: Pat
 
 def train(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> int:
     """Open the run directory under its lock and launch the workers; the exit code."""
-    return _start(resolved(overrides, config_file, config_dir), overrides)
+    from picotrain.cli.estimate import Command
+
+    return _start(resolved(overrides, config_file, config_dir), overrides, Command(overrides, config_file, config_dir))
 
 
 def resume(place: str, overrides: Sequence[str]) -> int:
@@ -51,7 +54,8 @@ def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
     return folder, ["run.cache_dir=null", *rest]
 
 
-def _start(config: Config, overrides: Sequence[str]) -> int:
+def _start(config: Config, overrides: Sequence[str], command: Command | None = None) -> int:
+    from picotrain.cli.estimate import announce, say_time
     from picotrain.launch import RunLock, launch
     from picotrain.worker import run as in_process
 
@@ -59,24 +63,30 @@ def _start(config: Config, overrides: Sequence[str]) -> int:
     if config.launch.node_rank > 0:  # node 0 prepares the shared run directory and holds its lock
         return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
     with RunLock(run_dir):
+        told = announce(config, command)
         plan = runs.open_run(config, overrides, say)
         if plan is None:
             say(f"{run_dir} is finished: `picotrain report` shows it, a larger horizon goes on, another run.name trains anew")
             return 0
+        if not told:
+            say_time(plan, config, command)
         return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
 
 
 def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None, as_json: bool) -> None:
     """Print the plan as far as it is known without preparing anything."""
+    from picotrain.cli import estimate
+
     config = resolved(overrides, config_file, config_dir)
+    estimate.calibrate(config)
     plan = runs.preview(config)
     if as_json:
         print(plan.model_dump_json(indent=2))
         return
     from picotrain.cli.show import plan_table
-    from picotrain.plan import pace
+    from picotrain.plan import ceilings, pace
 
-    plan_table(plan, pace.hint(plan, config))
+    plan_table(plan, pace.hint(plan, config), ceilings.is_here(config))
 
 
 def show_config(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from rich.console import Console
 
+from picotrain import hardware
 from picotrain import plan as planning
 from picotrain import run as runs
 from picotrain.cli.commands import resolved
@@ -51,6 +52,7 @@ def run(overrides: Sequence[str], config_file: Path | None, config_dir: Path | N
         return _check_run(Path(overrides[0]))
     checks = _Checks()
     config = resolved(overrides, config_file, config_dir)
+    _say_load(config, checks.console)  # before this process computes
     checks.check("device", lambda: _device(config))
     checks.check(
         "precision", lambda: (f"{config.train.precision}, blocks {'compiled' if config.hardware.compile else 'not compiled'}", None)
@@ -74,7 +76,16 @@ def _device(config: Config) -> tuple[str, None]:
     runs.check_machine(config)
     hw = config.hardware
     memory = f", {size(hw.memory_bytes)}" if hw.memory_bytes else ""
-    return f"{hw.nproc_per_node} x {hw.name} ({hw.device}){memory}, {hw.threads} threads a process", None
+    waiting = f", waiting by {waits}" if (waits := hardware.waiting()) else ""
+    return f"{hw.nproc_per_node} x {hw.name} ({hw.device}){memory}, {hw.threads} threads a process{waiting}", None
+
+
+def _say_load(config: Config, out: Console) -> None:
+    """Whether other processes want the cores that a run would have."""
+    ranks = int(config.hardware.nproc_per_node)
+    if others := hardware.others_compute(ranks * (config.hardware.threads or 1) if config.hardware.device == "cpu" else ranks):
+        text = f"other processes compute ({others}): steps take longer while they do, and so do those below"
+        out.print(f"note  {text}", style="yellow", markup=False)
 
 
 def _plan(config: Config) -> tuple[str, planning.Plan]:

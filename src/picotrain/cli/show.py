@@ -6,11 +6,12 @@ from rich.console import Console
 from rich.table import Table
 
 from picotrain import hardware
+from picotrain.cli.estimate import told_by
 from picotrain.config import Config
 from picotrain.data.corpus import Corpus
 from picotrain.data.units import default_unit_bytes, units
 from picotrain.plan import Plan
-from picotrain.text import brief, short, size
+from picotrain.text import brief, duration, short, size
 
 UNKNOWN = "not known yet"
 RECOMPUTED = {
@@ -34,8 +35,9 @@ def _grid(title: str) -> Table:
     return table
 
 
-def plan_table(plan: Plan, measure: str = "") -> None:
-    """The plan, one fact a line. measure: the command that measures its step, shown where the time is unknown."""
+def plan_table(plan: Plan, measure: str = "", here: bool = True) -> None:
+    """The plan, one fact a line. measure: the command that measures its step, shown where the time is unknown or assumed; here: whether
+    the plan is for this machine."""
     p = plan.parameters
     kv = "" if plan.n_kv_heads == plan.n_heads else f", {plan.n_kv_heads} key-value heads"
     batch = f"{plan.device_batch_size} rows x {plan.seq_len} tokens x {plan.dp_size} ranks x {plan.grad_accum_steps} accumulation steps"
@@ -44,8 +46,8 @@ def plan_table(plan: Plan, measure: str = "") -> None:
     about = "about " if guessed and plan.horizon == "train.num_train_epochs" else ""
     text = f" over {size(plan.text_bytes)} of text" if plan.text_bytes else ""
     epochs = UNKNOWN if plan.epochs is None else f"{plan.epochs:.2f}{text}{guessed}"
-    unknown = f"{UNKNOWN}; `{measure}` measures it, then plan tells the time" if measure else UNKNOWN
-    time = _time(plan) if plan.predicted_step_ms else unknown
+    measures = f"; `{measure}` measures it{'' if here else ' there'}" if measure and plan.predicted_by != "measured" else ""
+    time = _time(plan, measures) if plan.predicted_step_ms else f"{UNKNOWN}: {plan.predicted_from}{measures}"
     cost = "" if plan.predicted_cost is None else f", about ${plan.predicted_cost:,.0f}"
     parts = " + ".join(f"{n:,} {part.replace('_', ' ')}" for part, n in p.items() if part != "total")
     rates = f"matrices {plan.matrix_lr:.2g}, embedding {plan.embed_lr:.2g}, head {plan.head_lr:.2g}; weight decay {plan.weight_decay:.2g}"
@@ -91,12 +93,14 @@ def _attention(plan: Plan) -> str:
     return f"{full}; in windows {kernel(plan.window_attention, hardware.window_kernels(plan.device))}"
 
 
-def _time(plan: Plan) -> str:
-    """Of a step and of all of them, and from what it is known."""
-    step_s, hours = (plan.predicted_step_ms or 0) / 1000, plan.predicted_hours or 0
-    whole = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-    source = f"assuming {plan.predicted_from}" if plan.predicted_by == "assumed" else f"from {plan.predicted_from}"
-    return f"about {brief(step_s)} a step, {short(plan.total_batch_size / step_s)} tokens/s, {whole} ({source})"
+def _time(plan: Plan, measures: str) -> str:
+    """Of a step and of all of them with their validations, and from what it is known."""
+    step_s, source = (plan.predicted_step_ms or 0) / 1000, told_by(plan)
+    whole = (
+        f"{duration(3600 * plan.predicted_hours)} in all" if plan.predicted_hours else "for a number of steps that follows from the corpus"
+    )
+    validation = f", {brief(plan.predicted_eval_s)} a validation" if plan.predicted_eval_s else ""
+    return f"about {brief(step_s)} a step, {short(plan.total_batch_size / step_s)} tokens/s{validation}, {whole} ({source}{measures})"
 
 
 def corpus_table(corpus: Corpus, config: Config) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ def estimate(data: DataConfig, cache: Path) -> list[Amount]:
     return found
 
 
+@lru_cache(maxsize=1)
 def pystdlib_text_bytes() -> int:
     """About how much text data=pystdlib has, validation included, from file sizes alone."""
     return _in_files(sources.inputs(DataConfig(kind="pystdlib", name="pystdlib"))[0])[0]

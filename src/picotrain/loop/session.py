@@ -67,6 +67,9 @@ class Session:
         self.saver = checkpoint.Saver(self.checkpoints, self.config.checkpoint) if parallel.is_main else None
         self.schedule = schedule.build(self.config.schedule, self.plan.num_steps)
         self.monitor = Monitor(run_dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank)
+        if self.saver:
+            saver = self.saver
+            self.monitor.saving = lambda: saver.busy
         self.resumed_step = self._restore()
         if chosen:
             self.monitor.event(self.state.step, "attention", chosen)

@@ -17,7 +17,11 @@ from picotrain.errors import Diverged
 from picotrain.metrics import METRICS, MetricsFile, plain
 from picotrain.monitor.console import Console, banner
 from picotrain.monitor.meters import Pace, Smoother, mfu
+from picotrain.monitor.slow import SlowSteps
 from picotrain.monitor.trackers import Sink, build_trackers
+
+SILENT_S = 30.0  # without a log line at most, as far as steps end
+FIRST_LINES = 3  # steps of a start that are shown in any case: whoever waits sees that it goes, and how fast
 
 
 class Monitor:
@@ -44,6 +48,9 @@ class Monitor:
         self.total_training_time_s = 0.0  # of steps alone, without evaluations, samples and saves
         self._smoother, self._pace, self._now_s = Smoother(), Pace(), now_s
         self._late = self.plan["device"] != "cpu"
+        self._slow = SlowSteps(on_cpu=not self._late)
+        self._shown_s = now_s()  # when the last log line was printed
+        self.saving: Callable[[], bool] = lambda: False  # whether a checkpoint is being written in the background
         self._pending: dict[str, Any] | None = None
         self._fetched_s = -math.inf
         self._first_step = 0
@@ -210,6 +217,8 @@ class Monitor:
         def show(done: int, total: int) -> None:
             if self._console:
                 self._console.phase(f"{what} {done}/{total}")
+                if not self._console.live and self._line_due():
+                    self._console.warn(f"{what} {done}/{total}")
 
         return show
 
@@ -226,19 +235,22 @@ class Monitor:
         dt_s = fetched_s - max(started_s, self._fetched_s)
         self._fetched_s = fetched_s
         self.total_training_time_s += dt_s
+        slow = ""
         if not values.get("profiled"):
             self._pace.update(dt_s)
+            slow = self._slow.update(dt_s, float(values["data_wait_ms"]) / 1000, self.saving())
         left_out = bool(float(values["skipped"]))
         self.skipped += left_out
         self._skipped_in_row = self._skipped_in_row + 1 if left_out else 0
         record = self._train_record(step, loss, dt_s, {**values, "skipped": self.skipped})
         self._show(record)
+        if slow:
+            self._event_before_pending(step, "slow_steps", slow)
         if not left_out:
             return
         message = f"the loss is {loss} and the gradient norm {float(values['grad_norm'])} at step {step:,}"
-        pending, self._pending = self._pending, None  # an event flushes, and that step comes after it
-        self.event(step, "skipped_step", f"{message}: the update was left out ({self._skipped_in_row} in a row, {self.skipped} in all)")
-        self._pending = pending
+        in_all = f"({self._skipped_in_row} in a row, {self.skipped} in all)"
+        self._event_before_pending(step, "skipped_step", f"{message}: the update was left out {in_all}")
         if self._skipped_in_row > self.config.train.max_skipped:
             self._pending = None  # what came after it says nothing
             self.event(step, "diverged", message)
@@ -247,6 +259,12 @@ class Monitor:
                 "Checkpoints are kept. Lower the rates (optimizer.matrix_lr, embed_lr, head_lr), lengthen schedule.warmup_steps, "
                 "set train.grad_clip, or try train.precision=fp32, and resume."
             )
+
+    def _event_before_pending(self, step: int, name: str, message: str) -> None:
+        """An event of a step that another has followed already: an event flushes, and that step comes after it."""
+        pending, self._pending = self._pending, None
+        self.event(step, name, message)
+        self._pending = pending
 
     def _train_record(self, step: int, loss: float, dt_s: float, values: Mapping[str, Any]) -> dict[str, Any]:
         plan = self.plan
@@ -275,8 +293,17 @@ class Monitor:
         done, total = record["step"] + 1, self.plan["num_steps"]
         eta_s = self._pace.eta_s(total - done)
         self._console.advance(done, record, eta_s)
-        if done % self.config.logger.log_every == 0 or done == total or record["step"] == self._first_step:
+        first = record["step"] - self._first_step < FIRST_LINES
+        if first or done % self.config.logger.log_every == 0 or done == total or self._line_due():
+            self._shown_s = self._now_s()
             self._console.train(record, eta_s)
+
+    def _line_due(self) -> bool:
+        """Whether nothing was printed for so long that whoever reads a log would wonder; asked again, it counts from now."""
+        if self._now_s() - self._shown_s < SILENT_S:
+            return False
+        self._shown_s = self._now_s()
+        return True
 
     def _emit(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Put a record, as strict JSON, into every sink; what it was turned into is returned."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ from picotrain.data import amounts, sources
 from picotrain.data.amounts import Amount
 from picotrain.data.corpus import Corpus
 from picotrain.data.mixture import Mixture
+from picotrain.data.prepare.shards import VAL_FRACTION
 from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
-from picotrain.errors import ConfigError
+from picotrain.errors import ConfigError, DataError
 from picotrain.plan import fp8, pace, repeats
 from picotrain.plan.memory import (
     MEMORY_SHARE,
@@ -107,8 +109,9 @@ class Plan(BaseModel):
     predicted_memory: dict[str, int] = {}  # the same by part (picotrain.plan.memory.Memory)
     predicted_step_ms: float | None = None
     predicted_by: Literal["measured", "assumed"] | None = None  # None: no time can be told (picotrain.plan.pace)
-    predicted_from: str = ""  # which figures, or what is assumed
-    predicted_hours: float | None = None  # of steps: evaluations and saves are not counted
+    predicted_from: str = ""  # which figures, or what is assumed, or what is missing
+    predicted_eval_s: float | None = None  # seconds of one validation
+    predicted_hours: float | None = None  # of all steps and validations (picotrain.plan.pace.seconds_left)
     predicted_cost: float | None = None  # dollars
     notes: list[str] = []
 
@@ -207,7 +210,17 @@ def make(
         notes=_notes(config, corpus, bytes_per_token, memory.peak),
     )
     plan = plan.model_copy(update={"notes": [*_estimates(config, plan, corpus), *plan.notes, *repeats.warnings(plan)]})
-    return pace.timed(plan, config, plan.peak_flops)
+    return pace.timed(plan, config, plan.peak_flops, _val_bytes(config, corpus))
+
+
+def _val_bytes(config: Config, corpus: Mixture | None) -> int | None:
+    """Bytes of validation text, for the standard library also before it is prepared; None: not known yet."""
+    if corpus:
+        return sum(source.val.text_bytes for source in corpus.corpora)
+    if config.data.kind == "pystdlib":
+        with suppress(DataError):  # this Python came without its library, which whoever prepares it will say
+            return round(VAL_FRACTION * amounts.pystdlib_text_bytes())
+    return None
 
 
 def _rates(o: OptimizerConfig, width: int, batch: int, total_tokens: int) -> shape.Rates:

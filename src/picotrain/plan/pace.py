@@ -1,4 +1,4 @@
-"""How long a step of a plan takes: from figures of `picotrain bench step` on the same hardware, else assumed and said to be. No torch.
+"""How long a plan takes: from figures of `picotrain bench step` on the same hardware, else assumed and said to be. No torch.
 
 A figure is a line as that benchmark prints it, with what `setting` adds. Figures shipped with the package stand in figures.jsonl beside
 this file, those measured on this machine in the cache folder's file of the same name, which the benchmark appends to.
@@ -10,6 +10,9 @@ of which there is as much per FLOP as the model is narrow. So a figure is carrie
 
 and between two widths that were measured, both are carried and blended by log(w). The optimizer comes once a step, in seconds per
 parameter that it works on. GPUs and processes are taken to scale without loss. How near it comes: docs/results.md.
+
+Where no figure is near, the matmul ceiling of this machine stands in (`picotrain.plan.ceilings`), with a rest as it was elsewhere; for
+a GPU whose peak is known, a share of that. A validation is the forward of its tokens: a third of what training on them takes.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from picotrain import hardware, shape
 from picotrain.config.saved import parse_json, read_plain
 from picotrain.config.schema import Config
+from picotrain.plan import ceilings
+from picotrain.text import flops as flops_text
 
 if TYPE_CHECKING:
     from picotrain.plan import Plan
@@ -33,6 +38,14 @@ if TYPE_CHECKING:
 ASSUMED_MFU = 0.40  # for the time and cost of hardware that has no figures but whose peak is known; shown as an assumption
 SHIPPED = Path(__file__).with_name("figures.jsonl")
 FEATURES = ("value_embeds", "residual_scalars", "smear")  # of the model: work that FLOPs do not count
+# Seconds per FLOP beyond the matmul ceiling, at REST_WIDTH, with one thread, in bf16; fp32 has twice the bytes. Eager: cpu_speedrun on the
+# EPYC with AVX512-BF16 (1.3 to 1.5 with two threads), and d2 to d6 in fp32 without it (2.8, 2.8, 4.2). Compiled: d2 to d8 on that EPYC
+# (0.6 to 0.9), d4 on a Xeon with AMX (1.2). docs/results.md has the lines.
+REST = {"compiled": 2 * 0.8e-12, "eager": 2 * 1.4e-12}
+REST_WIDTH = 256
+ADAMW_S = 2 * 0.5e-9  # seconds per parameter and step with one thread; 0.3 to 0.7 ns with two
+# A validation that takes more than so much of a run is said, with the eval_tokens that would make all of them VALIDATION_AIM of the steps.
+VALIDATION_SHARE, VALIDATION_AIM = 0.2, 0.05
 # A figure is near a plan when they differ by at most these factors.
 NEAR = {"width": 2.0, "seq_len": 2.0, "micro_batch_tokens": 4.0, "vocab": 4.0}
 
@@ -98,35 +111,109 @@ def _machine(config: Config) -> str:
     return hardware.cpu_identity() if here else hw.name or hw.device
 
 
-def timed(plan: Plan, config: Config, peak: float | None) -> Plan:
-    """The plan with its step time, hours and cost, as far as they can be told. peak: FLOPs per second of a device, None: unknown."""
+def timed(plan: Plan, config: Config, peak: float | None, val_bytes: int | None) -> Plan:
+    """The plan with its step time, hours and cost, as far as they can be told.
+
+    peak: FLOPs per second of a device, None: unknown. val_bytes: text of the validation shards, None: not known yet.
+    """
     own, bad = read_figures(Path(config.run.cache_dir) / SHIPPED.name) if config.run.cache_dir else ([], 0)
     shipped, _ = read_figures(SHIPPED)
     notes = [f"warning: {bad} lines of {config.run.cache_dir}/{SHIPPED.name} are no figures of steps and were passed over"] if bad else []
     wanted = _as_figure(plan, config)
     found = _nearest(wanted, joined(_of(wanted, own), _of(wanted, shipped)))
-    seconds, by, source = None, None, ""
+    flop_s, optimizer_s, by = None, 0.0, None
     if found:
-        flops = plan.total_batch_size / plan.world_size * plan.flops_per_token
-        seconds, by, source = flops * _blend(wanted, found) + _optimizer_s(wanted, found), "measured", _source(wanted, found, own)
+        flop_s, optimizer_s, by, source = _blend(wanted, found), _optimizer_s(wanted, found), "measured", _source(wanted, found, own)
         if plan.world_size > 1:
             notes.append("the step's time was measured on one process; that several lose nothing by waiting for each other is assumed")
-    elif peak and plan.device == "cuda":
-        seconds = plan.total_batch_size * plan.flops_per_token / (peak * plan.world_size * ASSUMED_MFU)
-        by, source = "assumed", f"an MFU of {ASSUMED_MFU:.0%}"
+    elif peak and plan.device != "cpu":
+        flop_s, by, source = 1 / (peak * ASSUMED_MFU), "assumed", f"an MFU of {ASSUMED_MFU:.0%}"
         notes.append(f"time and cost assume an MFU of {ASSUMED_MFU:.0%}, which was not measured")
-    elif plan.device != "cpu":
-        notes.append("no peak FLOPs are known for this device: no time, no cost, and MFU will be null")
-    hours = seconds * plan.num_steps / 3600 if seconds else None
-    price = config.hardware.price_per_hour
-    predicted = {
-        "predicted_step_ms": round(1000 * seconds, 1) if seconds else None,
-        "predicted_by": by,
-        "predicted_from": source,
-        "predicted_hours": hours,
-        "predicted_cost": hours * price * config.launch.nnodes if hours and price else None,
-    }
-    return plan.model_copy(update=predicted | {"notes": [*plan.notes, *notes]})
+    elif ceiling := ceilings.find(config):
+        flop_s, optimizer_s, by = _by_ceiling(plan, config, ceiling), _assumed_optimizer_s(plan, config, ceiling), "assumed"
+        share = 1 / (flop_s * ceiling.gflops * 1e9)
+        source = f"{share:.0%} of a measured matmul ceiling of {flops_text(ceiling.gflops * 1e9)}/s"
+        source += f", measured while others computed ({ceiling.busy})" if ceiling.busy else ""
+    else:
+        source = _missing(plan, config)
+    predicted: dict[str, Any] = {"predicted_by": by, "predicted_from": source}
+    if flop_s:
+        each = plan.flops_per_token * flop_s / plan.world_size  # seconds of a token
+        step_s, eval_s = plan.total_batch_size * each + optimizer_s, _eval_tokens(plan, val_bytes) * each / 3
+        predicted |= {"predicted_step_ms": round(1000 * step_s, 1), "predicted_eval_s": round(eval_s, 3)}
+    plan = plan.model_copy(update=predicted)
+    seconds = seconds_left(plan, config)
+    hours, price = seconds and seconds / 3600, config.hardware.price_per_hour
+    cost = hours * price * config.launch.nnodes if hours and price else None
+    notes += [text] if (text := _validation_note(plan, config)) else []
+    return plan.model_copy(update={"predicted_hours": hours, "predicted_cost": cost, "notes": [*plan.notes, *notes]})
+
+
+def _by_ceiling(plan: Plan, config: Config, ceiling: ceilings.Ceiling) -> float:
+    """Seconds per FLOP of forward and backward, assumed."""
+    at_ceiling = 1 / (ceiling.gflops * 1e9)
+    if plan.device != "cpu":
+        return at_ceiling / ASSUMED_MFU
+    values = 2 if plan.precision == "fp32" else 1
+    return at_ceiling + REST["compiled" if plan.compile else "eager"] * values * REST_WIDTH / plan.width / (config.hardware.threads or 1)
+
+
+def _assumed_optimizer_s(plan: Plan, config: Config, ceiling: ceilings.Ceiling) -> float:
+    """Seconds of the optimizer's part of a step on a CPU, assumed: AdamW's memory traffic, Muon's matmuls, three to an iteration."""
+    if plan.device != "cpu":
+        return 0.0
+    seconds = ADAMW_S * plan.parameters["total"] / (config.hardware.threads or 1)
+    if config.optimizer.kind == "muon":
+        seconds += plan.parameters["matrices"] * 8 * (config.optimizer.ns_steps or 0) * plan.width / (ceiling.gflops * 1e9)
+    return seconds
+
+
+def _missing(plan: Plan, config: Config) -> str:
+    """What would have to be known to tell a time."""
+    if ceilings.is_here(config):
+        return "nothing was measured on this machine yet"
+    name = f"{plan.hardware_name} ({plan.device}) is not here and "
+    if plan.device == "cpu":
+        return name + "no step of this kind was measured on such a machine"
+    return name + "no peak is known for it; hardware.peak_flops=FLOPS, the dense bf16 FLOPs per second of its data sheet, gives an estimate"
+
+
+def _eval_tokens(plan: Plan, val_bytes: int | None) -> float:
+    """Tokens of a validation: at most all that the validation shard has."""
+    asked = plan.eval_rows * plan.seq_len
+    return asked if val_bytes is None else min(asked, val_bytes / plan.bytes_per_token)
+
+
+def validations(plan: Plan, config: Config, done: int = 0) -> int:
+    """How often a run that has done `done` steps still validates: at multiples of train.eval_every and at the end."""
+    every = config.train.eval_every
+    return (plan.num_steps - 1) // every - (done - 1) // every + 1 if every > 0 else 0
+
+
+def seconds_left(plan: Plan, config: Config, done: int = 0) -> float | None:
+    """Predicted seconds of a run that has done `done` steps: the steps that are left and their validations. None: not known.
+
+    Not in it: what comes before the first step (downloads, a tokenizer, compiling), samples, CORE, saves.
+    """
+    unknown_horizon = plan.horizon == "train.num_train_epochs" and plan.epochs is None
+    if plan.predicted_step_ms is None or unknown_horizon:
+        return None
+    steps = max(0, plan.num_steps - done)
+    return steps * plan.predicted_step_ms / 1000 + validations(plan, config, done) * (plan.predicted_eval_s or 0)
+
+
+def _validation_note(plan: Plan, config: Config) -> str:
+    """What to set where validations take much of a run, "" where they do not."""
+    seconds, count = seconds_left(plan, config), validations(plan, config)
+    if not seconds or not plan.predicted_eval_s or count * plan.predicted_eval_s <= VALIDATION_SHARE * seconds:
+        return ""
+    tokens = VALIDATION_AIM * 3 * plan.total_tokens / count
+    fewer = max(plan.seq_len, 2 ** int(math.log2(max(tokens, 1))))
+    share = count * plan.predicted_eval_s / seconds
+    return (
+        f"warning: {count} validations take {share:.0%} of the predicted time; "
+        f"train.eval_tokens={fewer} would make that {VALIDATION_AIM:.0%} or less"
+    )
 
 
 def read_figures(path: Path) -> tuple[list[Figure], int]:
@@ -149,10 +236,10 @@ def read_figures(path: Path) -> tuple[list[Figure], int]:
     return found, bad
 
 
-def remember(line: str, cache: Path) -> None:
-    """Add a figure to the cache folder, at the end and in one write. Raises OSError."""
+def remember(line: str, cache: Path, name: str = SHIPPED.name) -> None:
+    """Add a figure, or a line of another file, to the cache folder, at the end and in one write. Raises OSError."""
     cache.mkdir(parents=True, exist_ok=True)
-    path = cache / SHIPPED.name
+    path = cache / name
     try:
         half = not read_plain(path).endswith(b"\n")  # the last write was cut off: its line ends here
     except FileNotFoundError:
