@@ -383,7 +383,7 @@ def test_data_show_and_tokenizer_train_tell_what_they_made(command, tiny, tmp_pa
 
 def test_completion_scripts_come_from_the_command(command):
     assert "complete" in command("completion", "bash").out
-    assert "model=d20" in command("__complete", "train", "model=d2").out
+    assert command("__complete", "--", "bash", "picotrain train model=d20", "d20").out == "d20 \n"
 
 
 def test_a_relative_path_is_saved_as_an_absolute_one(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

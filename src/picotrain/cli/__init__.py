@@ -52,7 +52,9 @@ def _everywhere(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="OVERRIDE", show_default=False, help="Group choices (model=d6) and keys (train.max_steps=100); the last of a key wins."),
+    typer.Argument(
+        metavar="OVERRIDE", show_default=False, help="Group choices (model=d6) and keys (train.max_steps=100); the last of a key wins."
+    ),
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="Take everything but run.* from a saved config.yaml; dotted overrides may follow.")
@@ -192,8 +194,9 @@ def compare_(
       picotrain compare runs/a runs/b
       picotrain compare runs/a runs/b@best --bundle eval_bundle --html ab.html
 
-    A is the baseline, every other one is compared with it: bits per byte of whole documents of A's validation shard, so that tokenizers and contexts may differ; CORE task by task;
-    what differs in config, data and speed; samples side by side; and warnings where the comparison is not fair.
+    A is the baseline, every other one is compared with it: bits per byte of whole documents of A's validation shard, so
+    that tokenizers and contexts may differ; CORE task by task; what differs in config, data and speed; samples side by
+    side; and warnings where the comparison is not fair.
     """
     from picotrain.cli import compare
 
@@ -318,9 +321,10 @@ def data_prepare(
       picotrain data prepare docs/ 'web/*.jsonl.zst' --out corpora/mine
       picotrain train data=files data.path=corpora/mine      what it is for
 
-    Text, Markdown and source code are documents as they are, .gz and .zst too. JSON lines need a field `text`, CSV and Parquet files a column `text`. Documents are shuffled and exact copies left
-    out; about 5 % validate, in the last shard. What cannot be used is skipped and listed, with the reason, in
-    DIR/skipped.jsonl. After an interruption the same command goes on where it was.
+    Text, Markdown and source code are documents as they are, .gz and .zst too. JSON lines need a field `text`, CSV and
+    Parquet files a column `text`. Documents are shuffled and exact copies left out; about 5 % validate, in the last shard.
+    What cannot be used is skipped and listed, with the reason, in DIR/skipped.jsonl. After an interruption the same command
+    goes on where it was.
     """
     from picotrain.cli import data
 
@@ -379,7 +383,8 @@ def data_download(
       picotrain data download climbmix --shards 170
       picotrain train data=climbmix data.num_shards=170      what it is for
 
-    They come from the Hugging Face Hub; what was interrupted goes on. The validation shard comes too. $PICOTRAIN_CACHE names the cache folder, $HF_ENDPOINT a mirror of the Hub.
+    They come from the Hugging Face Hub; what was interrupted goes on. The validation shard comes too. $PICOTRAIN_CACHE
+    names the cache folder, $HF_ENDPOINT a mirror of the Hub.
     """
     from picotrain.cli import data
 
@@ -415,16 +420,17 @@ def tokenizer_eval(
       picotrain tokenizer eval data=pystdlib tokenizer.vocab_size=4096
       picotrain tokenizer eval --path runs/mine/tokenizer.json data=pystdlib
 
-    Bytes per token on validation text, code, languages and scripts. GPT-2's and o200k's figures stand beside it where tiktoken has them on this machine; corpus and tokenizer are prepared
-    if need be. Every text is decoded again; the exit code is 2 when one does not come back as it was.
+    Bytes per token on validation text, code, languages and scripts. GPT-2's and o200k's figures stand beside it where
+    tiktoken has them on this machine; corpus and tokenizer are prepared if need be. Every text is decoded again; the exit
+    code is 2 when one does not come back as it was.
     """
     from picotrain.cli import tokenizer
 
     raise typer.Exit(tokenizer.evaluate_tokenizer(overrides or [], path, config_dir, json))
 
 
-@app.command()
-def completion(shell: Annotated[str, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")]) -> None:
+@app.command("completion")
+def completion_(shell: Annotated[str, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")]) -> None:
     """Print a script that makes a shell complete our words.
 
     \b
@@ -435,7 +441,7 @@ def completion(shell: Annotated[str, typer.Argument(metavar="SHELL", help="bash,
 
     It completes commands, options, groups, their choices, keys, the words a key may hold, runs and files.
     """
-    from picotrain.config.completion import SHELLS, script
+    from picotrain.cli.shells import SHELLS, script
 
     if shell not in SHELLS:
         raise UsageError([Problem(shell, "there is no completion for this shell", ", ".join(SHELLS))])
@@ -443,12 +449,12 @@ def completion(shell: Annotated[str, typer.Argument(metavar="SHELL", help="bash,
 
 
 @app.command("__complete", hidden=True, context_settings={"ignore_unknown_options": True})
-def complete_(words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-    """Completions of the last word, a line each; called by the completion scripts."""
-    from picotrain.config.completion import complete
+def complete_(shell: str, line: str, replaced: str) -> None:
+    """What a shell may insert, a line each; called by the completion scripts with the line up to the cursor."""
+    from picotrain.cli.completion import reply
 
-    before, current = (words[:-1], words[-1]) if words else ([], "")
-    print("\n".join(complete(before, current)))
+    for word in reply(shell, line, replaced):
+        print(word)
 
 
 def main() -> None:

@@ -43,4 +43,3 @@ EPILOG = "\n".join(
         *(f"  {key:<29} {what}" for key, what in KEYS.items()),
     ]
 )
-

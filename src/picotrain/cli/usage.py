@@ -175,7 +175,9 @@ def _ways(ctx: Any) -> str:
     """How the command is used."""
     pieces = [_metavar(param, ctx) for param in ctx.command.params if param.param_type_name == "argument"]
     pieces = [piece if param.required else f"[{piece.strip('[].')}]" for piece, param in zip(pieces, _arguments(ctx), strict=True)]
-    needed = [f"{param.opts[0]} {_metavar(param, ctx)}" for param in ctx.command.params if param.required and param.param_type_name == "option"]
+    needed = [
+        f"{param.opts[0]} {_metavar(param, ctx)}" for param in ctx.command.params if param.required and param.param_type_name == "option"
+    ]
     return f"{' '.join([ctx.command_path, *pieces, *needed])}; `{ctx.command_path} --help` says more"
 
 
