@@ -65,8 +65,7 @@ def check(run: Path, which: str, hf: Path | None, options: Options) -> Ready:
             config = _chosen(config, options)
         with noting():
             bundle = _bundle(config, options)
-        with noting():
-            _check_corpus(material, with_training=hf is None)
+        problems += _corpus_problems(material, with_training=hf is None)
     if options.tokens is not None:
         name += f"-tokens-{options.tokens}"  # beside the results of all the text, which they do not replace
     with noting():
@@ -111,9 +110,8 @@ def _bundle(config: Any, options: Options) -> Bundle | None:
     return bundle
 
 
-def _check_corpus(material: runs.Material, with_training: bool) -> None:
-    """Raise DataError unless the shards that are read are there, as they were; those behind a URL are fetched later."""
-    wrong = []
+def _corpus_problems(material: runs.Material, with_training: bool) -> Iterator[str]:
+    """Which shards that are read are not there as they were; those behind a URL are fetched later."""
     for corpus in material.corpus.corpora:
         for shard in (corpus.val, *(corpus.shards[:1] if with_training else ())):
             try:
@@ -121,9 +119,7 @@ def _check_corpus(material: runs.Material, with_training: bool) -> None:
                     with corpus.files.hold(shard):
                         pass
             except DataError as error:
-                wrong.append(str(error))
-    if wrong:
-        raise DataError("; ".join(wrong))
+                yield str(error)
 
 
 def _check_writable(folder: Path) -> None:

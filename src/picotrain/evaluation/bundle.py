@@ -133,6 +133,8 @@ def read_bundle(path: Path, baseline_table: str = DEFAULT_TABLE) -> Bundle:
     unreadable.
     """
     path = Path(path).expanduser()
+    if not path.is_dir():
+        raise DataError(f"there is no folder {path}; a bundle is a folder with core.yaml, {DEFAULT_TABLE} and eval_data")
     baselines, table, tree, wrong = {}, "", [], []
     try:
         baselines, table = _read_table(path, baseline_table)
