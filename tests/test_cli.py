@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 from conftest import lines
 from conftest import picotrain as in_a_process
 
-from picotrain import hardware
-from picotrain.cli import main
+from picotrain import __version__, checkout, hardware
+from picotrain.cli import app, main
+from picotrain.cli.about import GROUP_CHOICES, KEYS
+from picotrain.config import elsewhere
+from picotrain.config.groups import GROUPS, choices
+from picotrain.config.overrides import parse
 from picotrain.tokenizer import train_tokenizer
-
-COMMANDS = ["train", "plan", "config", "resume", "eval", "sample", "report", "data", "tokenizer", "doctor", "bench", "completion"]
 
 
 class Result:
@@ -81,9 +87,132 @@ def test_help_and_plan_import_no_torch():
         assert done.returncode == 0, done.stderr
 
 
-def test_every_command_has_help(command):
-    for name in COMMANDS:
-        assert "Usage" in command(name, "--help").out
+def every_command() -> list[tuple[list[str], Any]]:
+    """The words of each command, and the command itself."""
+    root: Any = typer.main.get_command(app)
+    found: list[tuple[list[str], Any]] = []
+    for name, one in root.commands.items():
+        inner = getattr(one, "commands", None)
+        found += [([name, sub], each) for sub, each in inner.items()] if inner else [([name], one)]
+    return [(words, one) for words, one in found if not one.hidden]
+
+
+def test_every_command_has_help_that_fits_80_columns_and_shows_an_example(command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in [[], ["data"], ["tokenizer"], *(words for words, _ in every_command())]:
+        shown = command(*words, "--help").out
+        assert "Usage: " in shown and "..." not in re.sub(r"\.\.\.(\]|$| *<|}| -)", "", shown, flags=re.M).partition("Commands:")[2]
+        assert max(map(len, shown.splitlines())) <= 80, max(shown.splitlines(), key=len)
+        if words not in ([], ["data"], ["tokenizer"]):
+            assert re.search(rf"Examples?:\n .*picotrain.* {words[-1]}", shown), shown
+
+
+def test_the_examples_of_the_help_are_words_that_the_commands_take(command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    tried = 0
+    for words, _ in every_command():
+        for line in re.findall(r"^    picotrain (.*)$", command(*words, "--help").out, flags=re.M):
+            example = shlex.split(re.split(r" {2,}| [|>]", line)[0])
+            at = 2 if example[0] in ("data", "tokenizer") else 1
+            one = next(one for names, one in every_command() if names == example[:at])
+            one.make_context("picotrain " + " ".join(example[:at]), example[at:])  # refuses what is no option, argument or key
+            tried += 1
+    assert tried > 25
+
+
+def test_help_lists_the_groups_with_their_choices_and_keys_that_there_are(command):
+    assert tuple(GROUP_CHOICES) == GROUPS
+    for group, text in GROUP_CHOICES.items():
+        listed = {f"{a}x{b}" for a, b in itertools.product(("1", "8"), ("a100", "h100", "h200"))} if "{" in text else set()
+        listed |= {word for word in text.split() if "{" not in word}
+        assert listed == set(choices(group))
+    assert not parse([word.replace("~/texts", "x") for word in KEYS]).problems
+    for words in ((), ("train",)):
+        shown = command(*words, "--help").out
+        assert "d32" in shown and "train.max_steps=500" in shown and "picotrain config" in shown
+
+
+def test_the_version_comes_with_the_commit_of_a_checkout_and_a_run_keeps_it(command, trained: Path):
+    shown = command("--version")
+    state = checkout.state()
+    assert shown.code == 0 and __version__ in shown.out and (state is None or state.commit[:12] in shown.out)
+    kept = json.loads((trained / "environment.json").read_text())
+    assert kept["picotrain"] == __version__ and kept["commit"] == (state and state.commit) and "dirty" in kept
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+def test_the_commit_is_that_of_the_codes_own_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        return subprocess.run(["git", "-C", str(tmp_path), *who, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    file = tmp_path / "package" / "checkout.py"
+    file.parent.mkdir()
+    shutil.copy(checkout.__file__, file)
+    (tmp_path / "own.txt").write_text("somebody's")
+    monkeypatch.setattr(checkout, "__file__", str(file))
+    assert checkout.state() is None  # no repository
+    git("init", "-q")
+    git("add", "own.txt")
+    git("commit", "-qm", "one")
+    assert checkout.state() is None  # installed into somebody's checkout
+    git("add", ".")
+    git("commit", "-qm", "two")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as in a hook of another repository
+    assert checkout.state() == (git("--git-dir", str(tmp_path / ".git"), "rev-parse", "HEAD"), False)
+    file.write_text(file.read_text() + "#\n")
+    assert checkout.state()[1]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert checkout.state() is None  # no git
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["train", "--max-steps", "100"], ["--max-steps 100", "train.max_steps=100"]),
+        (["train", "--max_steps=100"], ["--max_steps=100", "right would be train.max_steps=100"]),
+        (["plan", "--train.max-steps", "100"], ["train.max_steps=100"]),
+        (["train", "--model", "d4"], ["right would be model=d4"]),
+        (["train", "--model", "24"], ["right would be model=d24"]),
+        (["train", "--seed", "1"], ["run.seed=1"]),
+        (["train", "--lr", "1e-3"], ["optimizer.matrix_lr=1e-3"]),
+        (["train", "--learning_rat=1"], ["optimizer.matrix_lr=1"]),
+        (["train", "--batch-size", "8"], ["train.device_batch_size=8"]),
+        (["train", "--device", "cpu"], ["hardware.device=cpu"]),
+        (["train", "--resume"], ["picotrain resume RUN"]),
+        (["train", "--bf16", "--no-compile"], ["train.precision=bf16", "hardware.compile=false", "2 problems"]),
+        (["train", "--data", "~/texts"], ["data=files data.path=~/texts"]),
+        (["train", "--frobnicate", "5"], ["--frobnicate 5", "picotrain config"]),
+        (["train", "--confg", "a.yaml", "train.max_step=3"], ["--config a.yaml", "train.max_steps", "2 problems"]),
+        (["train", "max_steps=100"], ["train.max_steps=100"]),
+        (["train", "n_layer=12", "wandb_log=True"], ["model.depth=12", "logger.trackers=wandb", "2 problems"]),
+        (["train", "--archive.ur", "s3://me:secret@host/x"], ["archive.url=s3://...@host/x"]),
+        (["--max-steps", "5"], ["picotrain train train.max_steps=5"]),
+        (["model=d4"], ["picotrain train model=d4"]),
+        (["trian"], ["did you mean `picotrain train`?"]),
+        (["trian", "--max-steps", "3"], ["did you mean `picotrain train`?"]),
+        (["data", "shw"], ["did you mean `picotrain data show`?", "verify"]),
+        (["eval", "--checkpont", "best"], ["--checkpoint best", "RUN: is missing", "picotrain eval RUN"]),
+        (["report", "a", "b"], ["b: is one word too many"]),
+        (["train", "--config"], ["--config: needs a value"]),
+        (["sample", "a", "--max-tokens", "z", "--top-k", "-3", "--seed", "1.5"], ["max-tokens z", "of at least 1", "top-k -3", "seed 1.5"]),
+        (["sample", "a", "--temperature", "hot"], ["--temperature hot: is not a number"]),
+        (["data", "prepare", "a", "--min_chars", "x"], ["--min-chars x", "--out: is missing"]),
+        (["compare"], ["A B...: is missing"]),
+        (["completion", "tcsh"], ["bash, zsh, fish"]),
+    ],
+)
+def test_a_wrong_command_line_is_answered_with_what_would_be_right(command, words: list[str], parts: list[str]):
+    result = command(*words)
+    refused(result, *parts)
+    assert "Usage:" not in result.err and "secret" not in result.err and not result.out
+
+
+def test_what_other_trainers_call_a_key_leads_to_words_that_can_be_typed():
+    for name in elsewhere.NAMES:
+        value = {"optim": "muon", "lr_scheduler": "cosine", "lr_scheduler_type": "cosine", "dtype": "bfloat16", "mixed_precision": "bf16"}
+        words = elsewhere.exact(name, value.get(name, "8"))
+        assert words and not parse(words.replace("TOKENS", "4096").split()).problems, name
 
 
 def test_plan_prints_what_a_rented_node_would_do_without_it(command):
@@ -260,8 +389,7 @@ def test_data_show_and_tokenizer_train_tell_what_they_made(command, tiny, tmp_pa
 
 def test_completion_scripts_come_from_the_command(command):
     assert "complete" in command("completion", "bash").out
-    refused(command("completion", "fish"), "bash or zsh")
-    assert "model=d20" in command("__complete", "train", "model=d2").out
+    assert command("__complete", "--", "bash", "picotrain train model=d20", "d20").out == "d20 \n"
 
 
 def test_a_relative_path_is_saved_as_an_absolute_one(command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

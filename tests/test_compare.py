@@ -302,7 +302,7 @@ def test_more_comparisons_have_wider_intervals():
 def facts(name: str, **changed: Any) -> dict[str, Any]:
     same = {
         "name": name, "kind": "run", "tokens": 1000, "seq_len": 32, "precision": "fp32", "val_bpb": 1.0, "eval_rows": 9, "corpus": "c",
-        "corpus_fingerprint": "f", "train_shards": ["t"], "val_shards": ["v"], "tokenizer_fingerprint": "k",
+        "corpus_fingerprint": "f", "train_shards": ["t"], "val_shards": ["v"], "tokenizer_fingerprint": "k", "vocab_size": 300,
     }  # fmt: skip
     return same | changed
 
@@ -319,6 +319,18 @@ def test_each_unfairness_has_its_warning_and_nothing_else_has():
     ):
         found = warnings([a, facts("b", **changed)], a)
         assert len(found) == len(words) and all(text.startswith(word) for text, word in zip(found, words, strict=True)), found
+
+
+def test_tokenizers_differ_only_where_that_is_known():
+    def said(**changed: Any) -> str:
+        return " ".join(warnings([facts("a"), facts("b", **changed)], facts("a")))
+
+    assert "tokenizer" not in said() and "The tokenizers of a and b differ" in said(tokenizer_fingerprint="l")
+    folder = {"kind": "hf", "tokenizer_fingerprint": None}
+    assert "The tokenizers of a and b differ" in said(**folder, vocab_size=257)
+    for unknown in (300, None):
+        assert "same tokenizer is not known" in said(**folder, vocab_size=unknown) and "differ:" not in said(**folder, vocab_size=unknown)
+    assert loop_problem(facts("a"), facts("b", tokenizer_fingerprint=None)).startswith("not known")
 
 
 def test_the_loops_figures_compare_only_where_all_is_the_same():

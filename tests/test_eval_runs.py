@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from test_hardships import patched
 from test_hf import gpt2  # noqa: F401  # a fixture
 
 from picotrain import hardware
+from picotrain.report import read_run
 
 TASKS = {"colours": "multiple_choice", "names": "schema", "ends": "language_modeling"}
 
@@ -184,8 +186,65 @@ def test_a_hugging_face_model_is_measured_on_the_runs_documents_and_bundle(run, 
     results = json.loads((run / "eval" / f"hf-{gpt2.name}" / "results.json").read_text())
     assert results["core"]["tasks"]["ends"]["n"] == 5 and results["window"] <= 32 and results["bpb"]["val"] > 1
     assert "Whole documents" in done.stdout
+    some = picotrain("eval", str(run), "--hf", str(gpt2), "--max-per-task", "5", "--tokens", "500")
+    bounded = json.loads((run / "eval" / f"hf-{gpt2.name}-tokens-500" / "results.json").read_text())
+    assert some.returncode == 0 and 500 <= bounded["tokens"]["val"] < results["tokens"]["val"]
     nowhere = picotrain("eval", str(run), "--hf", str(run))
     assert nowhere.returncode == 2 and "no Hugging Face model" in nowhere.stderr
+
+
+def test_all_that_an_evaluation_lacks_is_said_before_anything_is_measured(run, tmp_path):
+    other = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    (other / "eval").write_text("a file where the folder would be")
+    data = json.loads((other / "data.json").read_text())
+    data["corpus"]["root"] = str(tmp_path / "gone")
+    (other / "data.json").write_text(json.dumps(data))
+    weights = next(other.glob("checkpoints/step_00000012/model-*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (tmp_path / "empty").mkdir()
+    done = evaluate(other, "--bundle", str(tmp_path / "empty"), "--baseline-table", "table.csv")
+    assert done.returncode == 2 and "5 problems" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    for part in ("is damaged", "empty/core.yaml", "empty/table.csv", "gone/shard_00002", "gone/shard_00000", "eval is no folder"):
+        assert part in done.stderr
+    assert not done.stdout and (other / "eval").is_file()
+
+
+def test_a_part_that_fails_costs_no_other_one_and_the_results_say_what_is_missing(run, tmp_path):
+    code = """
+import sys
+from picotrain.cli import main
+from picotrain import sampling
+from picotrain.cli import evaluate
+def broken(*_, **__): raise ZeroDivisionError("in the middle")
+setattr(sampling, "complete", broken)
+setattr(evaluate, "core_results", broken)
+main()
+"""
+    other = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    done = subprocess.run([sys.executable, "-c", code, "eval", str(other)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1, done.stderr
+    results = json.loads((other / "eval/step_00000012/results.json").read_text())
+    assert results["bpb"]["val"] > 0 and results["bpb"]["train"] > 0 and results["core"] is None
+    assert set(results["missing"]) == {"CORE", "samples"} and "ZeroDivisionError" in results["missing"]["CORE"]
+    assert "not complete" in done.stderr and "CORE: ZeroDivisionError: in the middle" in done.stderr and "results.json" in done.stderr
+    assert "Not measured" in (other / "eval/step_00000012/results.md").read_text()
+
+
+def test_an_evaluation_of_some_tokens_stands_beside_that_of_all(run):
+    folder = run / "eval" / "step_00000012"
+    done = evaluate(run, "--max-per-task", "3")
+    assert done.returncode == 0, done.stderr
+    whole = json.loads((folder / "results.json").read_text())
+    assert str(folder / "results.json") in done.stderr and str(folder / "core.csv") in done.stderr  # it names what it wrote
+    assert "bits per byte, validation: " in done.stderr  # no terminal: lines
+    done = evaluate(run, "--max-per-task", "3", "--tokens", "320")
+    assert done.returncode == 0, done.stderr
+    bounded = json.loads((run / "eval" / "step_00000012-tokens-320" / "results.json").read_text())
+    assert json.loads((folder / "results.json").read_text()) == whole and whole["only_tokens"] is None
+    assert bounded["only_tokens"] == 320 and bounded["core"] == whole["core"]
+    assert all(200 < bounded["tokens"][split] <= 320 < whole["tokens"][split] for split in ("val", "train"))
+    assert "first 320 tokens" in done.stdout
+    assert [results["step"] for results in read_run(run).evals] == sorted({results["step"] for results in read_run(run).evals})
 
 
 def test_compare_takes_over_what_eval_has_measured(run):

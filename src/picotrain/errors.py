@@ -31,10 +31,18 @@ class Problem:
 class ConfigError(PicotrainError):
     """All the problems of a config at once."""
 
+    what = "the config"
+
     def __init__(self, problems: list[Problem]):
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"the config has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
+        super().__init__(f"{self.what} has {count}:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+class UsageError(ConfigError):
+    """All the problems of a command line at once, those of its overrides among them."""
+
+    what = "the command line"
 
 
 class DataError(PicotrainError):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from picotrain import __version__, hardware
+from picotrain import __version__, checkout, hardware
 from picotrain import plan as planning
 from picotrain.config import Config, dump, load
 from picotrain.config.identity import classify_change, diff
@@ -354,12 +354,15 @@ def check_machine(config: Config) -> None:
 
 
 def environment(config: Config) -> dict[str, Any]:
-    """Versions and hardware, and nothing that could hold a secret (no environment variables)."""
+    """Versions, the commit and hardware, and nothing that could hold a secret (no environment variables)."""
+    source = checkout.state()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "picotrain": __version__,
+        "commit": source and source.commit,  # null: an installed package
+        "dirty": source and source.dirty,
         "packages": {name: _version(name) for name in PACKAGES},
         "hardware": {
             "name": config.hardware.name,

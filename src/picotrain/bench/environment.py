@@ -6,7 +6,6 @@ import os
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from picotrain import run as runs
@@ -27,7 +26,7 @@ STATE = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_w": "power.dr
 def environment(machine: Machine) -> dict[str, Any]:
     """As a run's environment.json has it, and what figures depend on besides: cores, load, clocks, commit."""
     config = runs.resolve(compose(["data=pystdlib", f"hardware.device={machine.device}", "hardware.nproc_per_node=1"]))
-    found: dict[str, Any] = runs.environment(config) | {"commit": commit()}
+    found: dict[str, Any] = runs.environment(config)
     found["hardware"] |= {
         "cores": machine.cores,
         "memory_bytes": machine.memory_bytes,
@@ -37,15 +36,6 @@ def environment(machine: Machine) -> dict[str, Any]:
     if machine.device == "cuda":
         found["gpu"] = gpu(FIXED | STATE)
     return found
-
-
-def commit() -> str | None:
-    """The commit of the checkout that this code runs from, "-dirty" where it was changed; None for an installed package."""
-    here = Path(__file__)
-    git = ["git", "-C", str(here.parent)]
-    if _output([*git, "ls-files", "--error-unmatch", here.name]) is None:  # a package installed into somebody's checkout is not of it
-        return None
-    return _output([*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
 
 
 def gpu(fields: dict[str, str], meanwhile: Callable[[], object] = lambda: time.sleep(0.01)) -> dict[str, Any]:
@@ -68,10 +58,3 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _output(command: list[str]) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

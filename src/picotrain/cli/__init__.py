@@ -12,27 +12,50 @@ from typing import Annotated
 import typer
 
 from picotrain import hardware
-from picotrain.errors import PicotrainError, Problem
+from picotrain.cli.about import EPILOG
+from picotrain.cli.usage import App
+from picotrain.errors import PicotrainError, Problem, UsageError
 
-app = typer.Typer(
+app = App(
     name="picotrain",
-    no_args_is_help=True,
     context_settings={"max_content_width": 120},
     add_completion=False,
-    rich_markup_mode=None,  # plain help: rich would cost --help a third of its time
     pretty_exceptions_enable=False,
+    epilog=EPILOG,
     help="Pretrain a small language model from one resolved config.\n\n"
     "`picotrain train` trains the default model on your machine's own Python library, "
     "`picotrain train model=d20 hardware=8xh100` on a rented node; `picotrain plan ...` tells what either would mean.",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Prepare and look at corpora.")
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Train and look at tokenizers.")
+data_app = App(help="Prepare and look at corpora.")
+tokenizer_app = App(help="Train and look at tokenizers.")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from picotrain import __version__, checkout
+
+        source = checkout.state()
+        print(f"picotrain {__version__}" + (f" ({source})" if source else ""))
+        raise typer.Exit
+
+
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 
+
+@app.callback()
+def _everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and the commit of a checkout.")
+    ] = False,
+) -> None: ...
+
+
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[OVERRIDE]...", help="Group choices (model=d6) and dotted keys (train.max_steps=100); the last of a key wins."),
+    typer.Argument(
+        metavar="OVERRIDE", show_default=False, help="Group choices (model=d6) and keys (train.max_steps=100); the last of a key wins."
+    ),
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="Take everything but run.* from a saved config.yaml; dotted overrides may follow.")
@@ -47,11 +70,15 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-@app.command()
+@app.command(epilog=EPILOG)
 def train(overrides: Overrides = None, config: ConfigFile = None, config_dir: ConfigDir = None) -> None:
-    """Train, or go on from the newest checkpoint of the same experiment.
+    """Train, or go on where the same experiment stopped.
 
-    Examples: `picotrain train`, `picotrain train model=d6 train.max_steps=500`, `picotrain train --config runs/a/config.yaml`.
+    \b
+    Examples:
+      picotrain train                                on Python's own library
+      picotrain train model=d2 train.max_steps=20    a try of seconds
+      picotrain train data=files data.path=docs/     your own text
     """
     from picotrain.cli import commands
 
@@ -62,9 +89,13 @@ def train(overrides: Overrides = None, config: ConfigFile = None, config_dir: Co
 def resume(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or the URL of its archive.")], overrides: Overrides = None
 ) -> None:
-    """Go on with a run from its newest checkpoint, with changed values if wanted.
+    """Go on with a run, with changed values if wanted.
 
-    From an archive (`picotrain resume s3://bucket/run`) the run is fetched first, into runs/<name> or run.dir=...
+    \b
+    Examples:
+      picotrain resume runs/mine
+      picotrain resume runs/mine train.max_steps=2000
+      picotrain resume s3://bucket/mine    fetched first, into runs/mine
 
     Cadence, logging and paths may change freely; hardware and micro-batch change only the rounding; horizon and rates are
     announced as a changed experiment; the rest is refused.
@@ -81,7 +112,15 @@ def plan(
     config_dir: ConfigDir = None,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Print what a config means without running it: parameters, batch, steps, memory, and time where the hardware is known."""
+    """Print what a config means: batch, steps, memory, time.
+
+    \b
+    Examples:
+      picotrain plan model=d20 hardware=8xh100
+      picotrain plan model=d6 train.max_steps=500 --json
+
+    Nothing is run, downloaded or written. Time is said where the hardware is known or was measured.
+    """
     from picotrain.cli import commands
 
     commands.show_plan(overrides or [], config, config_dir, json)
@@ -89,7 +128,15 @@ def plan(
 
 @app.command("config")
 def config_(overrides: Overrides = None, config: ConfigFile = None, config_dir: ConfigDir = None) -> None:
-    """Print the resolved config as YAML: what `train` would write into the run directory."""
+    """Print every key with the value that it would have.
+
+    \b
+    Examples:
+      picotrain config
+      picotrain config model=d6 train.seq_len=1024 > mine.yaml
+
+    It is the YAML that `picotrain train` with the same words writes into the run directory, and `--config` reads.
+    """
     from picotrain.cli import commands
 
     commands.show_config(overrides or [], config, config_dir)
@@ -100,20 +147,34 @@ def eval_(
     run: RunDir,
     checkpoint: Checkpoint = "last",
     bundle: Annotated[str | None, typer.Option("--bundle", help="Folder of an evaluation bundle; default: the run's own.")] = None,
-    baseline_table: Annotated[str | None, typer.Option(help="File in the bundle with the random baselines; default: the run's.")] = None,
-    max_per_task: Annotated[int | None, typer.Option(help="Examples of each CORE task; 0: all; default: as in the run.")] = None,
+    baseline_table: Annotated[
+        str | None, typer.Option("--baseline-table", help="File in the bundle with the random baselines; default: the run's.")
+    ] = None,
+    max_per_task: Annotated[
+        int | None, typer.Option("--max-per-task", min=0, help="Examples of each CORE task; 0: all; default: as in the run.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="Measure about so many tokens of each text; default: the whole validation shard.")
+    ] = None,
     hf: Annotated[Path | None, typer.Option("--hf", help="Measure this Hugging Face model on the run's text instead.")] = None,
 ) -> None:
-    """Measure a checkpoint: bits per byte on validation and training text, the CORE tasks of a bundle, and samples.
+    """Measure a checkpoint: bits per byte, CORE, samples.
 
-    Examples: `picotrain eval runs/d20 --checkpoint best --bundle eval_bundle`,
-    `torchrun --nproc_per_node 8 -m picotrain eval runs/d20`, `picotrain eval runs/d20 --hf models/gpt2`.
+    \b
+    Examples:
+      picotrain eval runs/mine
+      picotrain eval runs/mine --tokens 200000         a quick look
+      picotrain eval runs/mine --checkpoint best --bundle eval_bundle
+      picotrain eval runs/mine --hf models/gpt2
+      torchrun --nproc_per_node 8 -m picotrain eval runs/mine
 
-    Results go to RUN/eval as JSON, CSV and Markdown. Tasks that an interrupted evaluation has finished are not evaluated again.
+    Results go to RUN/eval as JSON, CSV and Markdown. What is measured is kept where a later part fails; tasks that an
+    interrupted evaluation has finished are not evaluated again.
     """
     from picotrain.cli import commands
 
-    raise typer.Exit(commands.evaluate(run, checkpoint, hf, bundle=bundle, baseline_table=baseline_table, max_per_task=max_per_task))
+    options = {"bundle": bundle, "baseline_table": baseline_table, "max_per_task": max_per_task, "tokens": tokens}
+    raise typer.Exit(commands.evaluate(run, checkpoint, hf, **options))
 
 
 @app.command("compare")
@@ -127,12 +188,16 @@ def compare_(
     documents: Annotated[int | None, typer.Option(min=1, help="Validation documents, spread evenly; default: all.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say whether models differ by more than the noise: A is the baseline, every other one is compared with it.
+    """Say whether models differ by more than the noise.
 
-    Example: `picotrain compare runs/a runs/b@best --bundle eval_bundle --html ab.html`.
+    \b
+    Examples:
+      picotrain compare runs/a runs/b
+      picotrain compare runs/a runs/b@best --bundle eval_bundle --html ab.html
 
-    Bits per byte of whole documents of A's validation shard, so that tokenizers and contexts may differ; CORE task by task;
-    what differs in config, data and speed; samples side by side; and warnings where the comparison is not fair.
+    A is the baseline, every other one is compared with it: bits per byte of whole documents of A's validation shard, so
+    that tokenizers and contexts may differ; CORE task by task; what differs in config, data and speed; samples side by
+    side; and warnings where the comparison is not fair.
     """
     from picotrain.cli import compare
 
@@ -142,14 +207,20 @@ def compare_(
 @app.command()
 def sample(
     run: RunDir,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; none: start a document.")] = "",
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue; none: start a document.")] = "",
     checkpoint: Checkpoint = "last",
     max_tokens: Annotated[int, typer.Option(min=1, max=2**24, help="Tokens to generate at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=1e6, help="0 takes the likeliest token every time.")] = 0.8,
     top_k: Annotated[int, typer.Option(min=0, max=2**24, help="Choose among the k likeliest; 0: among all.")] = 50,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")] = 0,
 ) -> None:
-    """Continue a prompt with a run's model, streaming."""
+    """Continue a prompt with a run's model, as it writes.
+
+    \b
+    Examples:
+      picotrain sample runs/mine "def main():"
+      picotrain sample runs/mine --checkpoint best --temperature 0 --max-tokens 50
+    """
     from picotrain.cli import commands
 
     commands.sample(run, prompt, checkpoint, max_tokens, temperature, top_k or None, seed)
@@ -157,7 +228,14 @@ def sample(
 
 @app.command()
 def report(run: RunDir) -> None:
-    """Write report.md and summary.json of a run again, finished or not."""
+    """Write the report of a run again, finished or not.
+
+    \b
+    Example:
+      picotrain report runs/mine
+
+    It writes report.html, report.md, summary.json and the pictures, and prints the summary.
+    """
     from picotrain.cli import commands
 
     commands.report(run)
@@ -165,9 +243,14 @@ def report(run: RunDir) -> None:
 
 @app.command("doctor")
 def doctor_(overrides: Overrides = None, config: ConfigFile = None, config_dir: ConfigDir = None) -> None:
-    """Preflight: devices, precision, disk, data, tokenizer, and two steps of the real config; says what to fix.
+    """Try what a config needs before you pay for it.
 
-    With a run directory instead of overrides: verify all of its checkpoints.
+    \b
+    Examples:
+      picotrain doctor model=d6
+      picotrain doctor runs/mine      verifies all checkpoints of a run
+
+    Devices, precision, disk, data, tokenizer, and two steps of the real config; it says what to fix, and then exits with 2.
     """
     from picotrain.cli.doctor import run
 
@@ -185,10 +268,14 @@ def bench_(
     json: Annotated[bool, typer.Option("--json", help="Print JSON lines: versions and hardware, then one a setting.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write all of it as one JSON file, too.")] = None,
 ) -> None:
-    """Measure this machine: matmul ceiling, training step, loader, checkpoint and sampling, in about two minutes.
+    """Measure how fast this machine trains, in two minutes.
 
-    Examples: `picotrain bench`, `picotrain bench --full --out results.json`,
-    `picotrain bench step --depth 4 6 --compile`, `picotrain bench loader --path corpora/mine`.
+    \b
+    Examples:
+      picotrain bench
+      picotrain bench --full --out results.json
+      picotrain bench step --depth 4 6 --compile
+      picotrain bench loader --path corpora/mine
 
     Benchmarks: matmul, step, memory, loader, checkpoint, sampling, startup, time_to_bpb, corpus, core, peers, variants, busy; those
     named run as in the set, with the options that follow a single name (`picotrain bench step --help` lists them). It needs no network.
@@ -203,7 +290,13 @@ def bench_(
 
 @data_app.command("show")
 def data_show(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
-    """Prepare a corpus if need be and print what is in it, e.g. `picotrain data show data=files data.path=texts/`."""
+    """Prepare a config's corpus if need be; print its sizes.
+
+    \b
+    Examples:
+      picotrain data show data=pystdlib
+      picotrain data show data=files data.path=docs/
+    """
     from picotrain.cli import commands
 
     commands.data_show(overrides or [], config_dir)
@@ -222,14 +315,17 @@ def data_prepare(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; default: one a core from 64 MB of text.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Make the first thing that cannot be used an error.")] = False,
 ) -> None:
-    """Make a corpus of text, Markdown, source code, JSON lines and CSV (.gz, .zst) and Parquet files.
+    """Make a corpus of text files, JSON lines, CSV, Parquet.
 
-    Example: `picotrain data prepare notes/ 'web/*.jsonl.zst' --out corpora/mine`, then
-    `picotrain train data=files data.path=corpora/mine`.
+    \b
+    Examples:
+      picotrain data prepare docs/ 'web/*.jsonl.zst' --out corpora/mine
+      picotrain train data=files data.path=corpora/mine      what it is for
 
-    JSON lines need a field `text`, CSV and Parquet files a column `text`. Documents are shuffled and exact copies left
-    out; about 5 % validate, in the last shard. What cannot be used is skipped and listed, with the reason, in
-    DIR/skipped.jsonl. After an interruption the same command goes on where it was.
+    Text, Markdown and source code are documents as they are, .gz and .zst too. JSON lines need a field `text`, CSV and
+    Parquet files a column `text`. Documents are shuffled and exact copies left out; about 5 % validate, in the last shard.
+    What cannot be used is skipped and listed, with the reason, in DIR/skipped.jsonl. After an interruption the same command
+    goes on where it was.
     """
     from picotrain.cli import data
 
@@ -246,9 +342,14 @@ def data_inspect(
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Which documents are shown.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print what is in a corpus: sizes, lengths, duplicates, special-token text, invalid UTF-8, sample documents.
+    """Print what is in a corpus: sizes, doubles, samples.
 
-    Example: `picotrain data inspect corpora/mine --tokenizer tokenizer.json --max-bytes 100000000`.
+    \b
+    Examples:
+      picotrain data inspect corpora/mine
+      picotrain data inspect corpora/mine --tokenizer runs/mine/tokenizer.json
+
+    Lengths, exact duplicates, text of special tokens, invalid UTF-8, and the beginnings of a few documents.
     """
     from picotrain.cli import data
 
@@ -257,9 +358,13 @@ def data_inspect(
 
 @data_app.command("verify")
 def data_verify(corpus: CorpusFolder) -> None:
-    """Read every shard wholly and compare it with what is known of it; exit code 2 when anything is bad.
+    """Read every shard wholly and say which are bad.
 
-    Example: `picotrain data verify corpora/mine` after copying it to another disk. All bad shards are listed at once.
+    \b
+    Example:
+      picotrain data verify corpora/mine      after copying it to another disk
+
+    Each is compared with what is known of it; all bad ones are listed at once, and the exit code is 2.
     """
     from picotrain.cli import data
 
@@ -273,12 +378,16 @@ def data_download(
     shards: Annotated[int | None, typer.Option(min=1, help="Training shards to fetch; default: what a run of these words needs.")] = None,
     config_dir: ConfigDir = None,
 ) -> None:
-    """Fetch shards of a data set from the Hugging Face Hub into the cache; goes on where it was interrupted.
+    """Fetch shards of a data set into the cache.
 
-    Example: `picotrain data download climbmix model=d20`, then `picotrain train data=climbmix model=d20`;
-    `picotrain data download climbmix --shards 170`, then `picotrain train data=climbmix data.num_shards=170`.
+    \b
+    Examples:
+      picotrain data download climbmix model=d20
+      picotrain train data=climbmix model=d20                what it is for
+      picotrain data download climbmix --shards 170
 
-    The validation shard comes too. $PICOTRAIN_CACHE names the cache folder, $HF_ENDPOINT a mirror of the Hub.
+    They come from the Hugging Face Hub; what was interrupted goes on. The validation shard comes too. $PICOTRAIN_CACHE
+    names the cache folder, $HF_ENDPOINT a mirror of the Hub.
     """
     from picotrain.cli import data
 
@@ -287,7 +396,14 @@ def data_download(
 
 @tokenizer_app.command("train")
 def tokenizer_train(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
-    """Train a config's tokenizer, if it is not in the cache, and print where it is and how well it compresses."""
+    """Train a config's tokenizer, if it is not in the cache.
+
+    \b
+    Example:
+      picotrain tokenizer train data=pystdlib tokenizer.vocab_size=4096
+
+    Prints where it is and how well it compresses, as JSON; `picotrain train` with the same keys takes it from there.
+    """
     from picotrain.cli import commands
 
     commands.tokenizer_train(overrides or [], config_dir)
@@ -300,37 +416,48 @@ def tokenizer_eval(
     config_dir: ConfigDir = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure how well a tokenizer compresses: bytes per token on validation text, code, languages and scripts.
+    """Measure how well a tokenizer compresses.
 
-    Examples: `picotrain tokenizer eval data=files data.path=corpora/mine tokenizer.vocab_size=16384`,
-    `picotrain tokenizer eval --path other/tokenizer.json data=climbmix`.
+    \b
+    Examples:
+      picotrain tokenizer eval data=pystdlib tokenizer.vocab_size=4096
+      picotrain tokenizer eval --path runs/mine/tokenizer.json data=pystdlib
 
-    GPT-2's and o200k's figures stand beside it where tiktoken has them on this machine; corpus and tokenizer are prepared
-    if need be. Every text is decoded again; the exit code is 2 when one does not come back as it was.
+    Bytes per token on validation text, code, languages and scripts. GPT-2's and o200k's figures stand beside it where
+    tiktoken has them on this machine; corpus and tokenizer are prepared if need be. Every text is decoded again; the exit
+    code is 2 when one does not come back as it was.
     """
     from picotrain.cli import tokenizer
 
     raise typer.Exit(tokenizer.evaluate_tokenizer(overrides or [], path, config_dir, json))
 
 
-@app.command()
-def completion(shell: Annotated[str, typer.Argument(help="bash or zsh")]) -> None:
-    """Print a completion script of groups, choices and keys: `eval "$(picotrain completion bash)"`."""
-    from picotrain.config.completion import SHELLS, script
-    from picotrain.errors import ConfigError
+@app.command("completion")
+def completion_(shell: Annotated[str, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")]) -> None:
+    """Print a script that makes a shell complete our words.
+
+    \b
+    Examples:
+      eval "$(picotrain completion bash)"         in ~/.bashrc
+      eval "$(picotrain completion zsh)"          in ~/.zshrc, after compinit
+      picotrain completion fish | source          in ~/.config/fish/config.fish
+
+    It completes commands, options, groups, their choices, keys, the words a key may hold, runs and files.
+    """
+    from picotrain.cli.shells import SHELLS, script
 
     if shell not in SHELLS:
-        raise ConfigError([Problem("completion", f"no script for {shell!r}", " or ".join(SHELLS))])
+        raise UsageError([Problem(shell, "there is no completion for this shell", ", ".join(SHELLS))])
     print(script(shell))
 
 
 @app.command("__complete", hidden=True, context_settings={"ignore_unknown_options": True})
-def complete_(words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-    """Completions of the last word, a line each; called by the completion scripts."""
-    from picotrain.config.completion import complete
+def complete_(shell: str, line: str, replaced: str) -> None:
+    """What a shell may insert, a line each; called by the completion scripts with the line up to the cursor."""
+    from picotrain.cli.completion import reply
 
-    before, current = (words[:-1], words[-1]) if words else ([], "")
-    print("\n".join(complete(before, current)))
+    for word in reply(shell, line, replaced):
+        print(word)
 
 
 def main() -> None:

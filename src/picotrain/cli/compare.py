@@ -29,6 +29,7 @@ from picotrain.metrics import plain
 from picotrain.parallel import Parallel, free_memory
 from picotrain.report import compare as pages
 from picotrain.text import encodable
+from picotrain.ticker import lines
 
 Bars = Callable[[str], Callable[[int, int], None]]  # a new bar by its description; what moves it: (done, of)
 
@@ -217,7 +218,11 @@ def _write(results: dict[str, Any], html: Path | None, as_json: bool) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Bars]:
-    """Bars on standard error where that is a terminal, each gone when it is full."""
+    """Bars on standard error where that is a terminal, each gone when it is full; else lines."""
+    if not sys.stderr.isatty():
+        with lines(say) as show:
+            yield lambda description: lambda done, of: show(description, done, of)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
 

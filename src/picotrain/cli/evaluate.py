@@ -16,10 +16,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -27,109 +28,180 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from picotrain import evaluation, parallel, sampling
 from picotrain import run as runs
-from picotrain.cli import say
+from picotrain.cli import checks, say
+from picotrain.cli.checks import Options as Options
 from picotrain.cli.commands import load_model
 from picotrain.cli.subjects import checkpoint_key, folder_key
 from picotrain.config.saved import write_whole
 from picotrain.data.origins import validation_documents, validation_origins
 from picotrain.data.stream import validation_rows
-from picotrain.errors import ConfigError, Problem
+from picotrain.errors import PicotrainError
+from picotrain.evaluation import EvaluationFailed
 from picotrain.evaluation.bundle import Bundle
-from picotrain.evaluation.core import Core, TaskResult, summary
+from picotrain.evaluation.core import TaskResult, summary
 from picotrain.evaluation.documents import score_documents
 from picotrain.evaluation.hf import HuggingFaceModel
 from picotrain.evaluation.subject import RunModel, Subject
 from picotrain.evaluation.suite import core_results
 from picotrain.parallel import Parallel
 from picotrain.report.evaluated import render
+from picotrain.ticker import Show, lines
 
-Show = Callable[[str, int, int], None]  # what is measured, done, in all
+
+class Evaluation:
+    """What was measured so far, in the folder that it is written to after each part: a part that fails costs no other one."""
+
+    def __init__(self, folder: Path, title: str, parts: Sequence[str], ranks: Parallel, about: dict[str, Any]):
+        self.folder, self._title, self.ranks = folder, title, ranks
+        self.predictions: list[TaskResult] = []
+        self._written: dict[str, Path] = {}
+        self._failed: dict[str, str] = {}
+        self.results: dict[str, Any] = {**about, "bpb": {}, "tokens": {}, "core": None, "samples": []}
+        self.results["missing"] = dict.fromkeys(parts, "the evaluation ended before it")
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Measure one part; what goes wrong in it is said, kept as its reason to be missing, and raised at the end, by `finish`.
+
+        Of several ranks all fail together, by an EvaluationFailed, or the failing one ends the evaluation: the others may wait for it.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, EvaluationFailed) and self.ranks.world_size > 1:
+                raise
+            if not isinstance(error, PicotrainError):
+                traceback.print_exc()
+            elif isinstance(error, EvaluationFailed) and error.trace and self.ranks.is_main:
+                say(error.trace)
+            why = str(error) if isinstance(error, PicotrainError) else f"{type(error).__name__}: {error}"
+            self.results["missing"][name] = self._failed[name] = why
+        else:
+            del self.results["missing"][name]
+        if self.ranks.is_main and self._measured():
+            self._write()
+
+    def finish(self) -> int:
+        """Print what there is and name its files; the exit code. Raises EvaluationIncomplete for what failed."""
+        if self.ranks.is_main and self._written:
+            print(render(self._title, self.results))
+            say("written: " + ", ".join(map(str, self._written.values())))
+        if self._failed:
+            kept = f"; what was measured is in {self.folder}" if self._measured() else "; nothing was measured"
+            raise EvaluationIncomplete(
+                f"the evaluation is not complete{kept}:\n" + "\n".join(f"  - {name}: {why}" for name, why in self._failed.items())
+            )
+        return 0
+
+    def _measured(self) -> bool:
+        return bool(self.results["bpb"] or self.results["core"] or self.results["samples"])
+
+    def _write(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        texts = {
+            "results.json": json.dumps(self.results, indent=1, ensure_ascii=False) + "\n",
+            "results.md": render(self._title, self.results),
+        }
+        if self.results["core"]:
+            made = [{"task": task.label, **dataclasses.asdict(one)} for task in self.predictions for one in task.predictions]
+            texts["core.csv"] = _table(self.results["core"])
+            texts["predictions.jsonl"] = "".join(json.dumps(one) + "\n" for one in made)
+        for name, text in texts.items():
+            write_whole(self.folder / name, text)
+            self._written[name] = self.folder / name
 
 
-class Options(NamedTuple):
-    """What the command line chose beside the run. None: as in the run's config."""
+class EvaluationIncomplete(PicotrainError):
+    """An evaluation of which a part failed; the others are written down."""
 
-    bundle: str | None = None
-    baseline_table: str | None = None
-    max_per_task: int | None = None
+    exit_code = 1
+
+
+VAL, TRAIN, CORE, SAMPLES = "bits per byte of validation text", "bits per byte of training text", "CORE", "samples"
 
 
 def evaluate_checkpoint(run: Path, which: str, options: Options) -> int:
-    """Measure a run's checkpoint and write `eval/step_*/`; the exit code.
+    """Measure a run's checkpoint and write `eval/step_*/`; the exit code. Raises EvaluationIncomplete.
 
-    The whole validation shard counts, whatever train.eval_tokens is. Training text is the same number of rows from the
-    start of the first training shard, in file order.
+    The whole validation shard counts, whatever train.eval_tokens is, or the first options.tokens of it, in a folder of their own.
+    Training text is the same number of rows from the start of the first training shard, in file order.
     """
+    ready = checks.check(run, which, None, options)
     material, model, path = load_model(run, which)
-    material = material._replace(config=_chosen(material.config, options))
-    with _ranks(next(model.parameters()).device) as ranks, _bars(ranks) as show:
+    config, seq_len = ready.config, material.plan.seq_len
+    max_rows = options.tokens and max(1, options.tokens // seq_len)
+    device = next(model.parameters()).device
+    with _ranks(device) as ranks, _bars(ranks) as show:
         model = model.to(ranks.device, model.compute_dtype)  # the same numbers, without a cast of all weights at every call
-        subject = RunModel(run.name, model, material.tokenizer)
-        scores = _bits_per_byte(material, model, ranks, show)
-        key = checkpoint_key(path, ranks.device.type)
-        core, predictions = _core(material.config, subject, ranks, run / "eval" / path.name / "tasks", key, show)
-        prompts = dict.fromkeys((*material.config.sampling.prompts, ""))  # and one from nothing
-        samples = sampling.complete(model, material.tokenizer, list(prompts), material.config.sampling, seed=0) if ranks.is_main else []
-    results = {
-        "step": int(path.name.removeprefix("step_")),
-        "precision": str(model.compute_dtype).removeprefix("torch."),
-        **scores,
-        "core": core and dataclasses.asdict(core),
-        "samples": [dataclasses.asdict(sample) for sample in samples],
-    }
-    if ranks.is_main:
-        _write(run / "eval" / path.name, f"{run.name} at step {results['step']:,}", results, predictions)
-    return 0
+        step = int(path.name.removeprefix("step_"))
+        about = {"step": step, "precision": str(model.compute_dtype).removeprefix("torch."), "only_tokens": options.tokens}
+        parts = [VAL, TRAIN, *([CORE] if ready.bundle else []), SAMPLES]
+        done = Evaluation(ready.folder, f"{run.name} at step {step:,}", parts, ranks, about)
+        found = done.results
+        with done.part(VAL):
+            (val, *groups), names, rows = _bits_per_byte(material, model, "validation", max_rows, ranks, show)
+            by_source = {name: group.val_bpb for name, group in zip(names, groups, strict=True) if group.tokens}
+            found |= {"bpb": {"val": val.val_bpb, "by_source": by_source}, "val_loss": val.val_loss, "tokens": {"val": val.tokens}}
+            max_rows = rows
+        with done.part(TRAIN):
+            (train, *_), _, _ = _bits_per_byte(material, model, "training", max_rows or material.plan.eval_rows, ranks, show)
+            found["bpb"]["train"], found["train_loss"], found["tokens"]["train"] = train.val_bpb, train.val_loss, train.tokens
+        if ready.bundle:
+            with done.part(CORE):
+                subject, key = RunModel(run.name, model, material.tokenizer), checkpoint_key(path, ranks.device.type)
+                _core(done, config, ready.bundle, subject, run / "eval" / path.name / "tasks", key, show)
+        with done.part(SAMPLES):
+            prompts = list(dict.fromkeys((*config.sampling.prompts, "")))  # and one from nothing
+            for i, prompt in enumerate(prompts if ranks.is_main else ()):
+                show(SAMPLES, i, len(prompts))
+                found["samples"] += map(dataclasses.asdict, sampling.complete(model, material.tokenizer, [prompt], config.sampling, seed=i))
+                show(SAMPLES, i + 1, len(prompts))
+    return done.finish()
 
 
 def evaluate_hf(path: Path, run: Path, options: Options) -> int:
     """Measure a Hugging Face model on the validation documents of a run, whole and in windows of its own context, and on CORE;
-    write `eval/hf-NAME/` of that run; the exit code."""
-    material = runs.read_material(run)
-    config = _chosen(material.config, options)
+    write `eval/hf-NAME/` of that run; the exit code. Raises EvaluationIncomplete."""
+    ready = checks.check(run, "last", path, options)
+    material, sampling_ = ready.material, ready.config.sampling
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _ranks(torch.device(device)) as ranks, _bars(ranks) as show:
         subject = HuggingFaceModel(path, ranks.device)
-        texts = [document.text for document in validation_documents(material.corpus)]
         window = min(subject.seq_len or material.plan.seq_len, material.plan.seq_len)
-        found = score_documents(subject, texts, window, ranks, lambda done, total: show("bits per byte", done, total))
-        folder = run / "eval" / f"hf-{subject.name}"
-        core, predictions = _core(config, subject, ranks, folder / "tasks", folder_key(path, ranks.device.type), show)
-        options_ = config.sampling
-        samples = [
-            {"prompt": prompt, "text": subject.complete(prompt, options_.max_tokens, options_.temperature, options_.top_k, seed=i)}
-            for i, prompt in enumerate(dict.fromkeys((*options_.prompts, "")))
-            if ranks.is_main
-        ]
-    results = {
-        "hf": str(path),
-        "parameters": subject.parameters,
-        "window": window,
-        "bpb": {"val": found.bpb},
-        "val_loss": float(found.bits.sum()) * math.log(2) / max(1, int(found.tokens.sum())),
-        "tokens": {"val": int(found.tokens.sum())},
-        "core": core and dataclasses.asdict(core),
-        "samples": samples,
-    }
-    if ranks.is_main:
-        _write(folder, f"{subject.name} on the documents of {run.name}", results, predictions)
-    return 0
+        about = {"hf": str(path), "parameters": subject.parameters, "window": window, "only_tokens": options.tokens}
+        title = f"{subject.name} on the documents of {run.name}"
+        done = Evaluation(ready.folder, title, [VAL, *([CORE] if ready.bundle else []), SAMPLES], ranks, about)
+        found = done.results
+        with done.part(VAL):
+            texts = _documents(material, subject, options.tokens)
+            scores = score_documents(subject, texts, window, ranks, lambda at, of: show("bits per byte, documents", at, of))
+            tokens = int(scores.tokens.sum())
+            found |= {"bpb": {"val": scores.bpb}, "tokens": {"val": tokens}}
+            found["val_loss"] = float(scores.bits.sum()) * math.log(2) / max(1, tokens)
+        if ready.bundle:
+            with done.part(CORE):
+                key = folder_key(path, ranks.device.type)
+                _core(done, ready.config, ready.bundle, subject, run / "eval" / f"hf-{subject.name}" / "tasks", key, show)
+        with done.part(SAMPLES):
+            prompts = list(dict.fromkeys((*sampling_.prompts, "")))
+            for i, prompt in enumerate(prompts if ranks.is_main else ()):
+                show(SAMPLES, i, len(prompts))
+                text = subject.complete(prompt, sampling_.max_tokens, sampling_.temperature, sampling_.top_k, seed=i)
+                found["samples"].append({"prompt": prompt, "text": text})
+                show(SAMPLES, i + 1, len(prompts))
+    return done.finish()
 
 
-def _chosen(config: Any, options: Options) -> Any:
-    """The run's config with what the command line says instead."""
-    core, train = config.evaluation.core, config.train
-    changes = {}
-    if options.bundle:
-        if "://" in options.bundle:
-            raise ConfigError([Problem("--bundle", "is a URL", "a folder; a URL with its SHA-256 goes into evaluation.core of the run")])
-        changes["bundle"] = str(Path(options.bundle).expanduser().absolute())
-    if options.baseline_table:
-        changes["baseline_table"] = options.baseline_table
-    if options.max_per_task is not None:
-        train = train.model_copy(update={"core_metric_max_per_task": options.max_per_task})
-    evaluation_ = config.evaluation.model_copy(update={"core": core.model_copy(update=changes)})
-    return config.model_copy(update={"evaluation": evaluation_, "train": train})
+def _documents(material: runs.Material, subject: Subject, tokens: int | None) -> list[str]:
+    """The validation documents, or the first of them that have so many tokens."""
+    texts, count = [], 0
+    for document in validation_documents(material.corpus):
+        texts.append(document.text)
+        if tokens is not None:
+            count += len(subject.encode([document.text])[0])
+            if count >= tokens:
+                break
+    return texts
 
 
 @contextmanager
@@ -145,68 +217,56 @@ def _ranks(device: torch.device) -> Iterator[Parallel]:
 
 @contextmanager
 def _bars(ranks: Parallel) -> Iterator[Show]:
-    """A progress bar for each thing that is measured, on rank 0's terminal."""
+    """A progress bar for each thing that is measured, on rank 0's terminal; lines where there is none."""
+    if not ranks.is_main:
+        yield lambda *at: None
+        return
+    if not sys.stderr.isatty():
+        with lines(say) as told:
+            yield told
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not (ranks.is_main and sys.stderr.isatty())) as progress:
+    with Progress(*columns, console=Console(stderr=True)) as progress:
         bars: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in bars:
                 bars[what] = progress.add_task(what)
-            progress.update(bars[what], completed=done, total=total)
+            progress.update(bars[what], completed=done, total=total or None)
 
         yield show
 
 
-def _bits_per_byte(material: runs.Material, model: Any, ranks: Parallel, show: Show) -> dict[str, Any]:
-    """Of validation text, by origin too where the corpus says it, and of training text."""
+def _bits_per_byte(
+    material: runs.Material, model: Any, what: str, max_rows: int | None, ranks: Parallel, show: Show
+) -> tuple[list[evaluation.Bpb], list[str], int]:
+    """Of validation or training text: of all of it, then of each origin where the corpus tells them; the origins; how many rows."""
     config, plan, corpus, tokenizer = material
-
-    def measure(name: str, data: Any, max_rows: int | None, by_origin: bool) -> tuple[list[evaluation.Bpb], list[str], int]:
-        packed = validation_rows(data, tokenizer, plan.seq_len, max_rows, plan.unit_bytes)
-        origins = validation_origins(data) if by_origin else None
-        rows = evaluation.Rows(packed.rows, origins.of_tokens(packed), len(origins.names)) if origins else evaluation.Rows(packed.rows)
-        batch = config.evaluation.bpb.device_batch_size or plan.device_batch_size
-        progress = lambda done, total: show(f"bits per byte, {name}", done, total)  # noqa: E731
-        found = evaluation.bits_per_byte(model, lambda: rows, tokenizer.token_bytes(), batch, ranks, progress=progress)
-        return found or [], origins.names if origins else [], len(packed.rows)
-
-    (val, *groups), names, rows = measure("validation", corpus, None, by_origin=True)
-    (train, *_), _, _ = measure("training", corpus.with_val_from_training(), rows, by_origin=False)
-    by_source = {name: group.val_bpb for name, group in zip(names, groups, strict=True) if group.tokens}
-    return {
-        "bpb": {"val": val.val_bpb, "train": train.val_bpb, "by_source": by_source},
-        "val_loss": val.val_loss,
-        "train_loss": train.val_loss,
-        "tokens": {"val": val.tokens, "train": train.tokens},
-    }
+    data = corpus if what == "validation" else corpus.with_val_from_training()
+    name = f"bits per byte, {what}"
+    show(name, 0, 0)
+    packed = validation_rows(data, tokenizer, plan.seq_len, max_rows, plan.unit_bytes)
+    origins = validation_origins(data) if what == "validation" else None
+    rows = evaluation.Rows(packed.rows, origins.of_tokens(packed), len(origins.names)) if origins else evaluation.Rows(packed.rows)
+    batch = config.evaluation.bpb.device_batch_size or plan.device_batch_size
+    progress = lambda done, total: show(name, done, total)  # noqa: E731
+    found = evaluation.bits_per_byte(model, lambda: rows, tokenizer.token_bytes(), batch, ranks, progress=progress)
+    return found or [], origins.names if origins else [], len(packed.rows)
 
 
-def _core(config: Any, subject: Subject, ranks: Parallel, store: Path, key: dict[str, Any], show: Show) -> tuple[Core | None, Any]:
-    """CORE and the predictions of its tasks; nothing without a bundle."""
-    if config.evaluation.core.bundle is None:
-        return None, []
-    bundle: Bundle = runs.open_bundle(config)
+def _core(done: Evaluation, config: Any, bundle: Bundle, subject: Subject, store: Path, key: dict[str, Any], show: Show) -> None:
+    """CORE and the predictions of its tasks. Raises EvaluationFailed where no task could be evaluated."""
     key = key | {"baseline_table": bundle.baseline_table}
     max_per_task = config.train.core_metric_max_per_task
-    found = core_results(subject.scorer, bundle, max_per_task, ranks, store, key, lambda *at: show(f"CORE {at[0]}", *at[1:]))
-    for result in found:
+    ranks = done.ranks
+    tasks = core_results(subject.scorer, bundle, max_per_task, ranks, store, key, lambda *at: show(f"CORE {at[0]}", *at[1:]))
+    for result in tasks:
         if result.traceback and ranks.is_main:
             say(result.traceback)
-    return summary(bundle, found, max_per_task), found
-
-
-def _write(folder: Path, title: str, results: dict[str, Any], tasks: list[TaskResult]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    text = render(title, results)
-    write_whole(folder / "results.md", text)
-    if results["core"]:
-        write_whole(folder / "core.csv", _table(results["core"]))
-        lines = [{"task": task.label, **dataclasses.asdict(one)} for task in tasks for one in task.predictions]
-        write_whole(folder / "predictions.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    print(text)
-    say(f"written to {folder}")
+    core = summary(bundle, tasks, max_per_task)
+    done.predictions, done.results["core"] = tasks, dataclasses.asdict(core)
+    if core.core_metric is None:
+        raise EvaluationFailed("none of its tasks could be evaluated: " + "; ".join(core.problems.values()))
 
 
 def _table(core: dict[str, Any]) -> str:

@@ -31,8 +31,11 @@ def loop_problem(first: Facts, other: Facts) -> str:
         "validation text": "val_shards",
         "number of validation rows": "eval_rows",
     }
-    different = [what for what, key in reasons.items() if first[key] != other[key]]
-    return f"no: different {' and '.join(different)}" if different else ""
+    different = [what for what, key in reasons.items() if first[key] != other[key] and None not in (first[key], other[key])]
+    if different:
+        return f"no: different {' and '.join(different)}"
+    unknown = [what for what, key in reasons.items() if None in (first[key], other[key])]
+    return f"not known: whether the {' and the '.join(unknown)} were the same" if unknown else ""
 
 
 def _between(first: Facts, other: Facts) -> Iterator[str]:
@@ -43,7 +46,13 @@ def _between(first: Facts, other: Facts) -> Iterator[str]:
     elif first["corpus_fingerprint"] != other["corpus_fingerprint"]:
         text = f"The training data differ: {a} read {first['corpus']!r}, {b} {other['corpus']!r}"
         yield f"{text}{', which is not the same text' if first['corpus'] == other['corpus'] else ''}."
-    if _differ(first, other, "tokenizer_fingerprint"):
+    same_tokenizer = _same_tokenizer(first, other)
+    if same_tokenizer is None:
+        yield (
+            f"Whether {a} and {b} have the same tokenizer is not known: losses per token may not compare, bits per byte of whole "
+            "documents do."
+        )
+    elif not same_tokenizer:
         yield (
             f"The tokenizers of {a} and {b} differ: losses per token do not compare, bits per byte of whole documents do; "
             "a window of as many tokens shows them different amounts of text."
@@ -88,6 +97,15 @@ def config_differences(configs: Sequence[Config | None]) -> list[dict[str, Any]]
 def seeds_only(differences: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the experiments are the same but for their seed."""
     return [row["key"] for row in differences if row["experiment"]] == ["run.seed"]
+
+
+def _same_tokenizer(first: Facts, other: Facts) -> bool | None:
+    """None: not known. Of a Hugging Face folder no more is known than how many tokens it has."""
+    for key in ("tokenizer_fingerprint", "vocab_size"):
+        if None not in (first[key], other[key]):
+            same = first[key] == other[key]
+            return same if key == "tokenizer_fingerprint" or not same else None
+    return None
 
 
 def _differ(first: Facts, other: Facts, key: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from picotrain.config.elsewhere import NOTHING, exact
 from picotrain.config.groups import GROUPS, choices, unknown_choice
 from picotrain.config.keys import Leaf, leaves, nearest, shown, unknown_key
 from picotrain.config.schema import HORIZONS, two_horizons
@@ -61,6 +62,10 @@ def _parse_word(word: str, config_dir: Path | None, result: Overrides) -> None:
         else:
             result.values.pop(key, None)
             result.values[key] = parsed
+    elif words := NOTHING.get(key):
+        result.refuse(Problem(key, words), section)
+    elif "." not in key and (words := exact(key, value)):
+        result.refuse(Problem(key, "there is no such key", f"did you mean {words}?"), section)
     else:
         result.refuse(unknown_key(key, GROUPS), section)
 

@@ -12,18 +12,22 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from picotrain.config.compose import data_preset
 from picotrain.config.schema import DataConfig
 from picotrain.data.corpus import ORIGIN, Corpus, Remote, assemble, hash_bytes, read_json, scan, validating, write_atomic
 from picotrain.data.mixture import Mixture, Source
-from picotrain.data.prepare import Input, Say, Undecodable, expand, identify, locked, prepare, silent
+from picotrain.data.prepare import Input, Progress, Say, Undecodable, expand, identify, locked, prepare, silent
 from picotrain.errors import ConfigError, DataError, Problem, TokenizerError
+from picotrain.text import clock, size
+from picotrain.ticker import ticking
 
 if TYPE_CHECKING:
     from picotrain.config.schema import TokenizerConfig
@@ -60,9 +64,11 @@ def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
         return corpus
     files, undecodable = inputs(data)
     say(f"preparing {data.name} from {len(files):,} files")
-    identified = identify(files)
+    with _lines_of_bytes(say) as progress:
+        identified = identify(files, read=_adding("reading", sum(file.path.stat().st_size for file in files), progress))
     folder = cache / "corpora" / f"{_label(data)}-{identified[0][:16]}"
-    prepare(files, folder, name=data.name, undecodable=undecodable, identified=identified, say=say)
+    with _lines_of_bytes(say) as progress:
+        prepare(files, folder, name=data.name, undecodable=undecodable, identified=identified, say=say, progress=progress)
     write_atomic(_index(files, cache), json.dumps({"folder": folder.name, "stats": _stats(files)}).encode())
     return scan(folder, data.name, data.val_shard)
 
@@ -105,7 +111,8 @@ def obtain_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path, say: S
             used = min(section.train_bytes, corpus.text_bytes)
             say(f"training a tokenizer of {section.vocab_size:,} tokens on {used / 1e6:,.1f} MB of {corpus.name}")
             started = time.monotonic()
-            train_tokenizer(Mixture.of(corpus).sample(section.train_bytes), section.vocab_size, path)
+            with _telling_how_far(Mixture.of(corpus).sample(section.train_bytes), used, say) as texts:
+                train_tokenizer(texts, section.vocab_size, path)
             say(f"trained it in {time.monotonic() - started:.1f} s: {path}")
         tokenizer = load_tokenizer(path, section.encoder)
         if tokenizer.vocab_size != section.vocab_size:
@@ -134,6 +141,53 @@ def named_tokenizer(section: TokenizerConfig) -> Tokenizer | None:
         right = f"tokenizer.vocab_size={tokenizer.vocab_size}, or another tokenizer.path"
         raise ConfigError([Problem("tokenizer.vocab_size", rule, right)])
     return tokenizer
+
+
+@contextmanager
+def _telling_how_far(texts: Iterator[str], total: int, say: Say) -> Iterator[Iterator[str]]:
+    """The texts of a training that takes long, with a line now and then that says where it is."""
+    started, done, merging = time.monotonic(), 0, False
+
+    def counted() -> Iterator[str]:
+        nonlocal done, merging
+        for text in texts:
+            done += len(text.encode())
+            yield text
+        merging = True
+
+    def status() -> str:
+        if merging:
+            return f"training the tokenizer: the text is read, merging, {clock(time.monotonic() - started)} so far"
+        return f"training the tokenizer: read {size(done)} of {size(total)}"
+
+    with ticking(say, status):
+        yield counted()
+
+
+@contextmanager
+def _lines_of_bytes(say: Say) -> Iterator[Progress]:
+    """What shows how far a preparation is, a line now and then."""
+    at = ""
+
+    def update(what: str, done: int, total: int) -> None:
+        nonlocal at
+        at = f"{what}: {size(done)} of {size(total)}, {done / total:.0%}" if done < total else ""
+
+    with ticking(say, lambda: at):
+        yield update
+
+
+def _adding(what: str, total: int, progress: Progress) -> Callable[[int], None]:
+    """What shows progress from how much more was done; threads call it."""
+    done, lock = 0, Lock()
+
+    def add(amount: int) -> None:
+        nonlocal done
+        with lock:
+            done += amount
+            progress(what, done, total)
+
+    return add
 
 
 def known_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path) -> dict[str, Any] | None:
@@ -325,8 +379,8 @@ def _download(data: DataConfig, cache: Path, say: Say) -> Corpus:
         say(f"downloading {len(missing)} of {len(names)} shards of {data.repo_id}{terms} into {root}")
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             try:
-                for count, (name, size) in enumerate(pool.map(lambda name: _fetch(data, cache, name), missing), 1):
-                    say(f"shard {count} of {len(missing)}: {name}, {size / 1e6:,.1f} MB")
+                for count, (name, n_bytes) in enumerate(pool.map(lambda name: _fetch(data, cache, name), missing), 1):
+                    say(f"shard {count} of {len(missing)}: {name}, {n_bytes / 1e6:,.1f} MB")
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -133,8 +133,19 @@ def read_bundle(path: Path, baseline_table: str = DEFAULT_TABLE) -> Bundle:
     unreadable.
     """
     path = Path(path).expanduser()
-    baselines, table = _read_table(path, baseline_table)
-    tree = _read_tasks(path / "core.yaml")
+    if not path.is_dir():
+        raise DataError(f"there is no folder {path}; a bundle is a folder with core.yaml, {DEFAULT_TABLE} and eval_data")
+    baselines, table, tree, wrong = {}, "", [], []
+    try:
+        baselines, table = _read_table(path, baseline_table)
+    except DataError as error:
+        wrong.append(str(error))
+    try:
+        tree = _read_tasks(path / "core.yaml")
+    except DataError as error:
+        wrong.append(str(error))
+    if wrong:
+        raise DataError("; ".join(wrong))
     tasks: list[Task] = []
     for number, entry in enumerate(tree, start=1):
         tasks.append(_task(path, entry, number, baselines, {task.label for task in tasks}))

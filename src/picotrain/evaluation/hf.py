@@ -36,6 +36,22 @@ def read_context(path: Path) -> int | None:
         raise CheckpointError(f"{path} cannot be loaded by transformers: {_first_line(error)}") from error
 
 
+def check_folder(path: Path) -> None:
+    """Raise ConfigError without `transformers`, CheckpointError unless the folder's config and tokenizer load and it has weights."""
+    require_transformers()
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} holds no Hugging Face model: it has no config.json")
+    read_context(path)
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded by transformers: {_first_line(error)}") from error
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"{path} holds no weights: there is no *.safetensors in it, and no other format is read")
+
+
 class HuggingFaceModel:
     """A loaded model with its tokenizer: CORE through `scorer`, documents through `encode` and `losses`, text by `complete`.
 

@@ -12,14 +12,19 @@ def render(title: str, results: Mapping[str, Any]) -> str:
     """results.md of an evaluation's results.json."""
     lines = [f"# {title}", "", "| split | bits per byte | loss (nats per token) | tokens |", "|---|---|---|---|"]
     for split, name in (("val", "validation"), ("train", "training")):
-        if split in results["bpb"]:
+        if results["bpb"].get(split) is not None:
             bpb, loss, tokens = results["bpb"][split], results[f"{split}_loss"], results["tokens"][split]
             lines.append(f"| {name} | {bpb:.4f} | {loss:.4f} | {tokens:,} |")
+    if only := results.get("only_tokens"):
+        lines += ["", f"Only about the first {only:,} tokens of each text (--tokens); the whole of it has other figures."]
     if "window" in results:
         lines += ["", f"Whole documents, in windows of {results['window']:,} tokens."]
     if by_source := results["bpb"].get("by_source"):
         lines += ["", "| source | bits per byte |", "|---|---|", *(f"| {_cell(name)} | {bpb:.4f} |" for name, bpb in by_source.items())]
-    lines += ["", *_core(results["core"])]
+    missing = results.get("missing") or {}
+    lines += ["", *_core(results["core"])] if results["core"] or "CORE" not in missing else []
+    if missing:
+        lines += ["", "Not measured:", "", *(f"- {name}: {' '.join(why.split())}" for name, why in missing.items())]
     for sample in results["samples"]:
         what = f"prompt {sample['prompt']!r}" if sample["prompt"] else "from nothing"
         lines += ["", f"Sample, {what}:", "", fence(sample["prompt"] + sample["text"])]

@@ -1,0 +1,56 @@
+"""Lines that tell how far long work is where no bar can be drawn: about every ten seconds. No dependencies."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from picotrain.text import clock
+
+EVERY_S = 10.0
+
+Show = Callable[[str, int, int], None]  # what is done, how much of it, of how much; 0: not known
+
+
+@contextmanager
+def ticking(say: Callable[[str], None], status: Callable[[], str]) -> Iterator[None]:
+    """Say `status()` every EVERY_S while the body runs, from a thread; nothing where it is ""."""
+    ended = threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(EVERY_S):
+            if line := status():
+                say(line)
+
+    thread = threading.Thread(target=tick, name="progress lines", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@contextmanager
+def lines(say: Callable[[str], None]) -> Iterator[Show]:
+    """What shows progress as lines: what is being done every EVERY_S, and each thing when it is done, with the time it took."""
+    what, done, total, started = "", 0, 0, 0.0
+
+    def show(name: str, at: int, of: int) -> None:
+        nonlocal what, done, total, started
+        if name != what:
+            started = time.monotonic()
+        finished = (name, at, of) != (what, done, total) and at == of > 0
+        what, done, total = name, at, of
+        if finished:
+            say(f"{name}: {of:,}/{of:,} in {clock(time.monotonic() - started)}")
+
+    def status() -> str:
+        if not what or (done == total > 0):
+            return ""
+        return f"{what}: {done:,}/{total:,}" if total else f"{what}: {clock(time.monotonic() - started)} so far"
+
+    with ticking(say, status):
+        yield show
