@@ -130,7 +130,9 @@ HARMLESS: dict[str, Callable[[Parts], object]] = {
             "special_tokens": {BOS: {"id": BOS, "ids": [0], "tokens": [BOS]}},
         }
     ),
-    "added tokens that swallow white space": added({"id": VOCAB, "content": "grey dog", "lstrip": True, "rstrip": True, "normalized": True}),
+    "added tokens that swallow white space": added(
+        {"id": VOCAB, "content": "grey dog", "lstrip": True, "rstrip": True, "normalized": True}
+    ),
     "an added token of white space": added({"id": VOCAB, "content": "    ", "special": False}),
     "an ordinary token that is listed as an added one": lambda whole: added(
         {"id": whole["model"]["vocab"][word(whole)], "content": word(whole), "special": False}
