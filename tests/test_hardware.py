@@ -5,22 +5,90 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import yaml
 
 from picotrain import hardware
 
+# Names as drivers report them; peak in TFLOPs of dense bf16 (None: not known, or a part of a card), compute capability.
+GPUS = {
+    "NVIDIA H100 80GB HBM3": (989.4, 9.0),
+    "NVIDIA H100 PCIe": (756, 9.0),
+    "NVIDIA H100 NVL": (835.5, 9.0),
+    "NVIDIA H100 80GB HBM3 MIG 1g.10gb": (None, 9.0),
+    "NVIDIA H200": (989.4, 9.0),
+    "NVIDIA H200 NVL": (835.5, 9.0),
+    "NVIDIA H800": (989.4, 9.0),
+    "NVIDIA H20": (148, 9.0),
+    "NVIDIA H20Z": (None, None),
+    "NVIDIA GH200 480GB": (989.4, 9.0),
+    "NVIDIA GH200 144G HBM3e": (989.4, 9.0),
+    "NVIDIA B200": (2250, 10.0),
+    "NVIDIA GB200": (2500, 10.0),
+    "NVIDIA B300": (None, 10.3),
+    "NVIDIA A100-SXM4-80GB": (312, 8.0),
+    "NVIDIA A100-PCIE-40GB": (312, 8.0),
+    "NVIDIA A100 80GB PCIe": (312, 8.0),
+    "A100-SXM4-40GB": (312, 8.0),
+    "NVIDIA A100-SXM4-40GB MIG 3g.20gb": (None, 8.0),
+    "GRID A100-10C": (None, 8.0),
+    "GRID A100D-10C": (None, None),
+    "NVIDIA A100X": (None, 8.0),
+    "NVIDIA A800-SXM4-80GB": (312, 8.0),
+    "NVIDIA RTX A1000 Laptop GPU": (None, 8.6),
+    "NVIDIA RTX A1000": (None, 8.6),
+    "NVIDIA RTX A4000": (None, 8.6),
+    "NVIDIA RTX A6000": (154.8, 8.6),
+    "NVIDIA A10": (125, 8.6),
+    "NVIDIA A10G": (None, 8.6),
+    "NVIDIA A16": (None, 8.6),
+    "NVIDIA A30": (165, 8.0),
+    "NVIDIA A40": (149.7, 8.6),
+    "NVIDIA A40-48Q": (None, 8.6),
+    "NVIDIA L4": (121, 8.9),
+    "NVIDIA L40": (181, 8.9),
+    "NVIDIA L40S": (362, 8.9),
+    "NVIDIA L40G": (None, 8.9),
+    "NVIDIA GeForce RTX 5090": (209.5, 12.0),
+    "NVIDIA GeForce RTX 5090 D": (None, 12.0),
+    "NVIDIA GeForce RTX 4090": (165.2, 8.9),
+    "NVIDIA GeForce RTX 4090 D": (None, 8.9),
+    "NVIDIA GeForce RTX 4090 Laptop GPU": (None, 8.9),
+    "NVIDIA GeForce RTX 3090": (71, 8.6),
+    "NVIDIA GeForce RTX 3090 Ti": (None, 8.6),
+    "NVIDIA RTX 6000 Ada Generation": (None, 8.9),
+    "Quadro RTX 6000": (None, 7.5),
+    "Tesla V100-SXM2-32GB": (None, 7.0),
+    "Tesla T4": (None, 7.5),
+    "h100": (989.4, 9.0),
+    "RTX 4090": (165.2, 8.9),
+    "Some CPU @ 3.00GHz": (None, None),
+    "AMD EPYC 4090": (None, None),
+    "": (None, None),
+}
 
-def test_peak_flops_come_from_the_device_name_and_special_variants_win():
-    assert hardware.peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
-    assert hardware.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert hardware.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert hardware.peak_flops("NVIDIA GeForce RTX 4090") == 165.2e12
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_device_has_the_peak_of_its_own_name_and_of_no_likeness(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hardware, "detect", hardware.cpu)
+    tflops, capability = GPUS[name]
+    assert hardware.peak_flops(name) == (tflops and tflops * 1e12)
+    assert hardware.compute_capability(name) == capability
 
 
-def test_an_unknown_device_has_no_peak():
-    assert hardware.peak_flops("Some CPU @ 3.00GHz") is None
+@pytest.mark.parametrize("more", ["Laptop GPU", "Ti", "D", "SUPER", "Max-Q", "MIG 1g.10gb", "-8Q"])
+def test_a_relative_of_a_known_device_has_no_peak(more: str):
+    assert [model for model, _, _ in hardware.PEAK_FLOPS if hardware.peak_flops(f"NVIDIA {model} {more}")] == []
+
+
+def test_the_devices_of_our_presets_have_a_peak_and_a_capability():
+    folder = Path(__file__).parents[1] / "conf/hardware"
+    names = {name for file in folder.glob("*.yaml") if (name := yaml.safe_load(file.read_text()).get("name"))}
+    assert len(names) >= 4
+    assert all(hardware.peak_flops(name) and hardware.compute_capability(name) for name in names)
 
 
 def test_this_machine_has_a_name_cores_and_memory():

@@ -162,3 +162,25 @@ def test_hardware_that_is_not_here_is_refused_before_training(monkeypatch: pytes
     monkeypatch.setattr(hardware, "detect", hardware.cpu)
     with pytest.raises(ConfigError, match="hardware=cpu"):
         runs.check_machine(decided("hardware=1xh100"))
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        (("optimizer=muon", "train.max_steps=10"), "over 10 steps optimizer.weight_decay=0.1"),
+        (("optimizer=adamw", "train.max_steps=3"), "it is held at 23.6"),
+        (("optimizer=adamw", "optimizer.weight_decay=500"), "optimizer.weight_decay=500 "),
+        (("optimizer.scale=false", "optimizer.matrix_lr=0.02", "optimizer.weight_decay=7"), "shrinks the matrices by 14%"),
+        (("optimizer.scale=false", "optimizer.matrix_lr=1", "optimizer.weight_decay=4.5"), "turns their signs"),
+        (("optimizer=adamw",), ""),
+        (("optimizer=muon",), ""),
+        (("optimizer=adamw", "train.max_steps=3", "optimizer.weight_decay=0"), ""),
+        (("optimizer.scale=false", "optimizer.matrix_lr=0.02", "optimizer.weight_decay=4"), ""),
+        (("experiment=cpu_d4",), ""),
+    ],
+)
+def test_decay_that_shrinks_matrices_fast_is_said(words: tuple[str, ...], warned: str):
+    made = plan.make(plan.decide(compose(["model=d6", "hardware=cpu", "data=pystdlib", *words])), "x")
+    notes = [note for note in made.notes if "optimizer.weight_decay" in note]
+    assert len(notes) == bool(warned)
+    assert all(warned in note and note.startswith("warning: ") for note in notes)

@@ -63,13 +63,38 @@ def test_the_reference_model_keeps_the_reference_batch_and_rates():
     assert scaled == base
 
 
-def test_a_quarter_of_the_batch_halves_every_rate_and_a_longer_horizon_decays_less():
+def test_a_quarter_of_the_batch_halves_every_rate_and_twice_the_tokens_halve_the_decay():
     base = shape.Rates(0.003, 0.2, 0.004, 0.1)
     tokens = 12 * shape.REFERENCE_PARAMS
     small = shape.scale_rates(base, 768, 2**17, tokens)
     assert small.matrix_lr == pytest.approx(base.matrix_lr / 2)
     assert small.weight_decay == pytest.approx(0.05)
     assert shape.scale_rates(base, 768, 2**19, 2 * tokens).weight_decay == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("orthogonal", "rate", "expected"), [(False, 0.003, 0.756), (True, 0.02, 5.04)])
+def test_decay_has_one_time_scale_at_every_width_batch_and_horizon(orthogonal: bool, rate: float, expected: float):
+    for depth in (2, 4, 6, 12, 20, 26):
+        model = ModelConfig(depth=depth, head_dim=128)
+        params = shape.parameters(shape.dims(model), 32_768)
+        derived = shape.derive_batch_tokens(params, 512)
+        for batch in (derived, derived // 4):
+            for ratio in (1, 12, 100):
+                steps = math.ceil(ratio * params.scaling / batch)
+                scaled = shape.scale_rates(shape.Rates(rate, 0.2, 0.004, 0.1), shape.dims(model).width, batch, steps * batch, orthogonal)
+                shrink = scaled.matrix_lr * scaled.weight_decay
+                assert shrink * steps == pytest.approx(min(expected, 0.1 * steps), rel=0.01)
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_no_step_shrinks_a_matrix_by_more_than_a_tenth(orthogonal: bool):
+    for steps in (1, 2, 5, 20, 1000):
+        for width in (64, 128, 768, 2048):
+            for decay in (0.0, 0.1, 50.0):
+                base = shape.Rates(0.02 if orthogonal else 0.003, 0.2, 0.004, decay)
+                scaled = shape.scale_rates(base, width, 2**13, steps * 2**13, orthogonal)
+                assert 0 <= scaled.matrix_lr * scaled.weight_decay <= 0.1 * (1 + 1e-9)
+                assert (scaled.weight_decay == 0) == (decay == 0)
 
 
 def test_matrices_fall_with_width_faster_than_tables():

@@ -201,13 +201,12 @@ def test_without_gigatoken_the_same_ids_come_from_tokenizers(path: Path, plain: 
 
 def test_an_encoder_that_differs_on_the_sample_is_not_used(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gigatoken = pytest.importorskip("gigatoken")
-    honest = gigatoken.Tokenizer.encode
+    honest = gigatoken.Tokenizer.encode_batch_list
 
-    def wrong_on_digits(self: object, text: str) -> np.ndarray:
-        ids = honest(self, text)
-        return ids[::-1] if "1234" in text else ids
+    def wrong_on_digits(self: object, texts: list[str], parallel: bool) -> list[list[int]]:
+        return [ids[::-1] if "1234" in text else ids for text, ids in zip(texts, honest(self, texts, parallel=parallel), strict=True)]
 
-    monkeypatch.setattr(gigatoken.Tokenizer, "encode", wrong_on_digits)
+    monkeypatch.setattr(gigatoken.Tokenizer, "encode_batch_list", wrong_on_digits)
     tokenizer = load_tokenizer(path, "auto")
     assert tokenizer.encoder == "tokenizers"
     assert "different ids for '1 12 123" in tokenizer.note

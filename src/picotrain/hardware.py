@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -11,19 +12,40 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-# Peak dense bf16 FLOPs per second with fp32 accumulation, without sparsity, from the vendors' data sheets.
-# The first entry whose words all occur in the device's name counts, so the more special ones come first.
-PEAK_FLOPS: tuple[tuple[tuple[str, ...], float, str], ...] = (
-    (("b200",), 2250e12, "NVIDIA Blackwell architecture brief"),
-    (("h200",), 989.4e12, "NVIDIA H200 data sheet (SXM)"),
-    (("h100", "pcie"), 756e12, "NVIDIA H100 data sheet (PCIe)"),
-    (("h100", "nvl"), 835e12, "NVIDIA H100 data sheet (NVL)"),
-    (("h100",), 989.4e12, "NVIDIA H100 data sheet (SXM)"),
-    (("a100",), 312e12, "NVIDIA A100 data sheet"),
-    (("l40s",), 362e12, "NVIDIA L40S data sheet"),
-    (("4090",), 165.2e12, "NVIDIA Ada GPU architecture, GeForce RTX 4090"),
-    (("3090",), 71e12, "NVIDIA GA102 white paper, GeForce RTX 3090"),
+# Peak dense bf16 FLOPs per second with fp32 accumulation, without sparsity, from the vendors' data sheets. An entry counts for names
+# of exactly these words, in any order, and words of ANY_MODEL: another word means another card, or a part of one.
+PEAK_FLOPS: tuple[tuple[str, float, str], ...] = (
+    ("gb200", 2500e12, "NVIDIA GB200 NVL72 data sheet, of one of its GPUs"),
+    ("b200", 2250e12, "NVIDIA Blackwell architecture brief"),
+    ("gh200", 989.4e12, "NVIDIA GH200 data sheet: an H100 SXM's"),
+    ("h200", 989.4e12, "NVIDIA H200 data sheet (SXM)"),
+    ("h200 nvl", 835.5e12, "NVIDIA H200 data sheet (NVL)"),
+    ("h100", 989.4e12, "NVIDIA H100 data sheet (SXM)"),
+    ("h100 pcie", 756e12, "NVIDIA H100 data sheet (PCIe)"),
+    ("h100 nvl", 835.5e12, "NVIDIA H100 data sheet (NVL)"),
+    ("h800", 989.4e12, "an H100 SXM with slower links"),
+    ("h20", 148e12, "NVIDIA H20 data sheet"),
+    ("a100", 312e12, "NVIDIA A100 data sheet, SXM and PCIe"),
+    ("a100 pcie", 312e12, "NVIDIA A100 data sheet, SXM and PCIe"),
+    ("a800", 312e12, "an A100 with slower links"),
+    ("a800 pcie", 312e12, "an A100 with slower links"),
+    ("a40", 149.7e12, "NVIDIA A40 data sheet"),
+    ("a40 pcie", 149.7e12, "NVIDIA A40 data sheet"),
+    ("a30", 165e12, "NVIDIA A30 data sheet"),
+    ("a30 pcie", 165e12, "NVIDIA A30 data sheet"),
+    ("a10", 125e12, "NVIDIA A10 data sheet"),
+    ("a10 pcie", 125e12, "NVIDIA A10 data sheet"),
+    ("l40s", 362e12, "NVIDIA L40S data sheet"),
+    ("l40", 181e12, "NVIDIA L40 data sheet"),
+    ("l4", 121e12, "NVIDIA L4 data sheet"),
+    ("a6000", 154.8e12, "NVIDIA GA102 white paper, RTX A6000"),
+    ("5090", 209.5e12, "NVIDIA RTX Blackwell architecture, GeForce RTX 5090"),
+    ("4090", 165.2e12, "NVIDIA Ada GPU architecture, GeForce RTX 4090"),
+    ("3090", 71e12, "NVIDIA GA102 white paper, GeForce RTX 3090"),
 )
+
+# What a driver adds to a model's name and says nothing of its speed: maker, memory, socket. (Not "PCIe": those are slower, or named above.)
+ANY_MODEL = re.compile(r"nvidia|tesla|geforce|rtx|gpu|sxm\d?|\d+gb?|hbm\d?e?")
 
 # Attention kernels by device, best first; the last works everywhere (see `picotrain.model.kernels`).
 _ATTENTION = {"cuda": ("fa4", "fa3", "cudnn", "flash", "sdpa"), "cpu": ("blocked", "sdpa")}
@@ -31,16 +53,20 @@ _WINDOW_ATTENTION = {"cuda": ("fa4", "fa3", "flash", "flex", "banded"), "cpu": (
 TRIED_ON = {"cuda"}  # where the first that works is taken; elsewhere all do
 BLOCKED_TOKENS = 2048  # that a query sees at most: beyond, the probabilities that blocked attention keeps outweigh all else
 
-# CUDA's compute capability (NVIDIA's list of CUDA GPUs), for GPUs that are not here; the same rules.
-COMPUTE_CAPABILITY: tuple[tuple[tuple[str, ...], float], ...] = (
-    (("b200",), 10.0),
-    (("h200",), 9.0),
-    (("h100",), 9.0),
-    (("a100",), 8.0),
-    (("l40",), 8.9),
-    (("4090",), 8.9),
-    (("3090",), 8.6),
-    (("v100",), 7.0),
+# CUDA's compute capability (NVIDIA's list of CUDA GPUs), for GPUs that are not here, by a word of their name or words side by side. A
+# part of a GPU has the whole one's.
+COMPUTE_CAPABILITY: tuple[tuple[float, str], ...] = (
+    (12.0, "rtx 5050|rtx 5060|rtx 5070|rtx 5080|rtx 5090|rtx pro"),
+    (10.3, "b300|gb300"),
+    (10.0, "b100|b200|gb200"),
+    (9.0, "h20|h100|h200|h800|gh200"),
+    (8.9, "l4|l20|l40|l40s|l40g|rtx 4050|rtx 4060|rtx 4070|rtx 4080|rtx 4090|ada"),
+    (8.6, "a2|a10|a10g|a16|a40|rtx 3050|rtx 3060|rtx 3070|rtx 3080|rtx 3090|a2000|a3000|a4000|a5000|a5500|a6000"),
+    (8.6, "rtx a500|rtx a1000"),
+    (8.0, "a30|a100|a100x|a800"),
+    (7.5, "t4|t4g|rtx 2060|rtx 2070|rtx 2080|quadro rtx"),
+    (7.0, "v100|titan v"),
+    (6.0, "p100"),
 )
 FP8_CAPABILITY = 8.9  # Ada: the first with fp8 matmuls
 FP8_MULTIPLE = 16  # their dimensions are multiples of it (torch._scaled_mm)
@@ -64,9 +90,13 @@ class Machine:
 
 
 def peak_flops(name: str) -> float | None:
-    """Peak dense bf16 FLOPs per second of a device by its name, None where no data sheet is in the table."""
-    words = name.lower()
-    return next((flops for keys, flops, _ in PEAK_FLOPS if all(key in words for key in keys)), None)
+    """Peak dense bf16 FLOPs per second of a device by its name, None where no data sheet is in the table; of a part (MIG, vGPU), too."""
+    words = sorted(word for word in _words(name) if not ANY_MODEL.fullmatch(word))
+    return next((flops for model, flops, _ in PEAK_FLOPS if sorted(model.split()) == words), None)
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9.]+", name.lower())
 
 
 def attention_kernels(device: str) -> tuple[str, ...]:
@@ -91,8 +121,8 @@ def compute_capability(name: str) -> float | None:
     machine = detect()
     if machine.device == "cuda" and machine.name == name:
         return machine.compute_capability
-    words = name.lower()
-    return next((capability for keys, capability in COMPUTE_CAPABILITY if all(key in words for key in keys)), None)
+    words = f" {' '.join(_words(name))} "
+    return next((capability for capability, models in COMPUTE_CAPABILITY if any(f" {m} " in words for m in models.split("|"))), None)
 
 
 @lru_cache(maxsize=1)

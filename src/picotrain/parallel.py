@@ -24,7 +24,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from picotrain import first_calls
 from picotrain.errors import Hung, LaunchError
+
+first_calls.settle()
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import stat
 import sys
 from collections.abc import Callable, Sequence
@@ -75,6 +74,8 @@ def gather(config: Config, say: Say) -> Material:
     corpus = sources.gather(config.data, cache, say)
     path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say)
     tokenizer = load_tokenizer(path, config.tokenizer.encoder)
+    for change in tokenizer.changes:
+        say(change)
     plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])
     sources.check_rows(corpus, tokenizer, plan.seq_len, plan.unit_bytes)
     return Material(config, plan, corpus, tokenizer)
@@ -307,6 +308,8 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
 
 def _write(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
     """Everything the workers and a later reader need; config.yaml last, since it is what makes the folder a run."""
+    from picotrain.tokenizer import without_bom
+
     try:
         attempts = run_dir / "attempts"
         attempts.mkdir(parents=True, exist_ok=True)
@@ -314,7 +317,7 @@ def _write(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
         attempt.mkdir()
         tokenizer = material.tokenizer
         if tokenizer.path != run_dir / "tokenizer.json":
-            shutil.copyfile(tokenizer.path, run_dir / "tokenizer.json")
+            (run_dir / "tokenizer.json").write_bytes(without_bom(tokenizer.path.read_bytes()))  # what others read has none
         described = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "encoder": tokenizer.encoder}
         _write_json(run_dir / "data.json", {"corpus": material.corpus.to_json(), "tokenizer": described})
         _write_json(run_dir / "environment.json", environment(material.config))

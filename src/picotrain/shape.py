@@ -14,6 +14,7 @@ REFERENCE_WIDTH = 768
 REFERENCE_BATCH_TOKENS = 2**19
 REFERENCE_PARAMS = 12 * 12 * 768**2 + 32_768 * 768  # matrices and head at depth 12
 DEFAULT_RATIO = 12.0  # training tokens per matrix or head parameter
+MOST_SHRINK = 0.1  # of a matrix by one step's decay; one that shrinks faster forgets what it learned within ten steps
 
 
 class ModelSection(Protocol):
@@ -160,16 +161,20 @@ def scale_rates(base: Rates, width: int, batch_tokens: int, total_tokens: int, o
     * The rate of orthogonal updates (Muon's) of matrices stays as it is. They have the same spectral norm at every width, which is
       what that parametrization wants (arXiv:2310.17813). nanochat assumes the square-root rule for the batch; here the rate of
       2^19 tokens was also the best of five at 2^12 (docs/log.md, 2026-11-23).
-    * Decay keeps the time scale batch / (lr x decay x tokens) of the weights' moving average constant
-      (arXiv:2405.13698): decay x sqrt(batch / 2^19) x D_ref / D, for orthogonal updates decay x batch / 2^19 x D_ref / D.
+    * Decay keeps the share of the training over which the weights are a moving average of their updates: lr x decay x steps is the
+      same at every width, batch and horizon (arXiv:2405.13698, where decay grows with the width as the rate falls with it). A
+      matrix shrinks by at most MOST_SHRINK a step, so that few steps have less of it.
     """
     batch_scale = math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
     width_scale = REFERENCE_WIDTH / width
-    decay_scale = batch_scale**2 if orthogonal else batch_scale
+    matrix_scale = 1.0 if orthogonal else batch_scale * width_scale
+    matrix_lr = base.matrix_lr * matrix_scale
+    steps_ratio = (DEFAULT_RATIO * REFERENCE_PARAMS / REFERENCE_BATCH_TOKENS) / (total_tokens / batch_tokens)
+    weight_decay = min(base.weight_decay * steps_ratio / matrix_scale, MOST_SHRINK / matrix_lr)
     return Rates(
-        matrix_lr=base.matrix_lr * (1.0 if orthogonal else batch_scale * width_scale),
+        matrix_lr=matrix_lr,
         embed_lr=base.embed_lr * batch_scale * math.sqrt(width_scale),
         head_lr=base.head_lr * batch_scale * math.sqrt(width_scale),
         scalar_lr=base.scalar_lr * batch_scale,
-        weight_decay=base.weight_decay * decay_scale * (DEFAULT_RATIO * REFERENCE_PARAMS / total_tokens),
+        weight_decay=weight_decay,
     )

@@ -125,7 +125,7 @@ def _too_little_memory(run_dir: Path, config: Config, error: Exception, in_use: 
 
 
 def set_up_process(section: HardwareConfig) -> None:
-    """Threads and allocator, before anything large is allocated."""
+    """Threads, allocator and first calls, before anything large is allocated or computed."""
     if section.device == "cpu":
         keep_freed_memory()
     import torch
@@ -134,6 +134,9 @@ def set_up_process(section: HardwareConfig) -> None:
     if torch.get_num_interop_threads() != 1:  # the loop runs one operator at a time
         with suppress(RuntimeError):  # torch refuses once something has run in parallel
             torch.set_num_interop_threads(1)
+    from picotrain import first_calls
+
+    first_calls.settle()
 
 
 def keep_freed_memory() -> None:

@@ -92,7 +92,7 @@ def inspect(corpus: str, tokenizer: Path | None, max_bytes: int | None, samples:
     if tokenizer is not None:
         from picotrain.tokenizer import load_tokenizer
 
-        encoder = load_tokenizer(tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer)
+        encoder = load_tokenizer(tokenizer)
     folder = corpus_folder(corpus)
     with Bars(quiet=as_json) as bars:
         found = inspecting.inspect(folder, tokenizer=encoder, max_bytes=max_bytes, samples=samples, seed=seed, progress=bars.update)

@@ -95,8 +95,8 @@ def _show(tokenizer: Tokenizer, corpus: str, results: Evaluation) -> None:
     out.print(f"\n{tokenizer.path}", markup=False, soft_wrap=True)
     out.print(f"{tokenizer.vocab_size:,} tokens, {results.used:.1%} of them used on the validation text")
     out.print(f"encoded by {tokenizer.encoder} at {results.encode_mb_per_s:,.1f} MB/s on one thread")
-    if tokenizer.note:
-        out.print(f"note: {tokenizer.note}", markup=False)
+    for note in filter(None, (*tokenizer.changes, tokenizer.note)):
+        out.print(f"note: {note}", markup=False, soft_wrap=True)
     if count < len(VOCABULARIES):
         out.print(
             "not here: tiktoken is not installed, or its cache folder does not hold that vocabulary; nothing is downloaded", style="dim"

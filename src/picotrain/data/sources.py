@@ -21,6 +21,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from picotrain.config.compose import data_preset
+from picotrain.config.saved import read_plain
 from picotrain.config.schema import DataConfig
 from picotrain.data.corpus import ORIGIN, Corpus, Remote, assemble, hash_bytes, read_json, scan, validating, write_atomic
 from picotrain.data.mixture import Mixture, Source
@@ -233,13 +234,19 @@ def _tokenizer_home(section: TokenizerConfig, corpus: Text, cache: Path) -> Path
     identity: list[Any] = [corpus.fingerprint, section.kind, section.vocab_size, section.train_bytes]
     if section.path is not None:
         file = _tokenizer_path(section, Path())
-        identity = [corpus.fingerprint, section.vocab_size, hash_bytes(file.read_bytes()) if file.is_file() else str(file)]
+        try:
+            content = hash_bytes(read_plain(file))
+        except OSError:  # whoever loads it says what is wrong
+            content = str(file)
+        identity = [corpus.fingerprint, section.vocab_size, content, "whole texts"]  # older ones were measured on texts that a file cut
     return Path(cache).expanduser().absolute() / "tokenizers" / _hash(identity)
 
 
 def _tokenizer_path(section: TokenizerConfig, home: Path) -> Path:
-    path = home if section.path is None else Path(section.path).expanduser().absolute()
-    return path if path.suffix == ".json" else path / "tokenizer.json"
+    if section.path is None:
+        return home / "tokenizer.json"
+    path = Path(section.path).expanduser().absolute()
+    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def parts(data: DataConfig) -> list[DataConfig]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from picotrain import first_calls
 from picotrain.data.corpus import Corpus
 from picotrain.data.lanes import Cursor, Lane, Reader, State, Stream, check_lanes, start_state
 from picotrain.data.mixture import Choice, Mixture
@@ -26,6 +27,8 @@ from picotrain.data.packing import Packed, concatenate
 from picotrain.data.slices import Encoder, slice_bytes, tokenized
 from picotrain.data.units import WINDOW_SHARDS, units
 from picotrain.errors import DataError
+
+first_calls.settle()
 
 READY_BATCHES = 3  # finished batches that wait for the training thread beyond those of a step
 AHEAD_SHARDS = 2 * WINDOW_SHARDS  # remote shards that are fetched before they are needed

@@ -13,6 +13,7 @@ loss are fp32. There is no autocast. `build` gives a model that trains in fp8 or
 
 from __future__ import annotations
 
+from picotrain import first_calls
 from picotrain.model.cache import KVCache
 from picotrain.model.gpt import GPT
 from picotrain.model.kernels import Names
@@ -21,3 +22,5 @@ from picotrain.model.masks import attention_mask
 from picotrain.model.training import DTYPES, build, compute_dtype
 
 __all__ = ["DTYPES", "GPT", "KVCache", "Names", "attention_mask", "build", "compute_dtype", "rms_norm", "rotate"]
+
+first_calls.settle()  # whoever has a model has imported this

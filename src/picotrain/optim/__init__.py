@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from picotrain import first_calls
 from picotrain.config.schema import OptimizerConfig
 from picotrain.optim.muon import Muon
 from picotrain.parallel import Parallel
@@ -14,6 +15,7 @@ from picotrain.shape import Rates
 
 __all__ = ["Guard", "Muon", "build", "param_groups", "set_lr"]
 
+first_calls.settle()
 
 _GROUP_OF = {"embed": "embed", "value_embeds": "embed", "head": "head", "residual_scalars": "scalars", "smear": "scalars"}
 

@@ -180,6 +180,7 @@ def make(
 
     total_tokens = num_steps * batch
     memory = predict(config, d, params, micro_rows, data_held)
+    rates = _rates(config.optimizer, d.width, batch, total_tokens)
     plan = Plan(
         name=name,
         **_model_facts(config, d, params),
@@ -202,12 +203,12 @@ def make(
         sources=repeats.passes(text, total_tokens, per_token),
         bytes_per_token=per_token,
         eval_rows=max(train.eval_tokens // train.seq_len, 1),
-        **dataclasses.asdict(_rates(config.optimizer, d.width, batch, total_tokens)),
+        **dataclasses.asdict(rates),
         checkpoint_bytes=checkpoint_bytes(config, params),
         staging_bytes=staging_bytes(config, params),
         predicted_memory_bytes=memory.peak,
         predicted_memory=memory.parts(),
-        notes=_notes(config, corpus, bytes_per_token, memory.peak),
+        notes=_notes(config, corpus, bytes_per_token, memory.peak) + _decay_notes(config.optimizer, rates, num_steps),
     )
     plan = plan.model_copy(update={"notes": [*_estimates(config, plan, corpus), *plan.notes, *repeats.warnings(plan)]})
     return pace.timed(plan, config, plan.peak_flops, _val_bytes(config, corpus))
@@ -227,6 +228,24 @@ def _rates(o: OptimizerConfig, width: int, batch: int, total_tokens: int) -> sha
     """Peak rates and decay: as they stand, or scaled to the model, the batch and the horizon."""
     given = shape.Rates(o.matrix_lr, o.embed_lr, o.head_lr, o.weight_decay, o.scalar_lr)
     return shape.scale_rates(given, width, batch, total_tokens, orthogonal=o.kind == "muon") if o.scale else given
+
+
+def _decay_notes(o: OptimizerConfig, rates: shape.Rates, num_steps: int) -> list[str]:
+    """A warning where decay is at the bound of a scaled one, or beyond it because it was typed so."""
+    shrink = rates.matrix_lr * rates.weight_decay
+    if o.scale and shrink > shape.MOST_SHRINK * (1 - 1e-9):
+        return [
+            f"warning: over {num_steps:,} steps optimizer.weight_decay={o.weight_decay:g} shrinks the matrices by more than "
+            f"{shape.MOST_SHRINK:.0%} a step; it is held at {rates.weight_decay:.3g}, which is {shape.MOST_SHRINK:.0%}"
+        ]
+    if not o.scale and shrink > shape.MOST_SHRINK:
+        what = "turns their signs" if shrink > 1 else "leaves little of what they learned ten steps before"
+        most = shape.MOST_SHRINK / rates.matrix_lr
+        return [
+            f"warning: optimizer.matrix_lr x optimizer.weight_decay is {shrink:.3g}: each step shrinks the matrices by {shrink:.0%}, "
+            f"which {what}; at most {most:.3g} would be usual"
+        ]
+    return []
 
 
 def _stream_facts(config: Config, mixture: Mixture | None, seq_len: int) -> dict[str, Any]:
