@@ -11,7 +11,9 @@ from typing import Annotated
 
 import typer
 
+from picotrain import terminal
 from picotrain.errors import PicotrainError, Problem
+from picotrain.terminal import say as say
 
 app = typer.Typer(
     name="picotrain",
@@ -39,11 +41,6 @@ ConfigFile = Annotated[
 ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="A folder with groups of your own (model/mine.yaml), searched too.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", help="last, best or a step.")]
-
-
-def say(message: str) -> None:
-    """Progress and notes go to standard error: standard output belongs to results."""
-    print(message, file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -332,11 +329,14 @@ def complete_(words: Annotated[list[str] | None, typer.Argument()] = None) -> No
 
 def main() -> None:
     """Entry point. A user's mistake ends in one message and its exit code; a bug keeps its traceback."""
+    terminal.set_up()
+    code: int | str | None = 0
     try:
         app()
     except PicotrainError as error:
         say(f"error: {error}")
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
-        sys.stderr.close()
-        sys.exit(0)
+        code = error.exit_code
+    except SystemExit as ended:
+        code = ended.code
+    terminal.flush()
+    sys.exit(code)

@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
+from rich.text import Text
 
 from picotrain import plan as planning
 from picotrain import run as runs
 from picotrain.cli.commands import resolved
-from picotrain.cli.show import console
 from picotrain.config import Config
 from picotrain.errors import CheckpointError, PicotrainError
+from picotrain.terminal import Printer
 from picotrain.text import size
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class _Checks:
     """Prints a line a check and remembers whether any failed."""
 
     def __init__(self) -> None:
-        self.console = console()
+        self.out = Printer()
         self.failed = 0
 
     def check(self, name: str, probe: Callable[[], tuple[str, T]]) -> T | None:
@@ -37,11 +37,9 @@ class _Checks:
             found, value = probe()
         except PicotrainError as error:
             self.failed += 1
-            self.console.print(f"[red]FAIL[/red]  {name:<15}", end="")
-            self.console.print(str(error), markup=False)
+            self.out.line(Text.assemble(("FAIL", "red"), f"  {name:<15}"), str(error))
             return None
-        self.console.print(f"[green]ok[/green]    {name:<15}", end="")
-        self.console.print(found, markup=False)
+        self.out.line(Text.assemble(("ok", "green"), f"    {name:<15}"), found)
         return value
 
 
@@ -58,14 +56,14 @@ def run(overrides: Sequence[str], config_file: Path | None, config_dir: Path | N
     plan = checks.check("plan", lambda: _plan(config))
     if plan:
         checks.check("disk", lambda: _disk(Path(config.run.dir or ""), plan.checkpoint_bytes))
-    material = checks.check("data", lambda: _data(config, checks.console))
+    material = checks.check("data", lambda: _data(config, checks.out))
     if material:
         encoder = material.tokenizer.encoder
         checks.check(
             "tokenizer", lambda: (f"{material.tokenizer.vocab_size:,} tokens, encoded by {encoder}, ids equal on the sample", None)
         )
         for note in material.plan.notes:
-            checks.console.print(f"note  {note}", style="yellow", markup=False)
+            checks.out.line("note  ", note, "yellow")
         checks.check("two steps", lambda: _two_steps(material))
     return 2 if checks.failed else 0
 
@@ -97,8 +95,8 @@ def _disk(run_dir: Path, checkpoint_bytes: int) -> tuple[str, None]:
     return f"{size(free)} free, a checkpoint takes {size(checkpoint_bytes)}", None
 
 
-def _data(config: Config, out: Console) -> tuple[str, runs.Material]:
-    material = runs.gather(config, lambda message: out.print(f"      {message}", style="dim", markup=False))
+def _data(config: Config, out: Printer) -> tuple[str, runs.Material]:
+    material = runs.gather(config, lambda message: out.line(" " * 6, message, "dim"))
     corpus = material.corpus
     return f"{corpus.name}: {corpus.documents:,} documents, {size(corpus.text_bytes)} of text, {material.plan.lanes} lanes", material
 
@@ -147,7 +145,7 @@ def _check_run(run_dir: Path) -> int:
     checks = _Checks()
     folders = sorted((run_dir / "checkpoints").glob(f"{checkpoint.PREFIX}*"))
     if not folders:
-        checks.console.print(f"{run_dir} has no checkpoint yet")
+        checks.out.line("", f"{run_dir} has no checkpoint yet")
     for path in folders:
         checks.check(path.name, lambda path=path: (checkpoint.verify(path) or f"whole, {size(_bytes(path))}", None))
     return 2 if checks.failed else 0

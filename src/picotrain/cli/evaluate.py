@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from picotrain import evaluation, parallel, sampling
@@ -42,6 +41,8 @@ from picotrain.evaluation.subject import RunModel, Subject
 from picotrain.evaluation.suite import core_results
 from picotrain.parallel import Parallel
 from picotrain.report.evaluated import render
+from picotrain.terminal import is_terminal, rich_console
+from picotrain.text import printable
 
 Show = Callable[[str, int, int], None]  # what is measured, done, in all
 
@@ -146,13 +147,13 @@ def _ranks(device: torch.device) -> Iterator[Parallel]:
 @contextmanager
 def _bars(ranks: Parallel) -> Iterator[Show]:
     """A progress bar for each thing that is measured, on rank 0's terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not (ranks.is_main and sys.stderr.isatty())) as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=rich_console(sys.stderr), disable=not (ranks.is_main and is_terminal(sys.stderr))) as progress:
         bars: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in bars:
-                bars[what] = progress.add_task(what)
+                bars[what] = progress.add_task(printable(what))
             progress.update(bars[what], completed=done, total=total)
 
         yield show

@@ -37,12 +37,13 @@ class Monitor:
         rank: int = 0,
         stream: TextIO | None = None,
         now_s: Callable[[], float] = time.perf_counter,
+        peak_memory: Callable[[], int | None] = lambda: None,
     ):
         self.run_dir, self.config, self.rank = run_dir, config, rank
         self.plan: dict[str, Any] = plan.model_dump()
         self.skipped = self._skipped_in_row = 0  # updates that were left out
         self.total_training_time_s = 0.0  # of steps alone, without evaluations, samples and saves
-        self._smoother, self._pace, self._now_s = Smoother(), Pace(), now_s
+        self._smoother, self._pace, self._now_s, self._peak_memory = Smoother(), Pace(), now_s, peak_memory
         self._late = self.plan["device"] != "cpu"
         self._pending: dict[str, Any] | None = None
         self._fetched_s = -math.inf
@@ -271,7 +272,7 @@ class Monitor:
         eta_s = self._pace.eta_s(total - done)
         self._console.advance(done, record, eta_s)
         if done % self.config.logger.log_every == 0 or done == total or record["step"] == self._first_step:
-            self._console.train(record, eta_s)
+            self._console.train(record, eta_s, self._peak_memory())
 
     def _emit(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Put a record, as strict JSON, into every sink; what it was turned into is returned."""
