@@ -81,11 +81,13 @@ def keep_going() -> None:
 
 
 def flush() -> None:
-    """Write what is still held back. A command that has come so far keeps its exit code, whether somebody reads or not."""
-    keep_going()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a stream that is not ours
+    """Write what is still held back. A command that has come so far keeps its exit code where its reader has left."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
             stream.flush()
+    except SystemExit as ended:
+        if ended.code != READER_GONE:
+            raise
 
 
 def is_terminal(stream: TextIO) -> bool:

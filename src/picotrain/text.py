@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 
 # A model can emit any byte, so also an escape sequence that would repaint the terminal: control characters are shown as pictures. What
 # turns the writing direction would show other text than is there (CVE-2021-42574).
@@ -62,6 +63,19 @@ def printable(text: str) -> str:
     """`text` as a terminal may have it: every control character but newline and tab made visible (U+2400 and following), and no
     character that turns the writing direction. All foreign text goes through here before a person sees it."""
     return text.replace("\r\n", "\n").translate(_PICTURES)
+
+
+def as_typed(text: str) -> str:
+    """An argument as it was typed: one that the locale's encoding could not read is read as UTF-8, if it is that."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # os.fsdecode has put characters in the place of bytes
+        pass
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text
 
 
 def encodable(text: str, encoding: str | None) -> str:

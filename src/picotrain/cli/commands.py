@@ -18,7 +18,7 @@ from picotrain.config import Config, compose, dump
 from picotrain.config.compose import data_preset
 from picotrain.data import sources
 from picotrain.data.remote import is_url
-from picotrain.text import printable
+from picotrain.text import as_typed, printable
 
 if TYPE_CHECKING:
     from picotrain.model import GPT
@@ -152,6 +152,7 @@ def sample(run: Path, prompt: str, which: str, max_tokens: int, temperature: flo
     runs.require_run(run)
     material, model, _ = load_model(run, which)
     options = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k)
+    prompt = as_typed(prompt)
     on_terminal = sys.stdout.isatty()  # elsewhere the text stays as it is
     for piece in chain([prompt], stream_text(model, material.tokenizer, prompt, options, seed), ["\n"]):
         sys.stdout.write(printable(piece) if on_terminal else piece)

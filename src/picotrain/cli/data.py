@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -147,12 +148,16 @@ def corpus_folder(corpus: str) -> Path:
     path = Path(corpus).expanduser().absolute()
     if path.is_dir() and any(path.glob("*.parquet")):
         return path
+    from pydantic import ValidationError
+
     from picotrain import run as runs
     from picotrain.config import compose
     from picotrain.config.schema import DataConfig
     from picotrain.data import sources
 
-    known = sources.known(DataConfig(kind="files", name=path.name, path=str(path)), runs.cache_dir(compose()))
+    known = None
+    with suppress(ValidationError):  # a path that the locale cannot read
+        known = sources.known(DataConfig(kind="files", name=path.name, path=str(path)), runs.cache_dir(compose()))
     if known is None:
         raise DataError(f"{path} is no folder of Parquet shards; make one of it: `picotrain data prepare {path} --out DIR`")
     return known.root

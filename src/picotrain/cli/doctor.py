@@ -85,7 +85,7 @@ def _disk(run_dir: Path, checkpoint_bytes: int) -> tuple[str, None]:
     free, wanted = shutil.disk_usage(place).free, CHECKPOINTS_KEPT * checkpoint_bytes
     if free < wanted:
         raise CheckpointError(
-            f"{place} has {size(free)} free, {CHECKPOINTS_KEPT} checkpoints take {size(wanted)}; another run.dir or fewer checkpoints"
+            f"{place} has {size(free)} free, {CHECKPOINTS_KEPT} checkpoints take {size(wanted)}; free some, or name another run.dir"
         )
     try:
         with tempfile.NamedTemporaryFile(dir=place):
@@ -131,7 +131,8 @@ def _two_steps(material: runs.Material) -> tuple[str, None]:
             losses.append(loss.item() * plan.grad_accum_steps)
             times.append(time.perf_counter() - start)
     if not all(map(torch.isfinite, torch.tensor(losses))):
-        raise CheckpointError(f"the loss is not finite: {losses}; try train.precision=fp32 or lower rates")
+        calmer = "lower rates (optimizer.matrix_lr, ...)" + ("" if plan.precision == "fp32" else " or train.precision=fp32")
+        raise CheckpointError(f"the loss is not finite: {losses}; try {calmer}")
     hours = times[-1] * plan.num_steps / plan.dp_size / 3600
     attention = f"attention by {full}" + (f", in windows by {windowed}" if plan.window_attention else "")
     return f"{attention}; loss {losses[0]:.2f}, {losses[1]:.2f}; {times[-1]:.2f} s a step, so about {hours:.2f} h of training here", None

@@ -31,7 +31,7 @@ from picotrain.state import TrainState
 from picotrain.terminal import say
 
 FAILED_CLOSE_S = 30.0  # what an archive gets to finish in when the run ends by an error
-AFTER_BAD_DATA = "everything up to here is saved: put the shard right and resume, or resume with data.on_bad_shard=skip to pass over it"
+AFTER_BAD_DATA = "everything up to here is saved: put the shard right and resume"
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,14 @@ class Session:
             raise failed
         self._stopping_s = time.monotonic()
         reasons = [text for text in self.parallel.gather(str(failed) if failed else None) if text]
-        self._failure = DataError(f"{reasons[0]}\n{AFTER_BAD_DATA}") if reasons else None
+        self._failure = DataError(f"{reasons[0]}\n{self._after_bad_data()}") if reasons else None
         name, message = ("bad_data", reasons[0]) if reasons else ("stopped", "asked to by a signal")
         self.monitor.event(self.state.step, name, f"{message}; saving")
+
+    def _after_bad_data(self) -> str:
+        """What to do about a shard that cannot be read; where such are passed over already, nothing readable was left."""
+        passed_over = self.config.data.on_bad_shard == "skip"
+        return AFTER_BAD_DATA + ("" if passed_over else ", or resume with data.on_bad_shard=skip to pass over it")
 
     def log(self, step: int, started_s: float, batch: Batch, source_rows: torch.Tensor, **values: Any) -> None:
         """Record a step whose last micro-batch was `batch`; source_rows: of this rank, by source."""

@@ -30,6 +30,7 @@ class Console:
         self._out = Printer(stream, width)
         self.live = self._out.rich is not None
         self._progress: Progress | None = None
+        self._fields: list[tuple[int, Text]] = []  # beside the bar
         self._silent = False
 
     def banner(self, lines: Sequence[tuple[str, str]]) -> None:
@@ -50,13 +51,18 @@ class Console:
             (1, Text(clock(record["total_training_time_s"]))),
             (0, Text(f"eta {_eta(eta_s)}")),
         ]
-        info = "  ".join(field.plain for field in fit(fields, self._width - len("training ") - LEAST_BAR))
-        self._guard(lambda: self._bar().update(self._task, completed=step, info=info, description="training"))
+        self._fields = fields
+        self._move("training", completed=step)
 
     def phase(self, what: str) -> None:
         """Say beside the bar what goes on when it is not training."""
         if self.live and not self._silent:
-            self._guard(lambda: self._bar().update(self._task, description=printable(what)))
+            self._move(printable(what))
+
+    def _move(self, what: str, **values: Any) -> None:
+        """Draw the bar after `what`, with the fields that leave it some room."""
+        info = "  ".join(field.plain for field in fit(self._fields, self._width - len(what) - 1 - LEAST_BAR))
+        self._guard(lambda: self._bar().update(self._task, description=what, info=info, **values))
 
     def train(self, record: Mapping[str, Any], eta_s: float | None, peak_bytes: int | None = None) -> None:
         """The log line of a step; on a narrow terminal the least important fields are left out. peak_bytes: the most memory so far."""

@@ -240,9 +240,19 @@ class Monitor:
             self.event(step, "diverged", message)
             raise Diverged(
                 f"{message}: training has diverged, {self._skipped_in_row} updates in a row were left out. "
-                "Checkpoints are kept. Lower the rates (optimizer.matrix_lr, embed_lr, head_lr), lengthen schedule.warmup_steps, "
-                "set train.grad_clip, or try train.precision=fp32, and resume."
+                f"Checkpoints are kept. Resume with {self._calmer()}."
             )
+
+    def _calmer(self) -> str:
+        """What of the config can still be made calmer, in words."""
+        train, warmup = self.config.train, self.config.schedule.warmup_steps
+        advice = ["lower rates (optimizer.matrix_lr, embed_lr, head_lr)"]
+        if warmup < self.plan["num_steps"]:
+            advice.append(f"more schedule.warmup_steps than {warmup:,}")
+        advice.append("train.grad_clip=1" if train.grad_clip is None else f"a lower train.grad_clip than {train.grad_clip:g}")
+        if self.plan["precision"] != "fp32":
+            advice.append("train.precision=fp32")
+        return f"{', '.join(advice[:-1])} or {advice[-1]}"
 
     def _train_record(self, step: int, loss: float, dt_s: float, values: Mapping[str, Any]) -> dict[str, Any]:
         plan = self.plan

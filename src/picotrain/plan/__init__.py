@@ -232,8 +232,9 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         staging_bytes=staging_bytes(config, params),
         predicted_memory_bytes=memory.peak,
         predicted_memory=memory.parts(),
-        notes=_notes(config, corpus, bytes_per_token, epochs, memory.peak),
+        notes=_notes(config, corpus, bytes_per_token, epochs),
     )
+    plan = plan.model_copy(update={"notes": plan.notes + _memory_notes(plan, config)})
     return pace.timed(plan, config, plan.peak_flops)
 
 
@@ -322,7 +323,7 @@ def _horizon_tokens(config: Config, corpus_tokens: float | None) -> tuple[int, s
     return round(ratio * params.scaling), "train.target_param_data_ratio"
 
 
-def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None, epochs: float | None, memory: int) -> list[str]:
+def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None, epochs: float | None) -> list[str]:
     notes = []
     if corpus is None:
         notes.append(f"the corpus {config.data.name} is not prepared yet: units, lanes and epochs are not known")
@@ -348,7 +349,13 @@ def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None
             f"warning: {epochs:.1f} passes over the corpus; beyond {REPEAT_WARNING_EPOCHS:.0f} repeated data teaches less and less"
         )
     notes += fp8.notes(config)
-    room = config.hardware.memory_bytes
-    if room and memory > room * MEMORY_SHARE:
-        notes.append(f"warning: predicted memory {memory / 2**30:.1f} GiB of {room / 2**30:.1f} GiB; try a smaller train.device_batch_size")
     return notes
+
+
+def _memory_notes(plan: Plan, config: Config) -> list[str]:
+    """Whether the prediction leaves too little room, and which settings would take less."""
+    memory, room = plan.predicted_memory_bytes, config.hardware.memory_bytes
+    if not room or memory <= room * MEMORY_SHARE:
+        return []
+    lighter = "; ".join(lighter_settings(plan, config)) or "a smaller model, or a machine with more memory"
+    return [f"warning: predicted memory {memory / 2**30:.1f} GiB of {room / 2**30:.1f} GiB; what would take less: {lighter}"]
