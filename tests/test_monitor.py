@@ -301,7 +301,9 @@ def test_a_pipe_gets_plain_flushed_lines_with_every_field(make: Callable[..., Mo
     assert "\x1b" not in text and "━" not in text and "bits per byte" not in text
     train = [line for line in text.splitlines() if "tok/s" in line]
     assert [line.split("/")[0].strip() for line in train] == [*"123", "10", "20", "30", "40", "50", "60", "70", "80", "90", "100"]
-    assert train[0] == "  1/100  1%  loss 3.0000  lr 0.500  dt 250ms  1,024 tok/s  mfu 51.2%  ep 0.13  rank 0  pq  3 rg 12   0:00  eta ?"
+    assert train[0] == (
+        "  1/100  loss 3.0000  lr 1.0e-02  grad 1.000  dt 250ms  1,024 tok/s  mfu 51.2%  ep 0.13  rank 0  pq  3 rg 12   0:00  eta ?"
+    )
 
 
 def test_the_banner_says_what_is_trained_on_what(make: Callable[..., Monitor], tmp_path: Path) -> None:
@@ -316,26 +318,29 @@ def test_the_banner_says_what_is_trained_on_what(make: Callable[..., Monitor], t
 
 def test_a_log_line_of_a_long_run_on_a_terminal_fits_into_its_width() -> None:
     record = {
-        "step": 12_345, "smooth_loss": 2.3456, "lr_factor": 0.5, "dt_ms": 312.0, "tok_per_sec": 1.68e6, "mfu": 0.521, "epoch": 0.13,
-        "rank": 0, "pq": 113, "rg": 12, "total_training_time_s": 3751.0,
+        "step": 12_345, "smooth_loss": 2.3456, "lr": 1.5e-2, "grad_norm": 0.4123, "dt_ms": 312.0, "tok_per_sec": 1.68e6, "mfu": 0.521,
+        "epoch": 0.13, "rank": 0, "pq": 113, "rg": 12, "total_training_time_s": 3751.0,
     }  # fmt: skip
-    fields = train_fields(record, 21_400, 3500.0)
-    for width in (80, 100, 120):
-        line = "  ".join(text.plain for text in fit(fields, width))
+    fields = train_fields(record, 21_400, 3500.0, 41_200_000_000)
+    shown = {width: "  ".join(text.plain for text in fit(fields, width)) for width in (60, 80, 100, 120)}
+    for width, line in shown.items():
         assert len(line) <= width
-        assert line.startswith("12346/21400 57%  loss 2.3456") and line.endswith("eta 58:20")
-    assert "rank" not in line and "pq 113 rg 12" in line  # at 120 only the rank, which is always 0, has to go
-    assert len(fit(fields, 130)) == len(fields)
+        assert line.startswith("12346/21400  loss 2.3456") and line.endswith("eta 58:20")
+    assert "lr 1.5e-02" in shown[80] and "grad" not in shown[80]
+    assert "mfu 52.1%" in shown[100] and "grad 0.412" in shown[100]
+    assert "rank" not in shown[120] and "mem 41.2 GB" in shown[120]  # the rank is always 0
+    assert len(fit(fields, 160)) == len(fields)
 
 
-def test_a_short_run_needs_no_field_left_out_at_120_columns() -> None:
+def test_a_short_run_on_a_cpu_leaves_out_what_says_nothing_there() -> None:
     record = {
-        "step": 999, "smooth_loss": 12.345, "lr_factor": 1.0, "dt_ms": 3210.0, "tok_per_sec": 4745.0, "mfu": None, "epoch": 0.13,
-        "rank": 0, "pq": 3, "rg": 12, "total_training_time_s": 3751.0,
+        "step": 999, "smooth_loss": 12.345, "lr": 0.03, "grad_norm": 123.4, "dt_ms": 3210.0, "tok_per_sec": 4745.0, "mfu": None,
+        "epoch": 0.13, "rank": 0, "pq": 3, "rg": 12, "total_training_time_s": 3751.0,
     }  # fmt: skip
-    fields = train_fields(record, 2000, 3500.0)
-    assert len(fit(fields, 120)) == len(fields)
-    assert "mfu   n/a" in "  ".join(text.plain for _, text in fields)
+    fields = train_fields(record, 2000, 3500.0, 533_000_000)
+    line = "  ".join(text.plain for text in fit(fields, 120))
+    assert "mfu" not in line and "n/a" not in line
+    assert all(part in line for part in ("lr 3.0e-02", "grad 123.4", "mem  533 MB", "ep 0.13", "58:20"))
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -6,13 +6,13 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
 from picotrain.errors import RunError
+from picotrain.terminal import say
 
 LOCK_FILE = ".lock"
 # Workers look for their launcher every half second (see `picotrain.worker`); the rest is for a loaded machine.
@@ -103,7 +103,7 @@ def _flock(file: TextIO, kind: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        print(f"picotrain: {file.name} cannot be locked ({error.strerror}): a second start will not be noticed", file=sys.stderr)
+        say(f"picotrain: {file.name} cannot be locked ({error.strerror}): a second start will not be noticed")
     return True
 
 

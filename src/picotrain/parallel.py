@@ -7,6 +7,7 @@ import gc
 import inspect
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -304,6 +305,16 @@ def memory_in_use(device: torch.device) -> str:
         return ""
     peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
     return f", and {peak / 2**30:.1f} GiB of the device's {total / 2**30:.1f} GiB were allocated at the peak"
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: the most that torch has allocated on a GPU, or, on a CPU, that this process has been resident with; without a sync. None
+    where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"]
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return None
 
 
 def free_memory() -> None:

@@ -322,9 +322,9 @@ def _write(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
         _write_json(run_dir / "data.json", {"corpus": material.corpus.to_json(), "tokenizer": described})
         _write_json(run_dir / "environment.json", environment(material.config))
         material.plan.save(run_dir / "plan.json")
-        for folder, write in ((attempt, Path.write_text), (run_dir, write_whole)):
-            write(folder / "overrides.txt", "".join(f"{line}\n" for line in overrides))
-            write(folder / "config.yaml", dump(material.config))
+        for folder in (attempt, run_dir):
+            write_whole(folder / "overrides.txt", "".join(f"{line}\n" for line in overrides))
+            write_whole(folder / "config.yaml", dump(material.config))
     except OSError as error:
         raise RunError(f"{run_dir} cannot be written: {error.strerror or error}") from error
 

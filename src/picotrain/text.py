@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-# A model can emit any byte, so also an escape sequence that would repaint the terminal: control characters are shown as pictures.
+import codecs
+import os
+
+# A model can emit any byte, so also an escape sequence that would repaint the terminal: control characters are shown as pictures. What
+# turns the writing direction would show other text than is there (CVE-2021-42574).
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+_PICTURES |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029), 0xFFFD)
+
+# What ASCII has for our own signs, each as wide: lines, bars, and what typography prefers.
+_PLAIN = str.maketrans("─━╌╸╺╶╴│┃▏▌▎▍▋▊▉█•×–—…‘’“”", "-------||||||####*x--.''\"\"")
+_PLAIN |= {ord("±"): "+/-", ord("→"): "->"}
+ERRORS = "picotrain"  # the name of `_degraded` among the codecs' error handlers
 
 
 def short(number: float) -> str:
@@ -62,10 +72,42 @@ def brief(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with every control character but newline and tab made visible (U+2400 and following)."""
+    """`text` as a terminal may have it: every control character but newline and tab made visible (U+2400 and following), and no
+    character that turns the writing direction. All foreign text goes through here before a person sees it."""
     return text.replace("\r\n", "\n").translate(_PICTURES)
 
 
+def as_typed(text: str) -> str:
+    """An argument as it was typed: one that the locale's encoding could not read is read as UTF-8, if it is that."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # os.fsdecode has put characters in the place of bytes
+        pass
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text
+
+
 def encodable(text: str, encoding: str | None) -> str:
-    """`text` with "?" for each character that `encoding` lacks, so that printing it cannot fail."""
-    return text.encode(encoding or "utf-8", errors="replace").decode(encoding or "utf-8")
+    """`text` with a plainer sign or "?" for each character that `encoding` lacks, so that printing it cannot fail."""
+    return text.encode(encoding or "utf-8", errors=ERRORS).decode(encoding or "utf-8")
+
+
+def _degraded(error: UnicodeError) -> tuple[str, int]:
+    """An error handler: our own signs in ASCII, bytes of a path that are no text as \\xff, "?" for the rest."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    wrong = error.object[error.start : error.end]
+    return "".join(_sign(character) for character in wrong), error.end
+
+
+def _sign(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # os.fsdecode puts such a character in the place of a byte
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    plain = character.translate(_PLAIN)
+    return plain if plain.isascii() else "?"
+
+
+codecs.register_error(ERRORS, _degraded)

@@ -21,13 +21,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from picotrain import hardware
+from picotrain import hardware, terminal
 from picotrain.config import load
 from picotrain.config.schema import Config, HardwareConfig
 from picotrain.errors import OutOfMemory, PicotrainError, Stopped
 from picotrain.lock import RunLock
 from picotrain.plan import lighter_settings
 from picotrain.run import read_plan
+from picotrain.terminal import say
 from picotrain.text import size
 
 LAUNCHER_PID = "PICOTRAIN_LAUNCHER_PID"  # set by picotrain.launch
@@ -42,7 +43,7 @@ LOST_PEER_WAIT_S = 6.0
 def main(arguments: list[str]) -> int:
     """The worker's process, from its arguments to its exit code."""
     if len(arguments) != 1:
-        print("usage: python -m picotrain.worker RUN", file=sys.stderr)
+        say("usage: python -m picotrain.worker RUN")
         return PicotrainError.exit_code
     hardware.wait_briefly()  # torchrun may have started us
     run_dir = Path(arguments[0])
@@ -60,6 +61,7 @@ def as_rank(work: Callable[[], int]) -> int:
 
     Rank 0 prints, and an error that several ranks meet is told once. The process ends with its agent; one of several ranks ends here.
     """
+    terminal.set_up()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until somebody listens: end without Python's traceback
     faulthandler.enable()  # a crash in native code shows where
     faulthandler.register(signal.SIGUSR2)  # a launcher or a user who wants to know where a rank is
@@ -90,6 +92,7 @@ def run(run_dir: Path) -> int:
 
     Raises PicotrainError for what a user can cause, OutOfMemory among it; then the memory is free again.
     """
+    terminal.keep_going()
     config = load(run_dir / "config.yaml")
     set_up_process(config.hardware)
     from picotrain import parallel
@@ -195,9 +198,9 @@ def _let_others_speak(error: Exception) -> None:
 def _fail(error: Exception) -> int:
     """Say what is wrong: one message for a user's error, the traceback for a bug; the exit code."""
     if isinstance(error, PicotrainError):
-        print(f"picotrain: {error}", file=sys.stderr)
+        say(f"picotrain: {error}")
     else:
-        traceback.print_exception(error)
+        say("".join(traceback.format_exception(error)).rstrip())
     return error.exit_code if isinstance(error, PicotrainError) else 1
 
 
@@ -206,8 +209,7 @@ def _leave(code: int) -> int:
     end, and now and then one of torch's threads aborts in it (seen with gloo, torch 2.13): a finished run would look failed.
     """
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        sys.stdout.flush()
-        sys.stderr.flush()
+        terminal.flush()
         os._exit(code)
     return code
 

@@ -112,7 +112,7 @@ def _within(budget_s: float, words: list[str], run_dir: Path) -> int:
 def _train(words: list[str], run_dir: Path) -> dict[str, Any]:
     """Train in a process of its own with nothing compiled before, and read its metrics. Raises PicotrainError where it failed."""
     command_s = _seconds(["train", *words, f"run.dir={run_dir}"], TORCHINDUCTOR_CACHE_DIR=f"{run_dir}-compiled")
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
     steps_s = sum(line["dt_ms"] for line in train[FIRST_STEPS:]) / 1000
     config = read(run_dir / "config.yaml")

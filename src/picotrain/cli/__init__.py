@@ -11,10 +11,11 @@ from typing import Annotated
 
 import typer
 
-from picotrain import hardware
+from picotrain import hardware, terminal
 from picotrain.cli.about import EPILOG
 from picotrain.cli.usage import App
 from picotrain.errors import PicotrainError, Problem, UsageError
+from picotrain.terminal import say as say
 
 app = App(
     name="picotrain",
@@ -63,11 +64,6 @@ ConfigFile = Annotated[
 ConfigDir = Annotated[Path | None, typer.Option("--config-dir", help="A folder with groups of your own (model/mine.yaml), searched too.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 Checkpoint = Annotated[str, typer.Option("--checkpoint", help="last, best or a step.")]
-
-
-def say(message: str) -> None:
-    """Progress and notes go to standard error: standard output belongs to results."""
-    print(message, file=sys.stderr, flush=True)
 
 
 @app.command(epilog=EPILOG)
@@ -462,12 +458,15 @@ def complete_(shell: str, line: str, replaced: str) -> None:
 
 def main() -> None:
     """Entry point. A user's mistake ends in one message and its exit code; a bug keeps its traceback."""
+    terminal.set_up()
     hardware.wait_briefly()
+    code: int | str | None = 0
     try:
         app()
     except PicotrainError as error:
         say(f"error: {error}")
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
-        sys.stderr.close()
-        sys.exit(0)
+        code = error.exit_code
+    except SystemExit as ended:
+        code = ended.code
+    terminal.flush()
+    sys.exit(code)

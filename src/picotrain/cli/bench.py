@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -23,13 +23,13 @@ from picotrain.bench.processes import BenchmarkFailed, lines
 from picotrain.bench.sets import Task
 from picotrain.bench.table import Row, rows
 from picotrain.cli import say
-from picotrain.cli.show import console
 from picotrain.config import compose
 from picotrain.config.keys import nearest
 from picotrain.config.saved import write_whole
 from picotrain.errors import PicotrainError
 from picotrain.hardware import Machine
 from picotrain.plan import pace
+from picotrain.terminal import Printer, is_terminal, rich_console
 from picotrain.text import clock
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -143,13 +143,13 @@ def _remember(line: dict[str, Any]) -> None:
 @contextmanager
 def progress(task: Task, number: int, count: int) -> Iterator[None]:
     """What is being measured, on standard error: a spinner on a terminal, elsewhere a line when it is done."""
-    err, started = Console(stderr=True, highlight=False), time.monotonic()
+    drawn, started = is_terminal(sys.stderr), time.monotonic()
     text = f"{number} of {count}: {' '.join([task.name, *task.arguments])}"
-    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+    columns = SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=rich_console(sys.stderr), transient=True, disable=not drawn) as bar:
         bar.add_task(text, total=None)
         yield
-    if not err.is_terminal:
+    if not drawn:
         say(f"{text}  {clock(time.monotonic() - started)}")
 
 
@@ -158,8 +158,8 @@ def show(where: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     hw, packages = where["hardware"], where["packages"]
     at = f" at {where['commit'][:9]}" if where["commit"] else ""
     machine = f"{hw['name']} ({hw['device']}), {hw['threads']} threads, torch {packages['torch']}, picotrain {where['picotrain']}{at}"
-    out = console()
-    out.print(f"{machine}, {where['time'][:10]}", style="bold", markup=False)
+    out = Printer()
+    out.line("", f"{machine}, {where['time'][:10]}", "bold")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in Row._fields:
         table.add_column(name, justify="right" if name == "figure" else "left", no_wrap=name in ("figure", "benchmark"))
@@ -168,4 +168,4 @@ def show(where: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
         for row in rows(line):
             table.add_row("" if row.benchmark == before else row.benchmark, *row[1:])
             before = row.benchmark
-    out.print(table, markup=False)
+    out.table(table)

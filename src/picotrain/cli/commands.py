@@ -6,14 +6,17 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from picotrain import invocation
 from picotrain import run as runs
 from picotrain.cli import say
 from picotrain.config import Config, compose, dump
 from picotrain.data import sources
 from picotrain.data.remote import is_url
+from picotrain.text import as_typed, printable
 
 if TYPE_CHECKING:
     from picotrain.cli.estimate import Command
@@ -66,7 +69,10 @@ def _start(config: Config, overrides: Sequence[str], command: Command | None = N
         told = announce(config, command)
         plan = runs.open_run(config, overrides, say)
         if plan is None:
-            say(f"{run_dir} is finished: `picotrain report` shows it, a larger horizon goes on, another run.name trains anew")
+            from picotrain import report as reports
+
+            say(f"{invocation.shown(run_dir)} is finished; a larger horizon trains on, another run.name anew")
+            reports.what_next(reports.summarise(reports.read_run(run_dir)), sys.stderr)
             return 0
         if not told:
             say_time(plan, config, command)
@@ -81,7 +87,7 @@ def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Pa
     estimate.calibrate(config)
     plan = runs.preview(config)
     if as_json:
-        print(plan.model_dump_json(indent=2))
+        print(json.dumps(plan.model_dump(mode="json"), indent=2))
         return
     from picotrain.cli.show import plan_table
     from picotrain.plan import ceilings, pace
@@ -91,7 +97,8 @@ def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Pa
 
 def show_config(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> None:
     """Print the resolved YAML."""
-    print(dump(resolved(overrides, config_file, config_dir)), end="")
+    text = dump(resolved(overrides, config_file, config_dir), sys.stdout.encoding)
+    print(printable(text) if sys.stdout.isatty() else text, end="")
 
 
 def evaluate(run: Path, which: str, hf: Path | None, **options: Any) -> int:
@@ -139,11 +146,11 @@ def sample(run: Path, prompt: str, which: str, max_tokens: int, temperature: flo
     runs.require_run(run)
     material, model, _ = load_model(run, which)
     options = SamplingConfig(max_tokens=max_tokens, temperature=temperature, top_k=top_k)
-    sys.stdout.write(prompt)
-    for piece in stream_text(model, material.tokenizer, prompt, options, seed):
-        sys.stdout.write(piece)
+    prompt = as_typed(prompt)
+    on_terminal = sys.stdout.isatty()  # elsewhere the text stays as it is
+    for piece in chain([prompt], stream_text(model, material.tokenizer, prompt, options, seed), ["\n"]):
+        sys.stdout.write(printable(piece) if on_terminal else piece)
         sys.stdout.flush()
-    sys.stdout.write("\n")
 
 
 def report(run: Path) -> None:

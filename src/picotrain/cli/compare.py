@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from picotrain import run as runs
@@ -28,7 +27,8 @@ from picotrain.evaluation.suite import core_results
 from picotrain.metrics import plain
 from picotrain.parallel import Parallel, free_memory
 from picotrain.report import compare as pages
-from picotrain.text import encodable
+from picotrain.terminal import is_terminal, rich_console
+from picotrain.text import encodable, printable
 from picotrain.ticker import lines
 
 Bars = Callable[[str], Callable[[int, int], None]]  # a new bar by its description; what moves it: (done, of)
@@ -201,10 +201,10 @@ def _results(
 def _write(results: dict[str, Any], html: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(results, indent=1, allow_nan=False))
-    elif sys.stdout.isatty():
+    elif is_terminal(sys.stdout):
         from rich.markdown import Markdown
 
-        console = Console()
+        console = rich_console(sys.stdout)
         console.print(Markdown(encodable(pages.markdown(results), console.encoding)))
     else:
         print(encodable(pages.markdown(results), sys.stdout.encoding), end="")
@@ -219,15 +219,16 @@ def _write(results: dict[str, Any], html: Path | None, as_json: bool) -> None:
 @contextmanager
 def _progress() -> Iterator[Bars]:
     """Bars on standard error where that is a terminal, each gone when it is full; else lines."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         with lines(say) as show:
             yield lambda description: lambda done, of: show(description, done, of)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
+    done = TextColumn("{task.completed}/{task.total}")
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), done, TimeRemainingColumn())
+    with Progress(*columns, console=rich_console(sys.stderr)) as shown:
 
         def bars(description: str) -> Callable[[int, int], None]:
-            bar = shown.add_task(description, total=None, visible=False)
+            bar = shown.add_task(printable(description), total=None, visible=False)
 
             def move(done: int, of: int) -> None:
                 shown.update(bar, completed=done, total=of, visible=done < of)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from picotrain.cli.show import console
+from picotrain import invocation
 from picotrain.data import inspect as inspecting
 from picotrain.data.inspect import Inspection, Verification
 from picotrain.data.prepare import HARMLESS, KINDS, SKIPPED, Options
 from picotrain.data.prepare import prepare as prepare_corpus
 from picotrain.errors import ConfigError, DataError
+from picotrain.terminal import LABEL_WIDTH, Printer, is_terminal, rich_console, say
 from picotrain.text import printable, short, size
 
 LINE_EVERY_S = 15.0  # where there is no terminal to draw a bar on
@@ -31,10 +33,10 @@ class Bars:
     """Progress on standard error: a bar for each thing being done on a terminal, now and then a line elsewhere."""
 
     def __init__(self, quiet: bool = False):
-        self._console = Console(stderr=True, highlight=False)
-        self._quiet = quiet and not self._console.is_terminal
-        columns = TextColumn("{task.description}"), BarColumn(BAR_WIDTH), DownloadColumn(), TimeRemainingColumn()
-        self._bars = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._drawn = is_terminal(sys.stderr)
+        self._quiet = quiet and not self._drawn
+        columns = TextColumn("{task.description}", markup=False), BarColumn(BAR_WIDTH), DownloadColumn(), TimeRemainingColumn()
+        self._bars = Progress(*columns, console=rich_console(sys.stderr), transient=True, disable=not self._drawn)
         self._tasks: dict[str, TaskID] = {}
         self._last = time.monotonic()
 
@@ -47,16 +49,14 @@ class Bars:
 
     def say(self, message: str) -> None:
         """A line above the bars."""
-        if self._console.is_terminal:
-            self._console.print(message, markup=False, soft_wrap=True)
-        elif not self._quiet:
-            print(message, file=sys.stderr, flush=True)
+        if not self._quiet:
+            say(message)
 
     def update(self, what: str, done: int, total: int) -> None:
         """`done` of `total` bytes of `what`."""
-        if self._console.is_terminal:
+        if self._drawn:
             if what not in self._tasks:
-                self._tasks[what] = self._bars.add_task(what, total=total)
+                self._tasks[what] = self._bars.add_task(printable(what), total=total)
             self._bars.update(self._tasks[what], completed=done)
         elif total and done < total and time.monotonic() - self._last > LINE_EVERY_S:
             self._last = time.monotonic()
@@ -72,7 +72,7 @@ def prepare(
         with Bars() as bars:
             corpus = prepare_corpus(list(inputs), out, options=options, workers=workers, say=bars.say, progress=bars.update)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        say("interrupted; the same command goes on from here")
         return INTERRUPTED
     rows = {
         "folder": str(corpus.root),
@@ -81,8 +81,10 @@ def prepare(
     }
     if (corpus.root / SKIPPED).exists():
         rows["left out"] = f"listed in {corpus.root / SKIPPED}"
-    rows["next"] = f"picotrain train data=files data.path={corpus.root}"
-    _facts(rows)
+    printer = Printer()
+    printer.facts(rows)
+    folder = shlex.quote(f"data.path={invocation.shown(corpus.root)}")
+    printer.command(f"{'next':<{LABEL_WIDTH}} ", f"{invocation.command()} train data=files {folder}")
     return 0
 
 
@@ -139,7 +141,7 @@ def download(name: str, overrides: Sequence[str], shards: int | None, config_dir
         with Bars() as bars:
             corpus = sources.resolve(config.data, runs.cache_dir(config), bars.say)
     except KeyboardInterrupt:
-        print("interrupted; what is there is kept, and the same command goes on", file=sys.stderr)
+        say("interrupted; what is there is kept, and the same command goes on")
         raise SystemExit(INTERRUPTED) from None
     corpus_table(corpus, config)
 
@@ -151,12 +153,16 @@ def corpus_folder(corpus: str) -> Path:
     path = Path(corpus).expanduser().absolute()
     if path.is_dir() and any(path.glob("*.parquet")):
         return path
+    from pydantic import ValidationError
+
     from picotrain import run as runs
     from picotrain.config import compose
     from picotrain.config.schema import DataConfig
     from picotrain.data import sources
 
-    known = sources.known(DataConfig(kind="files", name=path.name, path=str(path)), runs.cache_dir(compose()))
+    known = None
+    with suppress(ValidationError):  # a path that the locale cannot read
+        known = sources.known(DataConfig(kind="files", name=path.name, path=str(path)), runs.cache_dir(compose()))
     if known is None:
         raise DataError(f"{path} is no folder of Parquet shards; make one of it: `picotrain data prepare {path} --out DIR`")
     return known.root
@@ -170,15 +176,6 @@ def _data_kind(choice: str, config_dir: Path | None) -> str | None:
         return compose([f"data={choice}"], config_dir=config_dir).data.kind
     except ConfigError:
         return None
-
-
-def _facts(rows: dict[str, str], title: str | None = None) -> None:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim", min_width=18)
-    table.add_column(overflow="fold")
-    for key, value in rows.items():
-        table.add_row(key, value)
-    console().print(table, markup=False)
 
 
 def _show_inspection(found: Inspection) -> None:
@@ -208,20 +205,21 @@ def _show_inspection(found: Inspection) -> None:
         "empty and null": f"{found.empty_documents:,} empty, {found.null_documents:,} null",
         "invalid UTF-8": invalid,
     }
-    _facts(rows, found.folder)
-    out = console()
+    out = Printer()
+    out.facts(rows, found.folder)
     if found.histogram:
-        out.print()
-        out.print(_histogram(found.histogram))
+        out.line("")
+        out.table(_histogram(found.histogram), "documents by length in bytes")
     for sample in found.samples:
         cut = "" if sample["bytes"] <= len(sample["text"].encode()) else " ..."
-        out.print(f"\n{sample['shard']}, row group {sample['row_group']}, row {sample['row']}, {sample['bytes']:,} bytes:", style="dim")
-        out.print(printable(sample["text"]) + cut, markup=False)
+        out.line("")
+        out.line("", f"{sample['shard']}, row group {sample['row_group']}, row {sample['row']}, {sample['bytes']:,} bytes:", "dim")
+        out.line("", sample["text"] + cut)
 
 
 def _histogram(bins: Sequence[tuple[int, int, int]]) -> Table:
     """A row for each power of two."""
-    table = Table(title="documents by length in bytes", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     table.add_column("from", justify="right", style="dim")
     table.add_column("below", justify="right", style="dim")
     table.add_column("documents", justify="right")
@@ -238,7 +236,7 @@ def _show_verification(found: Verification) -> None:
     rows["content hashes"] = _compared(found.shards, found.unhashed, "origin.json", "it is only known that they can be read")
     rows["fingerprints"] = _compared(found.shards, found.unlisted, "data.json", "their footers were compared with nothing")
     rows["result"] = "every shard is good" if not found.bad else f"{len(found.bad):,} things are wrong"
-    _facts(rows, found.folder)
+    Printer().facts(rows, found.folder)
 
 
 def _compared(shards: int, missing: Sequence[str], where: str, meaning: str) -> str:

@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
+from rich.text import Text
 
 from picotrain import hardware
 from picotrain import plan as planning
 from picotrain import run as runs
 from picotrain.cli.commands import resolved
-from picotrain.cli.show import console
 from picotrain.config import Config
 from picotrain.errors import CheckpointError, PicotrainError
+from picotrain.terminal import Printer
 from picotrain.text import size
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class _Checks:
     """Prints a line a check and remembers whether any failed."""
 
     def __init__(self) -> None:
-        self.console = console()
+        self.out = Printer()
         self.failed = 0
 
     def check(self, name: str, probe: Callable[[], tuple[str, T]]) -> T | None:
@@ -38,11 +38,9 @@ class _Checks:
             found, value = probe()
         except PicotrainError as error:
             self.failed += 1
-            self.console.print(f"[red]FAIL[/red]  {name:<15}", end="")
-            self.console.print(str(error), markup=False)
+            self.out.line(Text.assemble(("FAIL", "red"), f"  {name:<15}"), str(error))
             return None
-        self.console.print(f"[green]ok[/green]    {name:<15}", end="")
-        self.console.print(found, markup=False)
+        self.out.line(Text.assemble(("ok", "green"), f"    {name:<15}"), found)
         return value
 
 
@@ -52,7 +50,7 @@ def run(overrides: Sequence[str], config_file: Path | None, config_dir: Path | N
         return _check_run(Path(overrides[0]))
     checks = _Checks()
     config = resolved(overrides, config_file, config_dir)
-    _say_load(config, checks.console)  # before this process computes
+    _say_load(config, checks.out)  # before this process computes
     checks.check("device", lambda: _device(config))
     checks.check(
         "precision", lambda: (f"{config.train.precision}, blocks {'compiled' if config.hardware.compile else 'not compiled'}", None)
@@ -60,14 +58,14 @@ def run(overrides: Sequence[str], config_file: Path | None, config_dir: Path | N
     plan = checks.check("plan", lambda: _plan(config))
     if plan:
         checks.check("disk", lambda: _disk(Path(config.run.dir or ""), plan.checkpoint_bytes))
-    material = checks.check("data", lambda: _data(config, checks.console))
+    material = checks.check("data", lambda: _data(config, checks.out))
     if material:
         encoder = material.tokenizer.encoder
         checks.check(
             "tokenizer", lambda: (f"{material.tokenizer.vocab_size:,} tokens, encoded by {encoder}, ids equal on the sample", None)
         )
         for note in material.plan.notes:
-            checks.console.print(f"note  {note}", style="yellow", markup=False)
+            checks.out.line("note  ", note, "yellow")
         checks.check("two steps", lambda: _two_steps(material))
     return 2 if checks.failed else 0
 
@@ -80,12 +78,12 @@ def _device(config: Config) -> tuple[str, None]:
     return f"{hw.nproc_per_node} x {hw.name} ({hw.device}){memory}, {hw.threads} threads a process{waiting}", None
 
 
-def _say_load(config: Config, out: Console) -> None:
+def _say_load(config: Config, out: Printer) -> None:
     """Whether other processes want the cores that a run would have."""
     ranks = int(config.hardware.nproc_per_node)
     if others := hardware.others_compute(ranks * (config.hardware.threads or 1) if config.hardware.device == "cpu" else ranks):
         text = f"other processes compute ({others}): steps take longer while they do, and so do those below"
-        out.print(f"note  {text}", style="yellow", markup=False)
+        out.line("note  ", text, "yellow")
 
 
 def _plan(config: Config) -> tuple[str, planning.Plan]:
@@ -98,7 +96,7 @@ def _disk(run_dir: Path, checkpoint_bytes: int) -> tuple[str, None]:
     free, wanted = shutil.disk_usage(place).free, CHECKPOINTS_KEPT * checkpoint_bytes
     if free < wanted:
         raise CheckpointError(
-            f"{place} has {size(free)} free, {CHECKPOINTS_KEPT} checkpoints take {size(wanted)}; another run.dir or fewer checkpoints"
+            f"{place} has {size(free)} free, {CHECKPOINTS_KEPT} checkpoints take {size(wanted)}; free some, or name another run.dir"
         )
     try:
         with tempfile.NamedTemporaryFile(dir=place):
@@ -108,8 +106,8 @@ def _disk(run_dir: Path, checkpoint_bytes: int) -> tuple[str, None]:
     return f"{size(free)} free, a checkpoint takes {size(checkpoint_bytes)}", None
 
 
-def _data(config: Config, out: Console) -> tuple[str, runs.Material]:
-    material = runs.gather(config, lambda message: out.print(f"      {message}", style="dim", markup=False))
+def _data(config: Config, out: Printer) -> tuple[str, runs.Material]:
+    material = runs.gather(config, lambda message: out.line(" " * 6, message, "dim"))
     corpus = material.corpus
     return f"{corpus.name}: {corpus.documents:,} documents, {size(corpus.text_bytes)} of text, {material.plan.lanes} lanes", material
 
@@ -144,7 +142,8 @@ def _two_steps(material: runs.Material) -> tuple[str, None]:
             losses.append(loss.item() * plan.grad_accum_steps)
             times.append(time.perf_counter() - start)
     if not all(map(torch.isfinite, torch.tensor(losses))):
-        raise CheckpointError(f"the loss is not finite: {losses}; try train.precision=fp32 or lower rates")
+        calmer = "lower rates (optimizer.matrix_lr, ...)" + ("" if plan.precision == "fp32" else " or train.precision=fp32")
+        raise CheckpointError(f"the loss is not finite: {losses}; try {calmer}")
     hours = times[-1] * plan.num_steps / plan.dp_size / 3600
     attention = f"attention by {full}" + (f", in windows by {windowed}" if plan.window_attention else "")
     return f"{attention}; loss {losses[0]:.2f}, {losses[1]:.2f}; {times[-1]:.2f} s a step, so about {hours:.2f} h of training here", None
@@ -158,7 +157,7 @@ def _check_run(run_dir: Path) -> int:
     checks = _Checks()
     folders = sorted((run_dir / "checkpoints").glob(f"{checkpoint.PREFIX}*"))
     if not folders:
-        checks.console.print(f"{run_dir} has no checkpoint yet")
+        checks.out.line("", f"{run_dir} has no checkpoint yet")
     for path in folders:
         checks.check(path.name, lambda path=path: (checkpoint.verify(path) or f"whole, {size(_bytes(path))}", None))
     return 2 if checks.failed else 0

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from picotrain import evaluation, parallel, sampling
@@ -45,6 +44,8 @@ from picotrain.evaluation.subject import RunModel, Subject
 from picotrain.evaluation.suite import core_results
 from picotrain.parallel import Parallel
 from picotrain.report.evaluated import render
+from picotrain.terminal import is_terminal, rich_console
+from picotrain.text import printable
 from picotrain.ticker import Show, lines
 
 
@@ -221,17 +222,17 @@ def _bars(ranks: Parallel) -> Iterator[Show]:
     if not ranks.is_main:
         yield lambda *at: None
         return
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         with lines(say) as told:
             yield told
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=rich_console(sys.stderr)) as progress:
         bars: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int) -> None:
             if what not in bars:
-                bars[what] = progress.add_task(what)
+                bars[what] = progress.add_task(printable(what))
             progress.update(bars[what], completed=done, total=total or None)
 
         yield show

@@ -1,9 +1,6 @@
-"""Tables for the terminal."""
+"""Facts for the terminal."""
 
 from __future__ import annotations
-
-from rich.console import Console
-from rich.table import Table
 
 from picotrain import hardware
 from picotrain.cli.estimate import told_by
@@ -11,6 +8,7 @@ from picotrain.config import Config
 from picotrain.data.corpus import Corpus
 from picotrain.data.units import default_unit_bytes, units
 from picotrain.plan import Plan
+from picotrain.terminal import Printer
 from picotrain.text import brief, duration, short, size
 
 UNKNOWN = "not known yet"
@@ -19,20 +17,6 @@ RECOMPUTED = {
     "selective": "norms, rotations and the like, in the backward; results of matmuls and attention are kept (selective)",
     "full": "every block, in the backward; only what enters it is kept (full)",
 }
-PIPE_WIDTH = 200  # columns where there is no terminal: nobody wants lines broken for a pager or a log
-
-
-def console() -> Console:
-    """For standard output: as wide as the terminal, or as PIPE_WIDTH."""
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=PIPE_WIDTH)
-
-
-def _grid(title: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim", min_width=18)
-    table.add_column()
-    return table
 
 
 def plan_table(plan: Plan, measure: str = "", here: bool = True) -> None:
@@ -71,14 +55,10 @@ def plan_table(plan: Plan, measure: str = "", here: bool = True) -> None:
         "memory per rank": f"about {size(plan.predicted_memory_bytes)} = {held}{staging}",
         "time and cost": time + cost,
     }
-    table = _grid(plan.name)
-    for key, value in rows.items():
-        if value:
-            table.add_row(key, value)
-    out = console()
-    out.print(table)
+    out = Printer()
+    out.facts({key: value for key, value in rows.items() if value}, plan.name)
     for note in plan.notes:
-        out.print(f"note: {note}", style="yellow" if note.startswith("warning") else "dim", markup=False)
+        out.message(f"note: {note}", "yellow" if note.startswith("warning") else "dim")
 
 
 def _attention(plan: Plan) -> str:
@@ -106,10 +86,11 @@ def _time(plan: Plan, measures: str) -> str:
 def corpus_table(corpus: Corpus, config: Config) -> None:
     """A corpus' shards, documents and bytes."""
     found = units(corpus.shards, config.data.unit_bytes or default_unit_bytes(config.train.seq_len or 512))
-    table = _grid(corpus.name)
-    table.add_row("folder", str(corpus.root))
-    table.add_row("training", f"{len(corpus.shards)} shards, {corpus.documents:,} documents, {size(corpus.text_bytes)} of text")
-    table.add_row("validation", f"{corpus.val.name}, {corpus.val.rows:,} documents, {size(corpus.val.text_bytes)} of text")
-    table.add_row("units", f"{len(found)} at seq_len {config.train.seq_len}")
-    table.add_row("fingerprint", corpus.fingerprint)
-    console().print(table)
+    rows = {
+        "folder": str(corpus.root),
+        "training": f"{len(corpus.shards)} shards, {corpus.documents:,} documents, {size(corpus.text_bytes)} of text",
+        "validation": f"{corpus.val.name}, {corpus.val.rows:,} documents, {size(corpus.val.text_bytes)} of text",
+        "units": f"{len(found)} at seq_len {config.train.seq_len}",
+        "fingerprint": corpus.fingerprint,
+    }
+    Printer().facts(rows, corpus.name)

@@ -12,10 +12,11 @@ from rich.table import Table
 from picotrain import run as runs
 from picotrain.cli import say
 from picotrain.cli.commands import resolved
-from picotrain.cli.show import console
 from picotrain.compression import CODE, LANGUAGES, VOCABULARIES, Evaluation, evaluate, known_vocabularies
 from picotrain.data import sources
 from picotrain.data.corpus import Corpus, read_texts
+from picotrain.terminal import Printer
+from picotrain.text import printable
 from picotrain.tokenizer import Tokenizer, load_tokenizer
 
 VALIDATION_BYTES = 8_000_000  # text read of a validation shard
@@ -78,7 +79,7 @@ def _as_json(tokenizer: Tokenizer, corpus: str, results: Evaluation) -> dict[str
 
 
 def _show(tokenizer: Tokenizer, corpus: str, results: Evaluation) -> None:
-    table = Table(title="bytes per token (more is better), <|bos|> not counted", title_justify="left", title_style="bold", box=None)
+    table = Table(box=None, pad_edge=False)
     table.add_column("text")
     for heading in ("bytes", "this one", *VOCABULARIES):
         table.add_column(heading, justify="right")
@@ -87,19 +88,23 @@ def _show(tokenizer: Tokenizer, corpus: str, results: Evaluation) -> None:
         label = f"{corpus}, validation" if name == "validation" else name
         figures = ["not here" if figure is None else f"{figure:.2f}" for figure in others]
         table.add_row(
-            label, f"{text.bytes:,}", f"{text.bytes_per_token:.2f}", *figures, end_section=name in ("validation", CODE[-1], LANGUAGES[-1])
+            printable(label),
+            f"{text.bytes:,}",
+            f"{text.bytes_per_token:.2f}",
+            *figures,
+            end_section=name in ("validation", CODE[-1], LANGUAGES[-1]),
         )
-    out = console()
-    out.print(table)
+    out = Printer()
+    out.table(table, "bytes per token (more is better), <|bos|> not counted")
     count = len(results.texts["validation"].others)
-    out.print(f"\n{tokenizer.path}", markup=False, soft_wrap=True)
-    out.print(f"{tokenizer.vocab_size:,} tokens, {results.used:.1%} of them used on the validation text")
-    out.print(f"encoded by {tokenizer.encoder} at {results.encode_mb_per_s:,.1f} MB/s on one thread")
+    out.line("")
+    out.line("", str(tokenizer.path))
+    out.line("", f"{tokenizer.vocab_size:,} tokens, {results.used:.1%} of them used on the validation text")
+    out.line("", f"encoded by {tokenizer.encoder} at {results.encode_mb_per_s:,.1f} MB/s on one thread")
     for note in filter(None, (*tokenizer.changes, tokenizer.note)):
-        out.print(f"note: {note}", markup=False, soft_wrap=True)
+        out.message(f"note: {note}")
     if count < len(VOCABULARIES):
-        out.print(
-            "not here: tiktoken is not installed, or its cache folder does not hold that vocabulary; nothing is downloaded", style="dim"
-        )
+        text = "tiktoken is not installed, or its cache folder does not hold that vocabulary; nothing is downloaded"
+        out.line("not here: ", text, "dim")
     if not results.failures:
-        out.print("every text comes back as it was")
+        out.line("", "every text comes back as it was")

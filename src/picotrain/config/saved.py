@@ -43,11 +43,12 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def dump(config: Config) -> str:
-    """The config as YAML, keys in the schema's order; `load` gives back an equal config."""
+def dump(config: Config, encoding: str = "utf-8") -> str:
+    """The config as YAML that `encoding` can hold, keys in the schema's order; `load` gives back an equal config."""
     tree = config.model_dump(mode="json")
     text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
-    if any(mark in text for mark in "\x85\u2028\u2029"):  # PyYAML writes these line breaks as they are and reads them as blanks
+    # PyYAML writes these line breaks as they are and reads them as blanks.
+    if any(mark in text for mark in "\x85\u2028\u2029") or text.encode(encoding, errors="ignore").decode(encoding) != text:
         text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=False, width=120)
     return text
 

@@ -34,6 +34,8 @@ from picotrain.config.fields import (
 )
 from picotrain.errors import Problem
 
+LEAST_SEQ_LEN = 8  # tokens a row
+
 SCHEMA_VERSION = 1
 HORIZONS = ("max_steps", "num_train_epochs", "target_tokens", "target_flops", "target_param_data_ratio")
 
@@ -233,7 +235,7 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     """Batch, horizon, cadence and precision."""
 
-    seq_len: Annotated[int, Field(ge=8, le=2**24), Number] | None = None  # null: 512 below depth 12, else 2,048
+    seq_len: Annotated[int, Field(ge=LEAST_SEQ_LEN, le=2**24), Number] | None = None  # null: 512 below depth 12, else 2,048
     total_batch_size: Positive | Literal[-1] = -1  # tokens per step; -1: from the model's size
     device_batch_size: Size | Literal["auto"] = "auto"  # rows per rank and micro-batch
     max_steps: Steps | None = None

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from picotrain.config.saved import parse_json, read_plain
 from picotrain.data.files import Files, LocalFiles
 from picotrain.data.units import Unit, Units, default_lanes, default_unit_bytes, units  # noqa: F401
 from picotrain.errors import DataError
+from picotrain.terminal import say
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -123,7 +123,7 @@ class Corpus:
             return LocalFiles(self.root)
         from picotrain.data.remote import RemoteFiles
 
-        return RemoteFiles(self.remote.url, self.root, self.remote.cache_bytes, say=lambda text: print(text, file=sys.stderr, flush=True))
+        return RemoteFiles(self.remote.url, self.root, self.remote.cache_bytes, say=say)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from picotrain.config.schema import LEAST_SEQ_LEN
 from picotrain.data.corpus import Corpus, Shard
 from picotrain.data.mixture import Choice, Source
 from picotrain.data.slices import Encoder, Tokens, slice_bytes, tokenized
@@ -280,4 +281,9 @@ def has_full_row(corpus: Corpus, tokenizer: Encoder, seq_len: int, unit_bytes: i
 def too_short(corpus: Corpus, seq_len: int) -> str:
     """What to tell a user whose corpus has no full row."""
     size = f"{corpus.documents:,} training documents, {corpus.text_bytes:,} bytes"
-    return f"{corpus.root} ({size}): no readable unit of it fills a row of {seq_len + 1} tokens; take a smaller train.seq_len or more text"
+    return f"{corpus.root} ({size}): no readable unit of it fills a row of {seq_len + 1} tokens; {remedy(seq_len)}"
+
+
+def remedy(seq_len: int) -> str:
+    """What helps where no row is full."""
+    return "take a smaller train.seq_len or more text" if seq_len > LEAST_SEQ_LEN else "take more text"

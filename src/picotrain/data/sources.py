@@ -203,14 +203,14 @@ def check_rows(data: Text, tokenizer: Tokenizer, seq_len: int, unit_bytes: int) 
 
 
 def _check_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, unit_bytes: int) -> None:
-    from picotrain.data.lanes import has_full_row, too_short
+    from picotrain.data.lanes import has_full_row, remedy, too_short
 
     if not has_full_row(corpus, tokenizer, seq_len, unit_bytes):
         raise DataError(too_short(corpus, seq_len))
     if not has_full_row(replace(corpus, shards=(corpus.val,)), tokenizer, seq_len, unit_bytes):
         raise DataError(
             f"{corpus.root / corpus.val.name} ({corpus.val.rows:,} validation documents, {corpus.val.text_bytes:,} bytes) fills "
-            f"no row of {seq_len + 1} tokens; take a smaller train.seq_len or more text"
+            f"no row of {seq_len + 1} tokens; {remedy(seq_len)}"
         )
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from picotrain import first_calls
 from picotrain.data.corpus import Corpus
-from picotrain.data.lanes import Cursor, Lane, Reader, State, Stream, check_lanes, start_state
+from picotrain.data.lanes import Cursor, Lane, Reader, State, Stream, check_lanes, remedy, start_state
 from picotrain.data.mixture import Choice, Mixture
 from picotrain.data.packing import Packed, concatenate
 from picotrain.data.slices import Encoder, slice_bytes, tokenized
@@ -357,5 +357,5 @@ def _shard_rows(corpus: Corpus, tokenizer: Encoder, seq_len: int, max_rows: int 
                 return concatenate(parts, max_rows)
     if not found:
         path = corpus.root / corpus.val.name
-        raise DataError(f"{path}, which validates, fills no row of {seq_len + 1} tokens; take a smaller train.seq_len or more text")
+        raise DataError(f"{path}, which validates, fills no row of {seq_len + 1} tokens; {remedy(seq_len)}")
     return concatenate(parts)

@@ -13,6 +13,7 @@ from picotrain.errors import OutOfMemory
 from picotrain.lock import RunLock as RunLock
 from picotrain.plan import halved
 from picotrain.run import read_plan
+from picotrain.terminal import say
 
 
 def launch(run_dir: Path, nproc: int, launch: LaunchConfig, in_process: Callable[[Path], int], module: str = "picotrain.worker") -> int:
@@ -37,7 +38,7 @@ def _launch_once(run_dir: Path, nproc: int, launch: LaunchConfig, in_process: Ca
         try:
             return in_process(run_dir)
         except OutOfMemory as error:  # as a worker would say it
-            print(f"picotrain: {error}", file=sys.stderr)
+            say(f"picotrain: {error}")
             return error.exit_code
     from picotrain.launch.agent import run_workers  # torch
 
@@ -51,10 +52,8 @@ def _halve_micro_batches(run_dir: Path) -> bool:
     if smaller is None:
         return False
     smaller.save(run_dir / "plan.json")
-    print(
+    say(
         f"picotrain: train.device_batch_size=auto: tried again with {smaller.device_batch_size} rows in {smaller.grad_accum_steps} "
-        "accumulation steps, from the newest checkpoint; the steps are the same",
-        file=sys.stderr,
-        flush=True,
+        "accumulation steps, from the newest checkpoint; the steps are the same"
     )
     return True

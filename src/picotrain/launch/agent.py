@@ -12,7 +12,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,10 +24,11 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, S
 from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from picotrain import hardware
+from picotrain import hardware, invocation
 from picotrain.config.schema import LaunchConfig
 from picotrain.errors import Diverged, Hung, LaunchError, OutOfMemory, PicotrainError, Stopped
 from picotrain.parallel import STACKS_SIGNAL, StopSignal
+from picotrain.terminal import say
 from picotrain.worker import LAUNCHER_PID
 
 POLL_S = 0.1  # how often the agent looks at its workers
@@ -42,6 +42,7 @@ def run_workers(command: Sequence[str], nproc: int, launch: LaunchConfig, run_id
     """Run `command` as nproc ranks of this node; the exit code as in `picotrain.launch.launch`."""
     environment = {
         LAUNCHER_PID: str(os.getpid()),  # workers end when this process is gone
+        invocation.COMMAND: invocation.command(),
         "OMP_NUM_THREADS": str(max(1, hardware.cores() // nproc)),  # until the worker sets its own number
         "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # leave ours alone; torch insists on one
     }
@@ -56,11 +57,7 @@ def run_workers(command: Sequence[str], nproc: int, launch: LaunchConfig, run_id
                         raise
                     # All anew, the meeting place too: started again by torch's own agent, workers now and then wait for
                     # each other for ever in gloo (torch 2.13).
-                    print(
-                        f"picotrain: {died}\nstarting the workers again, {number} of {launch.max_restarts} times",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    say(f"picotrain: {died}\nstarting the workers again, {number} of {launch.max_restarts} times")
             raise AssertionError("not reached")
         except RendezvousError as error:
             where = launch.rdzv_endpoint or "this machine"
@@ -144,7 +141,7 @@ class Agent(LocalElasticAgent):
 
     def _ask_for_stacks(self) -> None:
         """Let the ranks that are left say where they are: a hang is understood from all of them."""
-        print("picotrain: where the other ranks are:", file=sys.stderr, flush=True)
+        say("picotrain: where the other ranks are:")
         for process in self._processes().values():
             if process.poll() is None:
                 process.send_signal(STACKS_SIGNAL)

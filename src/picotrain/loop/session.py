@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -27,11 +26,12 @@ from picotrain.errors import DataError, Diverged, LaunchError, RunError
 from picotrain.evaluation.suite import core_of_model
 from picotrain.model import Names, build
 from picotrain.monitor import Monitor, profiler
-from picotrain.parallel import Parallel, StopSignal, Watchdog
+from picotrain.parallel import Parallel, StopSignal, Watchdog, peak_memory
 from picotrain.state import TrainState
+from picotrain.terminal import say
 
 FAILED_CLOSE_S = 30.0  # what an archive gets to finish in when the run ends by an error
-AFTER_BAD_DATA = "everything up to here is saved: put the shard right and resume, or resume with data.on_bad_shard=skip to pass over it"
+AFTER_BAD_DATA = "everything up to here is saved: put the shard right and resume"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class Session:
         self.watchdog = Watchdog(self.config.launch.hang_s, run_dir / "flight_recorder" / f"rank_{parallel.rank}.json")
         self.saver = checkpoint.Saver(self.checkpoints, self.config.checkpoint) if parallel.is_main else None
         self.schedule = schedule.build(self.config.schedule, self.plan.num_steps)
-        self.monitor = Monitor(run_dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank)
+        self.monitor = Monitor(
+            run_dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank, peak_memory=lambda: peak_memory(parallel.device)
+        )
         if self.saver:
             saver = self.saver
             self.monitor.saving = lambda: saver.busy
@@ -143,7 +145,7 @@ class Session:
         # Its thread speaks when it likes, also after the console is closed.
         archive = Archive(
             section.url, self.dir, interval_s=section.interval_s, min_age_s=section.min_age_s, keep_last=section.keep_last,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
+            say=say,
         )  # fmt: skip
         archive.start()
         return archive
@@ -207,9 +209,14 @@ class Session:
             raise failed
         self._stopping_s = time.monotonic()
         reasons = [text for text in self.parallel.gather(str(failed) if failed else None) if text]
-        self._failure = DataError(f"{reasons[0]}\n{AFTER_BAD_DATA}") if reasons else None
+        self._failure = DataError(f"{reasons[0]}\n{self._after_bad_data()}") if reasons else None
         name, message = ("bad_data", reasons[0]) if reasons else ("stopped", "asked to by a signal")
         self.monitor.event(self.state.step, name, f"{message}; saving")
+
+    def _after_bad_data(self) -> str:
+        """What to do about a shard that cannot be read; where such are passed over already, nothing readable was left."""
+        passed_over = self.config.data.on_bad_shard == "skip"
+        return AFTER_BAD_DATA + ("" if passed_over else ", or resume with data.on_bad_shard=skip to pass over it")
 
     def log(self, step: int, started_s: float, batch: Batch, source_rows: torch.Tensor, **values: Any) -> None:
         """Record a step whose last micro-batch was `batch`; source_rows: of this rank, by source."""
@@ -302,7 +309,7 @@ class Session:
         except Exception as error:
             trace = error.trace if isinstance(error, evaluation.EvaluationFailed) else traceback.format_exc()
             if trace and self.parallel.is_main:
-                print(trace, file=sys.stderr, flush=True)
+                say(trace)
             self.monitor.event(self.state.step, "evaluation_failed", f"{what}: {error}; training goes on")
 
     def _record(self, **metrics: Any) -> None:

@@ -6,21 +6,20 @@ be written (a closed pipe, a vanished terminal) falls silent; it never stops a r
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console as RichConsole
-from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from picotrain import invocation
 from picotrain.config.schema import Config
-from picotrain.text import brief, clock, encodable, flops, printable, short, size
+from picotrain.terminal import Printer
+from picotrain.text import brief, clock, flops, printable, short, size
 
 LABEL, STRONG, GOOD, BAD = "dim", "bold", "green", "yellow"
+LEAST_BAR = 10  # columns
 
 
 class Console:
@@ -28,74 +27,86 @@ class Console:
 
     def __init__(self, num_steps: int, stream: TextIO | None = None, width: int | None = None):
         self.num_steps = num_steps
-        self.stream: TextIO = sys.stdout if stream is None else stream
-        self.live = self.stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-        self._rich = RichConsole(file=self.stream, width=width, highlight=False, force_jupyter=False) if self.live else None
+        self._out = Printer(stream, width)
+        self.live = self._out.rich is not None
         self._progress: Progress | None = None
+        self._fields: list[tuple[int, Text]] = []  # beside the bar
         self._silent = False
 
     def banner(self, lines: Sequence[tuple[str, str]]) -> None:
         """The start of a run: a title, then one line for each (label, fact)."""
         (_, title), *facts = lines
-        self._print(Text.assemble(("picotrain ", LABEL), (title, STRONG)))
+        self._print(Text("picotrain ", LABEL), Text(printable(title), STRONG))
         for label, fact in facts:
-            self._print(Text.assemble((f"  {label:<12}", LABEL), fact))
+            self._print(Text(f"  {label:<12}", LABEL), fact)
 
     def advance(self, step: int, record: Mapping[str, Any], eta_s: float | None) -> None:
         """Move the bar to `step` steps done; without a terminal nothing happens."""
         if not self.live or self._silent:
             return
-        info = f"loss {_loss(record['smooth_loss'])}  {short(record['tok_per_sec'])} tok/s  "
-        info += f"{clock(record['total_training_time_s'])}  eta {_eta(eta_s)}"
-        self._guard(lambda: self._bar().update(self._task, completed=step, info=info, description="training"))
+        fields = [
+            (0, Text(f"{100 * step / self.num_steps:.1f}%")),
+            (2, Text(f"loss {_loss(record['smooth_loss'])}")),
+            (3, Text(f"{short(record['tok_per_sec'])} tok/s")),
+            (1, Text(clock(record["total_training_time_s"]))),
+            (0, Text(f"eta {_eta(eta_s)}")),
+        ]
+        self._fields = fields
+        self._move("training", completed=step)
 
     def phase(self, what: str) -> None:
         """Say beside the bar what goes on when it is not training."""
         if self.live and not self._silent:
-            self._guard(lambda: self._bar().update(self._task, description=what))
+            self._move(printable(what))
 
-    def train(self, record: Mapping[str, Any], eta_s: float | None) -> None:
-        """The log line of a step; on a narrow terminal the least important fields are left out."""
-        fields = train_fields(record, self.num_steps, eta_s)
-        kept = fit(fields, self._rich.width) if self._rich else [text for _, text in fields]
-        self._print(Text("  ").join(kept))
+    def _move(self, what: str, **values: Any) -> None:
+        """Draw the bar after `what`, with the fields that leave it some room."""
+        info = "  ".join(field.plain for field in fit(self._fields, self._width - len(what) - 1 - LEAST_BAR))
+        self._guard(lambda: self._bar().update(self._task, description=what, info=info, **values))
+
+    def train(self, record: Mapping[str, Any], eta_s: float | None, peak_bytes: int | None = None) -> None:
+        """The log line of a step; on a narrow terminal the least important fields are left out. peak_bytes: the most memory so far."""
+        fields = train_fields(record, self.num_steps, eta_s, peak_bytes)
+        kept = fit(fields, self._width) if self.live else [text for _, text in fields]
+        self._print(Text.assemble(kept[0], "  "), Text("  ").join(kept[1:]))
 
     def val(self, step: int, val_bpb: float | None, val_loss: float | None, tokens: int, best_bpb: float | None) -> None:
         """A validation; `best_bpb` is the lowest before it, None at the first."""
-        line = Text.assemble(self._step(step), ("  val_bpb ", LABEL), (_fixed(val_bpb), STRONG), ("  val_loss ", LABEL), _fixed(val_loss))
+        line = Text.assemble(("val_bpb ", LABEL), (_fixed(val_bpb), STRONG), ("  val_loss ", LABEL), _fixed(val_loss))
         line.append(f"  {short(tokens)} tokens", LABEL)
         if val_bpb is not None and best_bpb is not None:
             change = f"{val_bpb - best_bpb:+.4f}"
             better = val_bpb < best_bpb
             line.append(*((f"  * best so far, {change}", GOOD) if better else (f"  {change} on the best, {best_bpb:.4f}", BAD)))
-        self._print(line)
+        self._print(self._step(step), line)
 
     def core(self, step: int, record: Mapping[str, Any]) -> None:
         """The CORE metric, over how many tasks, and why any is missing."""
-        line = Text.assemble(self._step(step), ("  core_metric ", LABEL), (_fixed(record["core_metric"]), STRONG))
-        line.append(f"  {record['evaluated']} of {record['of']} tasks, {record['baseline_table']}", LABEL)
-        self._print(line)
+        line = Text.assemble(("core_metric ", LABEL), (_fixed(record["core_metric"]), STRONG))
+        line.append(f"  {record['evaluated']} of {record['of']} tasks, {printable(record['baseline_table'])}", LABEL)
+        self._print(self._step(step), line)
         for label, problem in record["problems"].items():
-            self._print(Text.assemble(("          ", LABEL), (f"{label}: {problem}", BAD)))
+            self._print(" " * 10, Text(printable(f"{label}: {problem}"), BAD))
 
     def sample(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """What the model writes: each prompt, in brackets, then its continuation."""
-        self._print(Text.assemble(self._step(step), ("  samples", LABEL)))
+        self._print(self._step(step), Text("samples", LABEL))
         for sample in samples:
-            text = Text.assemble(("[", LABEL), (printable(sample["prompt"]), STRONG), ("]", LABEL), printable(sample["text"]))
-            self._print(text, indent=4)
+            prompt = printable(sample["prompt"])
+            self._print(" " * 4, Text.assemble(("[", LABEL), (prompt, STRONG), ("]", LABEL), printable(sample["text"])))
 
     def checkpoint(self, step: int, path: str, n_bytes: int, seconds: float) -> None:
         """A checkpoint that was written."""
-        self._print(Text.assemble(self._step(step), ("  saved ", LABEL), f"{path}  {size(n_bytes)} in {brief(seconds)}"))
+        self._print(self._step(step), Text.assemble(("saved ", LABEL), f"{printable(path)}  {size(n_bytes)} in {brief(seconds)}"))
 
     def event(self, step: int, name: str, message: str) -> None:
         """Something that happened to the run."""
-        self._print(Text.assemble(self._step(step), "  ", (name, STRONG), ("  " + message) if message else ""))
+        head = Text.assemble(self._step(step), (name, STRONG), "  " if message else "")
+        self._print(head, message)
 
     def warn(self, message: str) -> None:
         """A line that should be seen."""
-        self._print(Text(message, style=BAD))
+        self._guard(lambda: self._out.message(message, BAD))
 
     def close(self) -> None:
         """Take the bar away and give the cursor back. May be called twice."""
@@ -103,29 +114,23 @@ class Console:
             self._guard(self._progress.stop)
             self._progress = None
 
+    @property
+    def _width(self) -> int:
+        return self._out.rich.width if self._out.rich else 0
+
     def _step(self, step: int) -> Text:
-        return Text(f"{step:>{len(str(self.num_steps))}}/{self.num_steps}", style=LABEL)
+        return Text.assemble((f"{step:>{len(str(self.num_steps))}}/{self.num_steps}", LABEL), "  ")
 
     def _bar(self) -> Progress:
         if self._progress is None:
-            info = TextColumn("{task.percentage:.1f}%  {task.fields[info]}")
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), info)
-            self._progress = Progress(*columns, console=self._rich, expand=True, transient=True, refresh_per_second=4)
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=None), TextColumn("{task.fields[info]}"))
+            self._progress = Progress(*columns, console=self._out.rich, expand=True, transient=True, refresh_per_second=4)
             self._task = self._progress.add_task("training", total=self.num_steps, info="")
             self._progress.start()
         return self._progress
 
-    def _print(self, text: Text, indent: int = 0) -> None:
-        if rich := self._rich:
-            text.plain = encodable(text.plain, rich.encoding)
-            self._guard(lambda: rich.print(Padding(text, (0, 0, 0, indent)) if indent else text))
-        else:
-            lines = "\n".join(" " * indent + line for line in text.plain.split("\n"))
-            self._guard(lambda: self._write(lines + "\n"))
-
-    def _write(self, plain: str) -> None:
-        self.stream.write(encodable(plain, self.stream.encoding))
-        self.stream.flush()
+    def _print(self, head: str | Text, body: str | Text = "") -> None:
+        self._guard(lambda: self._out.line(head, body))
 
     def _guard(self, action: Callable[[], object]) -> None:
         if self._silent:
@@ -152,25 +157,28 @@ def banner(plan: Mapping[str, Any], config: Config, run_dir: Path) -> list[tuple
         ("horizon", f"{plan['num_steps']:,} steps = {short(plan['num_steps'] * plan['total_batch_size'])} tokens{epochs}"),
         ("device", f"{plan['world_size']} x {plan['hardware_name']} ({plan['device']}), {plan['precision']}{peak}, {kernels}"),
         ("data", f"{config.data.name}, {plan['lanes']} lanes, vocabulary of {config.tokenizer.vocab_size:,}"),
-        ("run", str(run_dir)),
+        ("run", invocation.shown(run_dir)),
     ]
 
 
-def train_fields(record: Mapping[str, Any], num_steps: int, eta_s: float | None) -> list[tuple[int, Text]]:
+def train_fields(record: Mapping[str, Any], num_steps: int, eta_s: float | None, peak_bytes: int | None = None) -> list[tuple[int, Text]]:
     """The fields of a log line, each with its rank: of those above 0, the highest is the first to go where space is short."""
     step = record["step"] + 1  # steps done
-    mfu = "n/a" if record["mfu"] is None else f"{100 * record['mfu']:.1f}%"
+    mfu = [] if record["mfu"] is None else [(3, _field("mfu", f"{100 * record['mfu']:4.1f}%"))]  # where the peak is known
+    memory = [] if peak_bytes is None else [(5, _field("mem", f"{size(peak_bytes):>7}"))]
     return [
-        (0, Text.assemble((f"{step:>{len(str(num_steps))}}/{num_steps}", STRONG), f" {100 * step // num_steps:2d}%")),
+        (0, Text(f"{step:>{len(str(num_steps))}}/{num_steps}", STRONG)),
         (0, _field("loss", _loss(record["smooth_loss"]), STRONG)),
-        (2, _field("lr", f"{record['lr_factor']:.3f}")),
+        (2, _field("lr", f"{record['lr']:.1e}")),
+        (4, _field("grad", _norm(record["grad_norm"]))),
         (1, _field("dt", f"{brief(record['dt_ms'] / 1000):>5}")),
         (0, Text.assemble(f"{short(record['tok_per_sec']):>5}", (" tok/s", LABEL))),
-        (3, _field("mfu", f"{mfu:>5}")),
-        (4, _field("ep", f"{record['epoch']:.2f}")),
-        (7, _field("rank", str(record["rank"]))),
-        (6, Text.assemble(_field("pq", f"{record['pq']:>2}"), " ", _field("rg", f"{record['rg']:>2}"))),
-        (5, Text(f"{clock(record['total_training_time_s']):>5}")),
+        *mfu,
+        *memory,
+        (6, _field("ep", f"{record['epoch']:.2f}")),
+        (9, _field("rank", str(record["rank"]))),
+        (8, Text.assemble(_field("pq", f"{record['pq']:>2}"), " ", _field("rg", f"{record['rg']:>2}"))),
+        (7, Text(f"{clock(record['total_training_time_s']):>5}")),
         (0, _field("eta", _eta(eta_s))),
     ]
 
@@ -193,6 +201,13 @@ def _field(label: str, value: str, style: str = "") -> Text:
 def _loss(value: float | None) -> str:
     """Always six characters wide."""
     return "   n/a" if value is None else f"{value:.4f}" if value < 9.99995 else f"{value:.3f}"
+
+
+def _norm(value: float | None) -> str:
+    """Five characters wide below 1,000."""
+    if value is None:
+        return "  n/a"
+    return f"{value:.1e}" if value >= 999.95 else f"{value:.{3 if value < 9.9995 else 2 if value < 99.995 else 1}f}"
 
 
 def _fixed(value: float | None) -> str:

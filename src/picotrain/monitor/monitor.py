@@ -41,12 +41,13 @@ class Monitor:
         rank: int = 0,
         stream: TextIO | None = None,
         now_s: Callable[[], float] = time.perf_counter,
+        peak_memory: Callable[[], int | None] = lambda: None,
     ):
         self.run_dir, self.config, self.rank = run_dir, config, rank
         self.plan: dict[str, Any] = plan.model_dump()
         self.skipped = self._skipped_in_row = 0  # updates that were left out
         self.total_training_time_s = 0.0  # of steps alone, without evaluations, samples and saves
-        self._smoother, self._pace, self._now_s = Smoother(), Pace(), now_s
+        self._smoother, self._pace, self._now_s, self._peak_memory = Smoother(), Pace(), now_s, peak_memory
         self._late = self.plan["device"] != "cpu"
         self._slow = SlowSteps(on_cpu=not self._late)
         self._shown_s = now_s()  # when the last log line was printed
@@ -256,8 +257,7 @@ class Monitor:
             self.event(step, "diverged", message)
             raise Diverged(
                 f"{message}: training has diverged, {self._skipped_in_row} updates in a row were left out. "
-                "Checkpoints are kept. Lower the rates (optimizer.matrix_lr, embed_lr, head_lr), lengthen schedule.warmup_steps, "
-                "set train.grad_clip, or try train.precision=fp32, and resume."
+                f"Checkpoints are kept. Resume with {self._calmer()}."
             )
 
     def _event_before_pending(self, step: int, name: str, message: str) -> None:
@@ -265,6 +265,17 @@ class Monitor:
         pending, self._pending = self._pending, None
         self.event(step, name, message)
         self._pending = pending
+
+    def _calmer(self) -> str:
+        """What of the config can still be made calmer, in words."""
+        train, warmup = self.config.train, self.config.schedule.warmup_steps
+        advice = ["lower rates (optimizer.matrix_lr, embed_lr, head_lr)"]
+        if warmup < self.plan["num_steps"]:
+            advice.append(f"more schedule.warmup_steps than {warmup:,}")
+        advice.append("train.grad_clip=1" if train.grad_clip is None else f"a lower train.grad_clip than {train.grad_clip:g}")
+        if self.plan["precision"] != "fp32":
+            advice.append("train.precision=fp32")
+        return f"{', '.join(advice[:-1])} or {advice[-1]}"
 
     def _train_record(self, step: int, loss: float, dt_s: float, values: Mapping[str, Any]) -> dict[str, Any]:
         plan = self.plan
@@ -296,7 +307,7 @@ class Monitor:
         first = record["step"] - self._first_step < FIRST_LINES
         if first or done % self.config.logger.log_every == 0 or done == total or self._line_due():
             self._shown_s = self._now_s()
-            self._console.train(record, eta_s)
+            self._console.train(record, eta_s, self._peak_memory())
 
     def _line_due(self) -> bool:
         """Whether nothing was printed for so long that whoever reads a log would wonder; asked again, it counts from now."""

@@ -14,7 +14,6 @@ import gzip
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from picotrain.monitor.monitor import Monitor
 from picotrain.monitor.tables import NO_OPERATOR, Allocation, Timed, Window, headline, kernels_markdown, memory_markdown
+from picotrain.terminal import say
 
 FOLDER = "profile"
 WARM_UP_STEPS = 3  # of a start: the first compiles, the second rebuilds DDP's buckets, the third warms up the profiler itself
@@ -180,7 +180,7 @@ class Profiler:
             text = f"{type(error).__name__}: {error}; training goes on without the profiler"
             self._monitor.event(step, "profile_failed", text)
             if self._monitor.rank:  # whose monitor is silent
-                print(f"picotrain: rank {self._monitor.rank}: the profiler failed: {text}", file=sys.stderr, flush=True)
+                say(f"picotrain: rank {self._monitor.rank}: the profiler failed: {text}")
 
 
 def _prepare(device: torch.device) -> Any:

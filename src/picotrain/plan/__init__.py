@@ -208,10 +208,10 @@ def make(
         staging_bytes=staging_bytes(config, params),
         predicted_memory_bytes=memory.peak,
         predicted_memory=memory.parts(),
-        notes=_notes(config, corpus, bytes_per_token, memory.peak) + _decay_notes(config.optimizer, rates, num_steps),
+        notes=_notes(config, corpus, bytes_per_token) + _decay_notes(config.optimizer, rates, num_steps),
     )
-    plan = plan.model_copy(update={"notes": [*_estimates(config, plan, corpus), *plan.notes, *repeats.warnings(plan)]})
-    return pace.timed(plan, config, plan.peak_flops, _val_bytes(config, corpus))
+    notes = [*_estimates(config, plan, corpus), *plan.notes, *_memory_notes(plan, config), *repeats.warnings(plan)]
+    return pace.timed(plan.model_copy(update={"notes": notes}), config, plan.peak_flops, _val_bytes(config, corpus))
 
 
 def _val_bytes(config: Config, corpus: Mixture | None) -> int | None:
@@ -315,7 +315,7 @@ def _estimates(config: Config, plan: Plan, corpus: Mixture | None) -> list[str]:
     return [f"the corpus {config.data.name} is not prepared yet: units and lanes are not known, {estimated}{source}"]
 
 
-def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None, memory: int) -> list[str]:
+def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None) -> list[str]:
     notes = []
     for source in corpus.corpora if corpus else ():
         working_set = 2 * WINDOW_SHARDS * sum(shard.bytes for shard in source.shards) // max(1, len(source.shards))
@@ -334,7 +334,13 @@ def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None
         what = "there is no text yet to measure the tokenizer on" if config.tokenizer.path else "no tokenizer is trained yet"
         notes.append(f"{what}: bytes per token is an estimate from the vocabulary size")
     notes += fp8.notes(config)
-    room = config.hardware.memory_bytes
-    if room and memory > room * MEMORY_SHARE:
-        notes.append(f"warning: predicted memory {memory / 2**30:.1f} GiB of {room / 2**30:.1f} GiB; try a smaller train.device_batch_size")
     return notes
+
+
+def _memory_notes(plan: Plan, config: Config) -> list[str]:
+    """Whether the prediction leaves too little room, and which settings would take less."""
+    memory, room = plan.predicted_memory_bytes, config.hardware.memory_bytes
+    if not room or memory <= room * MEMORY_SHARE:
+        return []
+    lighter = "; ".join(lighter_settings(plan, config)) or "a smaller model, or a machine with more memory"
+    return [f"warning: predicted memory {memory / 2**30:.1f} GiB of {room / 2**30:.1f} GiB; what would take less: {lighter}"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from picotrain import shape
-from picotrain.config.schema import Config
+from picotrain.config.schema import LEAST_SEQ_LEN, Config
 from picotrain.data.mixture import Mixture
 from picotrain.data.units import default_lanes, default_unit_bytes
 from picotrain.plan.activations import FP32, Step
@@ -175,16 +175,25 @@ def lighter_settings(plan: Plan, config: Config) -> list[str]:
     if plan.precision == "fp32":
         changed.append(("train.precision=bf16", config.model_copy(update={"train": train.model_copy(update={"precision": "bf16"})}), rows))
     for length in (plan.seq_len // 2, plan.seq_len // 4):
+        if length < LEAST_SEQ_LEN:
+            continue
         shorter = train.model_copy(update={"seq_len": length})
         changed.append((f"train.seq_len={length} (a new run)", config.model_copy(update={"train": shorter}), rows))
     for depth in (model.depth // 2, model.depth // 4):
         smaller = config.model_copy(update={"model": model.model_copy(update={"depth": max(1, depth)})})
         changed.append((f"model.depth={max(1, depth)} (a new run)", smaller, rows))
+    changed = [(text, other, count) for text, other, count in changed if _divides(other, count)]
     data = plan.predicted_memory.get("data", 0)
     fixed = data + plan.predicted_memory.get("process", 0)  # which no setting changes
     predicted = [(text, predict_memory(other, *facts(other)[:2], count, data)) for text, other, count in changed]
     clearly_less = fixed + 0.9 * (plan.predicted_memory_bytes - fixed)
     return [f"{text}: about {size(n)}" for text, n in predicted if n < clearly_less][:3]
+
+
+def _divides(config: Config, rows: int) -> bool:
+    """Whether a step's batch is whole micro-batches of so many rows."""
+    seq_len = config.train.seq_len or shape.default_seq_len(config.model.depth)
+    return total_batch(config, facts(config)[1]) % (rows * seq_len * _world_size(config)) == 0
 
 
 def device_batch(config: Config, d: shape.Dims, params: shape.Parameters, rows: int, dp_size: int, data: int = 0) -> int:

@@ -23,7 +23,8 @@ def batch_problems(train: TrainConfig, seq_len: int, batch: int, dp_size: int) -
     below = batch // quantum * quantum
     choices = nearest(batch, [v for v in (below, below + quantum) if v > 0])
     problem = f"{batch:,} tokens are no multiple of {factors} = {quantum:,}"
-    return [Problem("train.total_batch_size", problem, f"nearest that work: {choices}; -1 derives it from the model")]
+    derived = "" if train.total_batch_size == -1 else "; -1 derives it from the model"
+    return [Problem("train.total_batch_size", problem, f"nearest that work: {choices}{derived}")]
 
 
 def lane_problems(config: Config, lanes: int | None, num_units: int | None, dp_size: int) -> list[Problem]:

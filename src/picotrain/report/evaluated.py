@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from picotrain.report.markdown import fence
+from picotrain.text import printable
 
 
 def render(title: str, results: Mapping[str, Any]) -> str:
@@ -28,7 +29,7 @@ def render(title: str, results: Mapping[str, Any]) -> str:
     for sample in results["samples"]:
         what = f"prompt {sample['prompt']!r}" if sample["prompt"] else "from nothing"
         lines += ["", f"Sample, {what}:", "", fence(sample["prompt"] + sample["text"])]
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines) + "\n")
 
 
 def _core(core: Mapping[str, Any] | None) -> list[str]:

@@ -134,6 +134,7 @@ def summarise(run: Run, running: bool = False) -> dict[str, Any]:
         "checkpoints": len(whole),
         "resumes": sum(event.get("name") == "resumed" for event in run.events),
         "failed_evaluations": sum(event.get("name") == "evaluation_failed" for event in run.events),
+        "prompt": next(iter((run.config.get("sampling") or {}).get("prompts") or ()), None),  # the first that samples begin with
         "report": str(run.dir / "report.md"),
     }
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from picotrain.report.curves import MAX_MARKERS, Panel, Series, course_panels, learned_panels, resumed_at
 from picotrain.report.facts import Run, core_points
-from picotrain.text import encodable, short
+from picotrain.text import encodable, printable, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,7 +132,7 @@ def _draw_grid(run: Run, panels: Sequence[Panel], columns: int, height: float, p
         ax.set_visible(False)
     for ax in axes[max(0, len(panels) - columns) : len(panels)]:
         ax.set_xlabel("step")
-    title = encodable(str(run.plan.get("name") or run.dir.name), "latin-1")  # what matplotlib's own font can show
+    title = encodable(printable(str(run.plan.get("name") or run.dir.name)), "latin-1")  # what matplotlib's own font can show
     page.suptitle(title, fontsize=11, parse_math=False)
     page.savefig(path, format="png", metadata={"Software": None})
     return True
@@ -148,7 +148,7 @@ def _draw_core(run: Run, path: Path) -> bool:
 
     page = Figure(figsize=(8, 1.2 + 0.24 * len(bars)), dpi=150, layout="constrained")
     ax = page.subplots()
-    labels = [encodable(label, "latin-1")[:40] for label, _ in bars]
+    labels = [encodable(printable(label), "latin-1")[:40] for label, _ in bars]
     ax.barh(range(len(bars)), [task["centered"] for _, task in bars], color=COLOURS["train"], height=0.7)
     ax.set_yticks(range(len(bars)), labels, parse_math=False)
     ax.invert_yaxis()

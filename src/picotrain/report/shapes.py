@@ -116,11 +116,16 @@ class DataShape(BaseModel):
     tokenizer: TokenizerShape | None = None
 
 
+class SamplingShape(BaseModel):
+    prompts: list[str] = []
+
+
 class ConfigShape(BaseModel):
     """config.yaml, as far as a report looks into it."""
 
     run: dict[str, Any] = {}
     data: dict[str, Any] = {}
+    sampling: SamplingShape = SamplingShape()
 
 
 class ScoreShape(BaseModel):
