@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from picotrain import optim, schedule
+from picotrain import optim, ranks, schedule
 from picotrain.config import Config, compose
 from picotrain.data.stream import Loader
 from picotrain.model import GPT
@@ -35,5 +35,6 @@ def losses(config: Config) -> Iterator[float]:
 
 
 if __name__ == "__main__":
+    ranks.settle()  # says what a cluster's job script has left in the environment
     for number, value in enumerate(losses(compose(sys.argv[1:]))):
         print(f"step {number:5d}  loss {value:.4f}")

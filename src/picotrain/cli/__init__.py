@@ -5,13 +5,15 @@ Nothing heavy is imported at the top: `picotrain --help` has to answer at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from picotrain.errors import PicotrainError, Problem
+from picotrain import ranks
+from picotrain.errors import PicotrainError, Problem, Stopped
 
 app = typer.Typer(
     name="picotrain",
@@ -330,10 +332,21 @@ def complete_(words: Annotated[list[str] | None, typer.Argument()] = None) -> No
     print("\n".join(complete(before, current)))
 
 
+TOGETHER = ("train", "resume", "eval")  # what ranks do together; all else rank 0 does alone
+
+
 def main() -> None:
     """Entry point. A user's mistake ends in one message and its exit code; a bug keeps its traceback."""
     try:
+        command = sys.argv[1] if len(sys.argv) > 1 else ""
+        if command != "__complete" and ranks.settle().rank > 0:  # that one is a shell's, with whatever is in its environment
+            if command not in TOGETHER or "--help" in sys.argv:
+                return
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (rank 0 says what is wrong with the command line; `as_rank` ends it)
         app()
+    except Stopped as stopped:
+        say(f"picotrain: {stopped}")
+        os._exit(stopped.exit_code)  # without waiting for threads that still download
     except PicotrainError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)

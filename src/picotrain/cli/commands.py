@@ -5,25 +5,30 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from picotrain import plan as planning
+from picotrain import ranks
 from picotrain import run as runs
 from picotrain.cli import say
 from picotrain.config import Config, compose, dump
 from picotrain.config.compose import data_preset
+from picotrain.config.overrides import parse
 from picotrain.data import sources
 from picotrain.data.remote import is_url
+from picotrain.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from picotrain.meeting import Meeting
     from picotrain.model import GPT
 
 
 def resolved(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> Config:
     """Compose, decide every auto, and name the run's places."""
-    config = compose(overrides, config_dir=config_dir, config_file=config_file)
+    config = as_torchrun_says(compose(overrides, config_dir=config_dir, config_file=config_file), overrides)
     if config.data.kind == "auto":
         choice, reason = planning.choose_data(config, sources.pystdlib_text_bytes())
         say(reason)
@@ -32,18 +37,50 @@ def resolved(overrides: Sequence[str], config_file: Path | None, config_dir: Pat
     return runs.locate(config)
 
 
+def as_torchrun_says(config: Config, overrides: Sequence[str]) -> Config:
+    """The config with as many ranks and nodes as torchrun has started; as it is where there is no torchrun.
+
+    A preset or a saved config may say otherwise. Raises ConfigError for a typed number that does.
+    """
+    here = ranks.here()
+    if not here.under_torchrun:
+        return config
+    nodes = here.world_size // here.local_world_size
+    typed = parse(overrides).values
+    problems = [
+        Problem(key, f"{typed[key]}, but torchrun has started {there}", "leave the key out: it follows from torchrun")
+        for key, there in (("hardware.nproc_per_node", here.local_world_size), ("launch.nnodes", nodes))
+        if typed.get(key) not in (None, "auto", there)
+    ]
+    if nodes * here.local_world_size != here.world_size:
+        problems.append(
+            Problem("", f"torchrun has started {here.world_size} ranks, {here.local_world_size} of them here", "as many a node")
+        )
+    if problems:
+        raise ConfigError(problems)
+    launch = config.launch.model_copy(
+        update={"nnodes": nodes, "node_rank": 0, "rdzv_endpoint": os.environ[ranks.MASTER_ADDR] if nodes > 1 else None}
+    )
+    hardware = config.hardware.model_copy(update={"nproc_per_node": here.local_world_size})
+    return config.model_copy(update={"launch": launch, "hardware": hardware})
+
+
 def train(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> int:
     """Open the run directory under its lock and launch the workers; the exit code."""
-    return _start(resolved(overrides, config_file, config_dir), overrides)
+    return _start(lambda: (resolved(overrides, config_file, config_dir), overrides))
 
 
 def resume(place: str, overrides: Sequence[str]) -> int:
     """Go on with an existing run, or one that its archive has, its own config under a few overrides."""
+    return _start(lambda: _resumed(place, overrides))
+
+
+def _resumed(place: str, overrides: Sequence[str]) -> tuple[Config, Sequence[str]]:
     run, overrides = _fetched(place, overrides) if is_url(place) else (Path(place), overrides)
     runs.require_run(run)
-    config = compose(overrides, config_file=run / "config.yaml", same_run=True)
+    config = as_torchrun_says(compose(overrides, config_file=run / "config.yaml", same_run=True), overrides)
     here = config.run.model_copy(update={"dir": str(run.absolute()), "name": run.name})
-    return _start(runs.locate(config.model_copy(update={"run": here})), overrides)
+    return runs.locate(config.model_copy(update={"run": here})), overrides
 
 
 def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
@@ -59,24 +96,50 @@ def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
     return folder, ["run.cache_dir=null", *rest]
 
 
-def _start(config: Config, overrides: Sequence[str]) -> int:
-    from picotrain.launch import RunLock, launch
+def _start(resolve: Callable[[], tuple[Config, Sequence[str]]]) -> int:
+    """Train what `resolve` gives, in workers of our own or in the ranks that torchrun has started; the exit code."""
     from picotrain.worker import run as in_process
+    from picotrain.worker import together
+
+    if ranks.here().under_torchrun:
+        return together(lambda meeting: _opened(*resolve(), meeting))
+    from picotrain.launch import launch
+
+    config, overrides = resolve()
+    run_dir, nproc = Path(config.run.dir or ""), int(config.hardware.nproc_per_node)
+    if config.launch.node_rank > 0:  # node 0 prepares the shared run directory and holds its lock
+        return launch(run_dir, nproc, config.launch, in_process)
+    with _opened(config, overrides) as opened:
+        return launch(opened, nproc, config.launch, in_process) if opened else 0
+
+
+@contextmanager
+def _opened(config: Config, overrides: Sequence[str], meeting: Meeting | None = None) -> Iterator[Path | None]:
+    """The config's run directory, created or opened again, under its lock; None when the run is finished.
+
+    `meeting`: of torchrun's ranks. When it starts them again after one has died, they go on, whatever run.resume says.
+    """
+    from picotrain.lock import RunLock
+    from picotrain.signals import ending
 
     if config.archive.url and config.train.save_every == -1:
         say("an archive is set: train.save_every=1000, so that there is something to mirror")
         config = config.model_copy(update={"train": config.train.model_copy(update={"save_every": 1000})})
     run_dir = Path(config.run.dir or "")
-    if config.launch.node_rank > 0:  # node 0 prepares the shared run directory and holds its lock
-        return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
-    with RunLock(run_dir):
-        plan = runs.open_run(config, overrides, say)
+    if meeting and meeting.remembered("run") == str(run_dir):
+        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+    with ExitStack() as stack:
+        lock = RunLock(run_dir)
+        with ending("preparing the run", lock.leave):
+            stack.enter_context(lock)
+            plan = runs.open_run(config, overrides, say)
+        if meeting:
+            meeting.remember("run", str(run_dir))
         if plan is None:
             say(f"{run_dir} is finished: `picotrain report` shows it, a larger horizon goes on, another run.name trains anew")
-            return 0
-        for note in plan.notes:
+        for note in plan.notes if plan else ():
             say(note)
-        return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
+        yield run_dir if plan else None
 
 
 def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None, as_json: bool) -> None:
@@ -109,7 +172,7 @@ def evaluate(run: Path, which: str, hf: Path | None, **options: Any) -> int:
 
         return evaluate_hf(hf, run, Options(**options)) if hf else evaluate_checkpoint(run, which, Options(**options))
 
-    if "RANK" not in os.environ:
+    if not ranks.here().launched:
         return work()
     from picotrain.worker import as_rank
 

@@ -17,6 +17,7 @@ from picotrain.cli.commands import resolved
 from picotrain.cli.show import console
 from picotrain.config import Config
 from picotrain.errors import CheckpointError, PicotrainError
+from picotrain.ranks import Ranks
 from picotrain.text import size
 
 T = TypeVar("T")
@@ -114,7 +115,7 @@ def _two_steps(material: runs.Material) -> tuple[str, None]:
 
     plan, config = material.plan, material.config
     torch.set_num_threads(config.hardware.threads or 1)
-    parallel = Parallel.setup(plan.device)
+    parallel = Parallel.setup(plan.device, Ranks())  # alone, under torchrun too
     model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to(parallel.device)
     hw = config.hardware
     full, windowed = model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())

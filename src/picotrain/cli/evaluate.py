@@ -14,7 +14,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from picotrain import evaluation, parallel, sampling
+from picotrain import ranks as ranks_
 from picotrain import run as runs
 from picotrain.cli import say
 from picotrain.cli.commands import load_model
@@ -135,7 +135,7 @@ def _chosen(config: Any, options: Options) -> Any:
 @contextmanager
 def _ranks(device: torch.device) -> Iterator[Parallel]:
     """The ranks that torchrun started, or this process alone."""
-    if "RANK" not in os.environ:
+    if not ranks_.here().launched:
         yield dataclasses.replace(Parallel.single(), device=device)
         return
     ranks = parallel.build("ddp", device.type)
