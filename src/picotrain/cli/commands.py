@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def resolved(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> Config:
     """Compose, decide every auto, and name the run's places."""
-    config = as_torchrun_says(compose(overrides, config_dir=config_dir, config_file=config_file), overrides)
+    config = composed(overrides, config_dir=config_dir, config_file=config_file)
     if config.data.kind == "auto":
         choice, reason = planning.choose_data(config, sources.pystdlib_text_bytes())
         say(reason)
@@ -37,32 +37,34 @@ def resolved(overrides: Sequence[str], config_file: Path | None, config_dir: Pat
     return runs.locate(config)
 
 
-def as_torchrun_says(config: Config, overrides: Sequence[str]) -> Config:
-    """The config with as many ranks and nodes as torchrun has started; as it is where there is no torchrun.
+def composed(overrides: Sequence[str], **how: Any) -> Config:
+    """`compose`, with as many ranks and nodes as torchrun has started, where it has: a preset or a saved config may say otherwise.
 
-    A preset or a saved config may say otherwise. Raises ConfigError for a typed number that does.
+    Raises ConfigError with all problems at once, a typed number that torchrun contradicts among them.
     """
     here = ranks.here()
     if not here.under_torchrun:
-        return config
-    nodes = here.world_size // here.local_world_size
+        return compose(overrides, **how)
+    nproc, nodes = here.local_world_size, here.world_size // here.local_world_size
     typed = parse(overrides).values
     problems = [
         Problem(key, f"{typed[key]}, but torchrun has started {there}", "leave the key out: it follows from torchrun")
-        for key, there in (("hardware.nproc_per_node", here.local_world_size), ("launch.nnodes", nodes))
+        for key, there in (("hardware.nproc_per_node", nproc), ("launch.nnodes", nodes))
         if typed.get(key) not in (None, "auto", there)
     ]
-    if nodes * here.local_world_size != here.world_size:
-        problems.append(
-            Problem("", f"torchrun has started {here.world_size} ranks, {here.local_world_size} of them here", "as many a node")
-        )
+    if nodes * nproc != here.world_size:
+        uneven = f"torchrun has started {here.world_size} ranks, {nproc} of them here"
+        problems.append(Problem("hardware.nproc_per_node", uneven, "each node has to have as many"))
+    found: list[Config] = []
+    runs.all_problems(lambda: found.append(compose(overrides, **how)), lambda: _refuse(problems))
+    meet = {"nnodes": nodes, "node_rank": 0, "rdzv_endpoint": os.environ[ranks.MASTER_ADDR] if nodes > 1 else None}
+    launch = found[0].launch.model_copy(update=meet)
+    return found[0].model_copy(update={"launch": launch, "hardware": found[0].hardware.model_copy(update={"nproc_per_node": nproc})})
+
+
+def _refuse(problems: list[Problem]) -> None:
     if problems:
         raise ConfigError(problems)
-    launch = config.launch.model_copy(
-        update={"nnodes": nodes, "node_rank": 0, "rdzv_endpoint": os.environ[ranks.MASTER_ADDR] if nodes > 1 else None}
-    )
-    hardware = config.hardware.model_copy(update={"nproc_per_node": here.local_world_size})
-    return config.model_copy(update={"launch": launch, "hardware": hardware})
 
 
 def train(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> int:
@@ -78,7 +80,7 @@ def resume(place: str, overrides: Sequence[str]) -> int:
 def _resumed(place: str, overrides: Sequence[str]) -> tuple[Config, Sequence[str]]:
     run, overrides = _fetched(place, overrides) if is_url(place) else (Path(place), overrides)
     runs.require_run(run)
-    config = as_torchrun_says(compose(overrides, config_file=run / "config.yaml", same_run=True), overrides)
+    config = composed(overrides, config_file=run / "config.yaml", same_run=True)
     here = config.run.model_copy(update={"dir": str(run.absolute()), "name": run.name})
     return runs.locate(config.model_copy(update={"run": here})), overrides
 
