@@ -27,9 +27,9 @@ class RunLock:
     The workers share it with their launcher (`share`), so it is free exactly when the last process that could write is
     gone, however it ended: the kernel releases it. The file says who came in last: {"pid", "host", "since"}.
 
-    The file stays, and so does the folder, once anything else is in it. A start that has failed before takes away what it made: the
-    file, and the folders that were not there before. It does so while it has the lock exclusively; whoever has meanwhile opened the file
-    that goes sees, once it has the lock, that the path leads to another one, and begins anew.
+    The file stays, and so does the folder, once anything has been written beside it. A start that has failed before takes away what it
+    made: the file, and the folders that were not there before. It does so while it has the lock exclusively. Whoever has meanwhile opened
+    the file that goes sees, once it has the lock, that the path leads to another one, and begins anew.
     """
 
     _held: ClassVar[set[Path]] = set()
@@ -38,6 +38,7 @@ class RunLock:
         self.path = run_dir.absolute() / LOCK_FILE
         self._file: TextIO | None = None
         self._made: list[Path] = []  # what was not there before: the file, then its folder and those above
+        self._beside: set[str] = set()  # what was in the folder when the file was made
 
     def __enter__(self) -> RunLock:
         """Raise RunError, naming pid and host, while another start has the directory.
@@ -86,7 +87,7 @@ class RunLock:
 
     def _remove_what_was_made(self) -> None:
         with suppress(OSError):  # whatever is in the way stays
-            if [path.name for path in self.path.parent.iterdir()] != [LOCK_FILE]:
+            if {path.name for path in self.path.parent.iterdir()} != {LOCK_FILE, *self._beside}:
                 return
             for path in self._made:
                 path.unlink() if path == self.path else path.rmdir()
@@ -103,6 +104,7 @@ class RunLock:
                 except FileExistsError:
                     return open(self.path, "a+", opener=_no_link)
                 self._made.insert(0, self.path)
+                self._beside = {path.name for path in folder.iterdir()} - {LOCK_FILE}
                 return file
             except FileNotFoundError as error:  # a start that failed has taken its folder away in between
                 problem = error

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
+from picotrain import ranks
 from picotrain.errors import PicotrainError
 
 NAMES = ("matmul", "step", "memory", "loader", "checkpoint", "sampling", "startup", "time_to_bpb", "corpus", "core", "peers", "variants")
@@ -56,6 +57,7 @@ def parser(name: str, prog: str | None = None) -> argparse.ArgumentParser:
 def script(name: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run a benchmark in this process and print a JSON line per setting; the exit code. arguments: None for those of the command line."""
     end_on_sigterm()
+    ranks.settle()
     options = parser(name, prog).parse_args(arguments)
     try:
         for line in load(name).run(options):

@@ -31,7 +31,7 @@ from picotrain.config.schema import LaunchConfig
 from picotrain.errors import Diverged, Hung, LaunchError, OutOfMemory, PicotrainError, Stopped
 from picotrain.parallel import STACKS_SIGNAL, StopSignal
 from picotrain.ranks import LAUNCHER_PID
-from picotrain.signals import PATIENCE_S, STOP_SIGNALS, noticed
+from picotrain.signals import PATIENCE_S, STOP_SIGNALS, ending, noticed
 
 POLL_S = 0.1  # how often the agent looks at its workers
 JOIN_TIMEOUT_S = 600  # how long nodes wait for each other: schedulers start them minutes apart at worst
@@ -50,7 +50,9 @@ def run_workers(command: Sequence[str], nproc: int, launch: LaunchConfig, run_id
     with _environment(environment), _quiet():
         try:
             for number in count(1):
-                agent = Agent(_spec(command, nproc, launch, run_id), launch)
+                with ending("waiting for node 0" if launch.node_rank else "starting the workers"):
+                    spec = _spec(command, nproc, launch, run_id)
+                agent = Agent(spec, launch)
                 try:
                     return agent.train()
                 except WorkersDied as died:
