@@ -440,7 +440,14 @@ def test_two_ranks_find_what_one_finds_and_one_that_fails_is_reported_by_both(tm
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TEST_DIR": str(Path(__file__).parent)}
+    shared = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TEST_DIR": str(Path(__file__).parent),
+    }
     shared |= {"TOKENIZER": str(tokenizer.path), "TASKS": str(tmp_path)}
     command = [sys.executable, "-c", RANK_SCRIPT]
     processes = [

@@ -303,3 +303,15 @@ def test_a_worker_without_a_run_says_so_and_creates_nothing(tmp_path: Path) -> N
     assert done.returncode == PicotrainError.exit_code and "Traceback" not in done.stderr
     assert str(tmp_path / "nothing") in done.stderr
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("node_rank", [0, 1])
+def test_one_signal_ends_a_node_that_waits_for_another(start: Callable[..., Launched], node_rank: int) -> None:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        endpoint = f"localhost:{probe.getsockname()[1]}"
+    launched = start(WORKER + READY, nproc=1, nnodes=2, node_rank=node_rank, rdzv_endpoint=endpoint)
+    time.sleep(2)  # into torch's waiting, of node 1 for a store that is not there: in native code
+    os.kill(launched.pid, signal.SIGINT)
+    code, out, err = launched.end(timeout_s=10)
+    assert (code, out) == (75, "") and "Traceback" not in err

@@ -299,7 +299,9 @@ def test_two_ranks_do_half_the_work_each_and_end_where_one_process_does(tmp_path
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     shared = {
+        "TORCHELASTIC_RUN_ID": "test",
         "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
         "TEST_DIR": str(Path(__file__).parent),

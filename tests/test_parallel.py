@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from picotrain import parallel
 from picotrain.errors import LaunchError
 from picotrain.parallel import Parallel, StopSignal
+from picotrain.ranks import Ranks
 
 # Run by each of two ranks: what it finds is printed as JSON and judged by the tests below.
 RANK_SCRIPT = """
@@ -81,7 +83,14 @@ def ranks() -> list[dict[str, Any]]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TEST_DIR": str(Path(__file__).parent)}
+    shared = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TEST_DIR": str(Path(__file__).parent),
+    }
     command = [sys.executable, "-W", "error", "-c", RANK_SCRIPT]
     processes = [
         subprocess.Popen(command, env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True)
@@ -169,9 +178,10 @@ def test_devices_that_are_not_there_are_refused_in_words(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(LaunchError, match="hardware.device=cpu"):
         Parallel.setup("cuda")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    meeting: Any = Mock()
     with pytest.raises(LaunchError, match="hardware.nproc_per_node=1"):
-        Parallel.setup("mps")
+        Parallel.setup("mps", Ranks(0, 2, 0, 2), meeting)
+    meeting.fail.assert_called_once()  # the others do not wait for this rank
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

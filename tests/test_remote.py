@@ -252,8 +252,10 @@ def test_404_and_403_are_not_tried_again(server: FileServer, opened: Callable[..
 def test_an_unknown_host_and_a_closed_port_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no-such-host.invalid"):
         list_shards("http://no-such-host.invalid/x")
+    said: list[str] = []
     with pytest.raises(DataError, match="http://127.0.0.1:9/x cannot be fetched: .*6 attempts failed"):
-        list_shards("http://127.0.0.1:9/x")
+        list_shards("http://127.0.0.1:9/x", said.append)
+    assert [line.rpartition(", ")[2] for line in said] == [f"try {number} of 6" for number in range(2, 7)]  # a line each
 
 
 @pytest.mark.parametrize("etags", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from picotrain.config.schema import DataConfig, TokenizerConfig
 from picotrain.data import sources
 from picotrain.data.amounts import pystdlib_text_bytes
 from picotrain.data.corpus import Corpus, default_lanes, default_unit_bytes, sample_texts, units
+from picotrain.data.hub import retries_said
 from picotrain.data.sources import check_rows, known, known_tokenizer, obtain_tokenizer, resolve
 from picotrain.errors import DataError, TokenizerError
 from picotrain.tokenizer import load_tokenizer, train_tokenizer
@@ -302,6 +305,22 @@ def test_hub_shards_are_fetched_once_with_the_pinned_validation_shard(hub: type[
     assert {path.rsplit("/", 1)[1] for method, path, _ in hub.requests if method == "GET"} == {"shard_00002.parquet"}
     assert more.val == corpus.val
     assert Corpus.from_json(download(hub.url, cache, num_shards=2)["corpus"]) == corpus  # not what happens to be there
+
+
+def test_a_hub_that_is_not_reached_is_said_in_a_line_a_retry_however_many_threads_try(capfd: pytest.CaptureFixture[str]) -> None:
+    from huggingface_hub.utils import http_backoff
+
+    said: list[str] = []
+
+    def attempt(number: int) -> None:
+        with contextlib.suppress(Exception):
+            http_backoff("HEAD", f"http://127.0.0.1:9/shard_{number}", max_retries=2, base_wait_time=0.2)
+
+    with retries_said(said.append), ThreadPoolExecutor(4) as pool:
+        list(pool.map(attempt, range(4)))
+    assert len(said) == 2 and all("refused" in line and "\n" not in line for line in said)
+    assert "try 2 of 3 in 0.2 s" in said[0] and "try 3 of 3 in 0.4 s" in said[1]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_named_validation_shard_is_not_trained_on(hub: type[Hub], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
@@ -17,6 +18,7 @@ from picotrain.terminal import say
 LOCK_FILE = ".lock"
 # Workers look for their launcher every half second (see `picotrain.worker`); the rest is for a loaded machine.
 ORPHAN_WAIT_S = 10.0
+OPENING_TRIES = 20  # against starts that fail at the same moment and take the folder away
 
 
 class RunLock:
@@ -24,6 +26,10 @@ class RunLock:
 
     The workers share it with their launcher (`share`), so it is free exactly when the last process that could write is
     gone, however it ended: the kernel releases it. The file says who came in last: {"pid", "host", "since"}.
+
+    The file stays, and so does the folder, once anything has been written beside it. A start that has failed before takes away what it
+    made: the file, and the folders that were not there before. It does so while it has the lock exclusively. Whoever has meanwhile opened
+    the file that goes sees, once it has the lock, that the path leads to another one, and begins anew.
     """
 
     _held: ClassVar[set[Path]] = set()
@@ -31,6 +37,8 @@ class RunLock:
     def __init__(self, run_dir: Path):
         self.path = run_dir.absolute() / LOCK_FILE
         self._file: TextIO | None = None
+        self._made: list[Path] = []  # what was not there before: the file, then its folder and those above
+        self._beside: set[str] = set()  # what was in the folder when the file was made
 
     def __enter__(self) -> RunLock:
         """Raise RunError, naming pid and host, while another start has the directory.
@@ -41,7 +49,11 @@ class RunLock:
             return self
         file = self._open()
         deadline = time.monotonic() + ORPHAN_WAIT_S
-        while not _flock(file, fcntl.LOCK_EX):
+        while not _flock(file, fcntl.LOCK_EX) or not self._is_current(file):
+            if not self._is_current(file):  # a start that failed has taken it away
+                file.close()
+                file = self._open()
+                continue
             holder = _holder(file)
             if not _is_dead(holder) or time.monotonic() > deadline:
                 file.close()
@@ -61,17 +73,55 @@ class RunLock:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._file is not None:
-            self._file.close()  # the file stays: removing it would let two starts hold two different ones
-            self._file = None
-            self._held.discard(self.path)
+        self.leave()
+
+    def leave(self) -> None:
+        """Let go of the directory, and take away what this start has made and left empty. Nothing where it is not held."""
+        if self._file is None:
+            return
+        if self._made and _flock(self._file, fcntl.LOCK_EX):  # nobody shares it
+            self._remove_what_was_made()
+        self._file.close()
+        self._file = None
+        self._held.discard(self.path)
+
+    def _remove_what_was_made(self) -> None:
+        with suppress(OSError):  # whatever is in the way stays
+            if {path.name for path in self.path.parent.iterdir()} != {LOCK_FILE, *self._beside}:
+                return
+            for path in self._made:
+                path.unlink() if path == self.path else path.rmdir()
 
     def _open(self) -> TextIO:
+        """The lock's file, made where there is none; what is made is remembered."""
+        folder, problem = self.path.parent, OSError()
+        for _ in range(OPENING_TRIES):
+            try:
+                missing = [place for place in (folder, *folder.parents) if not place.is_dir()]
+                self._made = [place for place in reversed(missing) if _make(place)][::-1]
+                try:
+                    file = open(self.path, "x+", opener=_no_link)  # noqa: SIM115
+                except FileExistsError:
+                    return open(self.path, "a+", opener=_no_link)
+                self._made.insert(0, self.path)
+                self._beside = {path.name for path in folder.iterdir()} - {LOCK_FILE}
+                return file
+            except FileNotFoundError as error:  # a start that failed has taken its folder away in between
+                problem = error
+            except OSError as error:
+                problem = error
+                break
+        for place in self._made:
+            with suppress(OSError):
+                place.rmdir()
+        raise RunError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
+
+    def _is_current(self, file: TextIO) -> bool:
+        """Whether the path still leads to this file."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            return open(self.path, "a+", opener=_no_link)
-        except OSError as error:
-            raise RunError(f"{self.path.parent} cannot be written: {error.strerror or error}") from error
+            return os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path))
+        except FileNotFoundError:
+            return False
 
     def _keep(self, file: TextIO) -> None:
         # From exclusive to shared is not atomic: whoever gets in between has the directory, and this start has not.
@@ -80,6 +130,17 @@ class RunLock:
             raise RunError(_refusal(self.path.parent, _holder(file := self._open())))
         self._file = file
         self._held.add(self.path)
+
+
+def _make(folder: Path) -> bool:
+    """Whether the folder was made just now; it may be another start's."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        if not folder.is_dir():
+            raise
+        return False
+    return True
 
 
 def _no_link(path: str, flags: int) -> int:

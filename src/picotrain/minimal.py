@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from picotrain import optim, schedule
+from picotrain import optim, ranks, schedule
 from picotrain.config import Config, compose, with_values
 from picotrain.data.stream import Loader
 from picotrain.errors import PicotrainError
@@ -46,6 +46,7 @@ def losses(config: Config) -> Iterator[float]:
 
 if __name__ == "__main__":
     try:
+        ranks.settle()  # says what a cluster's job script has left in the environment
         chosen = compose(["hardware=cpu", *sys.argv[1:]])
         if chosen.train.total_batch_size == -1:
             chosen = with_values(chosen, {"train.total_batch_size": STEP_TOKENS})

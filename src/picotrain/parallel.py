@@ -25,12 +25,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from picotrain import first_calls
+from picotrain import first_calls, ranks
 from picotrain.errors import Hung, LaunchError
+from picotrain.meeting import Meeting, PeerFailed
+from picotrain.ranks import Ranks
+from picotrain.signals import STOP_SIGNALS
 
 first_calls.settle()
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # A signal to a whole process group reaches a worker twice: directly, and forwarded by its launcher (or by `timeout`).
 # What follows the first within this time is the same request.
@@ -125,7 +126,7 @@ class Watchdog:
             if self._closed.wait(left_s):
                 return
         err = sys.__stderr__ or sys.stderr
-        rank = os.environ.get("RANK", "0")
+        rank = ranks.here().rank
         err.write(f"picotrain: rank {rank} has made no progress for launch.hang_s={limit_s:g} s; its threads are at\n")
         err.flush()
         faulthandler.dump_traceback(file=err)
@@ -169,19 +170,36 @@ class Parallel:
         return cls(rank=0, world_size=1, local_rank=0, device=torch.device(device))
 
     @classmethod
-    def setup(cls, device: str) -> Parallel:
+    def setup(cls, device: str, here: Ranks | None = None, meeting: Meeting | None = None) -> Parallel:
         """Join the ranks that torchrun's environment variables name; without them, be the only one.
 
-        `device` is cpu (gloo), cuda (NCCL, one GPU per local rank) or mps (one process). Raises LaunchError.
+        `device` is cpu (gloo), cuda (NCCL, one GPU per local rank) or mps (one process). `here`: another place than the environment's.
+        `meeting`: where the ranks have met already. Raises LaunchError, PeerFailed when it is another rank that cannot start.
         """
-        rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in _TORCHRUN.items())
-        place = _device(device, local_rank, world_size)
+        here = here or ranks.here()
+        rank, world_size, local_rank = here.rank, here.world_size, here.local_rank
         if world_size == 1:
-            return cls(rank, world_size, local_rank, place)
+            return cls(rank, world_size, local_rank, _device(device, local_rank, world_size))
+        meeting = meeting or _meet(here)
+        try:
+            place = _device(device, local_rank, world_size)
+        except BaseException:
+            meeting.fail()
+            raise
+        meeting.all_here()
         on_gpu = place.type == "cuda"
         os.environ.setdefault(*RECORDER)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PROCESS_GROUP_TIMEOUT, device_id=place if on_gpu else None)
-        control = dist.new_group(backend="gloo", timeout=PROCESS_GROUP_TIMEOUT) if on_gpu else dist.group.WORLD
+        store, timeout = meeting.store, PROCESS_GROUP_TIMEOUT
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=place if on_gpu else None,
+        )
+        control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
         return cls(rank, world_size, local_rank, place, control)
 
     def teardown(self) -> None:
@@ -282,14 +300,21 @@ class Parallel:
         return value
 
 
-_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-
-STRATEGIES: dict[str, Callable[[str], Parallel]] = {"ddp": Parallel.setup}
+STRATEGIES: dict[str, Callable[..., Parallel]] = {"ddp": Parallel.setup}
 
 
-def build(kind: str, device: str) -> Parallel:
-    """Join the run's ranks under the strategy of `parallel.kind`."""
-    return STRATEGIES[kind](device)
+def build(kind: str, device: str, meeting: Meeting | None = None) -> Parallel:
+    """Join the run's ranks, where they have met if they have, under the strategy of `parallel.kind`."""
+    return STRATEGIES[kind](device, meeting=meeting)
+
+
+def _meet(here: Ranks) -> Meeting:
+    meeting = Meeting(here)
+    if here.rank == 0:
+        meeting.tell({})
+    else:
+        meeting.hear()
+    return meeting
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -326,7 +351,7 @@ def free_memory() -> None:
 
 def lost_a_peer(error: BaseException) -> bool:
     """Whether an error only says that another rank is gone: its own error is the one to read."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, dist.DistError | PeerFailed) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _device(device: str, local_rank: int, world_size: int) -> torch.device:

@@ -103,13 +103,13 @@ def _is_remote(corpus: Mixture) -> bool:
     return any(part.remote for part in corpus.corpora)
 
 
-def open_bundle(config: Config) -> Bundle:
+def open_bundle(config: Config, say: Say = lambda text: None) -> Bundle:
     """The evaluation bundle of a resolved config that names one, from the cache where it is a URL. Raises DataError."""
     from picotrain.evaluation import bundle, fetch
 
     section = config.evaluation.core
     place = section.bundle or ""
-    folder = fetch.fetch(place, section.sha256 or "", cache_dir(config)) if is_url(place) else Path(place)
+    folder = fetch.fetch(place, section.sha256 or "", cache_dir(config), say) if is_url(place) else Path(place)
     return bundle.read_bundle(folder, section.baseline_table)
 
 
@@ -148,7 +148,7 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
     if is_finished(run_dir, material.plan.num_steps):
         return None
     if config.evaluation.core.bundle and config.train.core_metric_every > 0:
-        for task in open_bundle(config).tasks:  # what is wrong with it is said now and not after hours
+        for task in open_bundle(config, say).tasks:  # what is wrong with it is said now and not after hours
             if task.problem:
                 say(f"WARNING: CORE will lack a task: {task.problem}")
     _write(run_dir, material, overrides)

@@ -1,6 +1,6 @@
 """One rank of a run: `python -m picotrain.worker RUN`, started by `picotrain.launch` or by torchrun.
 
-    torchrun --nproc_per_node 8 -m picotrain.worker runs/d20     # does what `picotrain resume runs/d20` does
+    torchrun --nproc_per_node 8 -m picotrain.worker runs/d20     # goes on with the run as its files say
 
 Exit codes: 0 finished, 75 stopped by a signal and saved, a user error's own (its message on stderr), 1 with a traceback.
 """
@@ -18,26 +18,28 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from picotrain import hardware, terminal
+from picotrain import hardware, ranks, terminal
 from picotrain.config import load
 from picotrain.config.schema import Config, HardwareConfig
-from picotrain.errors import OutOfMemory, PicotrainError, Stopped
+from picotrain.errors import LaunchError, OutOfMemory, PicotrainError, Stopped
 from picotrain.lock import RunLock
+from picotrain.meeting import Meeting
 from picotrain.plan import lighter_settings
 from picotrain.run import read_plan
+from picotrain.signals import ending
 from picotrain.terminal import say
 from picotrain.text import size
 
-LAUNCHER_PID = "PICOTRAIN_LAUNCHER_PID"  # set by picotrain.launch
 PARENT_POLL_S = 0.5
 
 # Ranks that meet the same error would all print it. Rank 0 speaks first; by the end of this time the launcher has ended
 # the others. A rank that only lost its peer leaves that peer more time to say why.
 OTHERS_WAIT_S = 3.0
 LOST_PEER_WAIT_S = 6.0
+STOPPED_WAIT_S = 0.5  # who is there hears of it by then, and a signal wants an end
 
 
 def main(arguments: list[str]) -> int:
@@ -47,13 +49,59 @@ def main(arguments: list[str]) -> int:
         return PicotrainError.exit_code
     hardware.wait_briefly()  # torchrun may have started us
     run_dir = Path(arguments[0])
+    try:
+        here = ranks.settle()
+    except PicotrainError as error:
+        return _fail(error)
+
+    @contextmanager
+    def opened(meeting: Meeting | None = None) -> Iterator[Path]:
+        load(run_dir / "config.yaml")  # a folder without a run is refused before a lock is put into it
+        with RunLock(run_dir).share() if here.ours else RunLock(run_dir):
+            yield run_dir
 
     def work() -> int:
-        load(run_dir / "config.yaml")  # a folder without a run is refused before a lock is put into it
-        with _lock(run_dir):
+        with opened():
             return run(run_dir)
 
-    return as_rank(work)
+    return together(opened) if here.under_torchrun else as_rank(work)
+
+
+def together(opened: Callable[[Meeting], AbstractContextManager[Path | None]]) -> int:
+    """Train in the processes that torchrun has started: rank 0 opens a run, under its lock, while the others wait; the exit code.
+
+    `opened` yields its directory, or None where there is nothing to do. What goes wrong in it is said by rank 0 alone, and all end with
+    its code.
+    """
+    here = ranks.here()
+
+    def first() -> int:
+        with ExitStack() as stack:
+            with ending("starting"):
+                meeting = Meeting(here)
+            try:
+                run_dir = stack.enter_context(opened(meeting))
+                with ending("waiting for the other ranks"):
+                    meeting.tell({"run": str(run_dir)} if run_dir else {"code": 0})
+            except Exception as error:
+                code = _fail(error)
+                with suppress(LaunchError):
+                    meeting.tell({"code": code}, within_s=STOPPED_WAIT_S if isinstance(error, Stopped) else OTHERS_WAIT_S)
+                return code
+            return run(run_dir, meeting) if run_dir else 0
+
+    def other() -> int:
+        if here.local_rank == (1 if here.rank < here.local_world_size else 0):  # one of each node
+            say(f"picotrain: rank {here.rank} waits for rank 0, which prepares the run")
+        with ending("waiting for rank 0"):
+            meeting = Meeting(here)
+            told = meeting.hear()
+        if "run" in told:
+            return run(Path(told["run"]), meeting)
+        time.sleep(OTHERS_WAIT_S if told["code"] else 0)  # the agent names the first that fails: rank 0
+        return told["code"]
+
+    return as_rank(first if here.rank == 0 else other)
 
 
 def as_rank(work: Callable[[], int]) -> int:
@@ -66,10 +114,13 @@ def as_rank(work: Callable[[], int]) -> int:
     faulthandler.enable()  # a crash in native code shows where
     faulthandler.register(signal.SIGUSR2)  # a launcher or a user who wants to know where a rank is
     watch_parent()
-    if os.environ.get("RANK", "0") != "0":
+    if ranks.here().rank != 0:
+        sys.stderr = sys.__stderr__
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # rank 0 prints; of the others errors are shown
     try:
         code = work()
+    except Stopped as error:
+        return _leave(_fail(error) if ranks.here().rank == 0 else error.exit_code, at_once=True)
     except Exception as error:
         _let_others_speak(error)
         code = _fail(error)
@@ -87,28 +138,30 @@ def _without_collector() -> Iterator[None]:
 
 
 @_without_collector()
-def run(run_dir: Path) -> int:
+def run(run_dir: Path, meeting: Meeting | None = None) -> int:
     """Train the run in this process, as the rank that torchrun's environment names: 0 finished, 75 stopped.
 
-    Raises PicotrainError for what a user can cause, OutOfMemory among it; then the memory is free again.
+    `meeting`: where the ranks have met already. Raises PicotrainError for what a user can cause, OutOfMemory among it; then the memory
+    is free again.
     """
     terminal.keep_going()
     config = load(run_dir / "config.yaml")
-    set_up_process(config.hardware)
-    from picotrain import parallel
+    with ending("starting"):
+        set_up_process(config.hardware)
+        from picotrain import parallel
 
+        group = parallel.build(config.parallel.kind, config.hardware.device, meeting)
     with parallel.StopSignal() as stop:
-        ranks = parallel.build(config.parallel.kind, config.hardware.device)
         from picotrain import loop
 
         try:
-            outcome = loop.train(run_dir, ranks, stop)
+            outcome = loop.train(run_dir, group, stop)
         except Exception as error:
             if not parallel.out_of_memory(error):
                 raise
-            problem = _too_little_memory(run_dir, config, error, parallel.memory_in_use(ranks.device))
+            problem = _too_little_memory(run_dir, config, error, parallel.memory_in_use(group.device))
         else:
-            ranks.teardown()
+            group.teardown()
             return 0 if outcome.status == "finished" else Stopped.exit_code
     parallel.free_memory()  # here, since the error's frames held the tensors until now
     raise problem
@@ -118,7 +171,7 @@ def _too_little_memory(run_dir: Path, config: Config, error: Exception, in_use: 
     """What does not fit, what was predicted, and what would fit."""
     plan = read_plan(run_dir)
     settings = lighter_settings(plan, config) or ["a smaller model, or a machine with more memory"]
-    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+    rank = f"rank {here.rank}: " if (here := ranks.here()).launched else ""
     return OutOfMemory(
         f"{rank}out of memory with micro-batches of {plan.device_batch_size} rows of {plan.seq_len:,} tokens; the plan predicted "
         f"{size(plan.predicted_memory_bytes)}{in_use}\n  {str(error).splitlines()[0][:200]}\n"
@@ -133,7 +186,7 @@ def set_up_process(section: HardwareConfig) -> None:
         keep_freed_memory()
     import torch
 
-    torch.set_num_threads(section.threads or max(1, hardware.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(section.threads or max(1, hardware.cores() // ranks.here().local_world_size))
     if torch.get_num_interop_threads() != 1:  # the loop runs one operator at a time
         with suppress(RuntimeError):  # torch refuses once something has run in parallel
             torch.set_num_interop_threads(1)
@@ -162,8 +215,8 @@ def watch_parent() -> None:
     Torch starts workers in sessions of their own, so that no signal reaches them when their agent or terminal is gone.
     A process that no agent has started may outlive its parent (nohup).
     """
-    launcher = os.environ.get(LAUNCHER_PID)
-    if launcher is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+    launcher = os.environ.get(ranks.LAUNCHER_PID)
+    if launcher is None and not ranks.here().launched:
         return
     parent = int(launcher or os.getppid())
 
@@ -177,21 +230,15 @@ def watch_parent() -> None:
     threading.Thread(target=watch, name="parent watch", daemon=True).start()
 
 
-def _lock(run_dir: Path) -> AbstractContextManager[object]:
-    """The run directory's lock: shared with our launcher; without one, rank 0 takes it for all."""
-    if LAUNCHER_PID in os.environ:
-        return RunLock(run_dir).share()
-    return RunLock(run_dir) if os.environ.get("RANK", "0") == "0" else nullcontext()
-
-
 def _let_others_speak(error: Exception) -> None:
     """Wait while another rank may have the better message; see OTHERS_WAIT_S. The launcher may end us meanwhile."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    here = ranks.here()
+    if here.world_size == 1:
         return
     parallel = sys.modules.get("picotrain.parallel")  # not imported just to say that importing it failed
     if parallel is not None and parallel.lost_a_peer(error):
         time.sleep(LOST_PEER_WAIT_S)
-    elif os.environ.get("RANK") != "0":
+    elif here.rank != 0:
         time.sleep(OTHERS_WAIT_S)
 
 
@@ -201,14 +248,19 @@ def _fail(error: Exception) -> int:
         say(f"picotrain: {error}")
     else:
         say("".join(traceback.format_exception(error)).rstrip())
+    return _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
     return error.exit_code if isinstance(error, PicotrainError) else 1
 
 
-def _leave(code: int) -> int:
-    """The exit code; one of several ranks ends right here. Leaving the interpreter may wait for peers, which wait for this rank's
-    end, and now and then one of torch's threads aborts in it (seen with gloo, torch 2.13): a finished run would look failed.
+def _leave(code: int, at_once: bool = False) -> int:
+    """The exit code; one of several ranks, or one that is to end `at_once`, ends right here. Leaving the interpreter may wait for threads
+    and for peers, which wait for this rank's end, and now and then one of torch's threads aborts in it (seen with gloo, torch 2.13): a
+    finished run would look failed.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if at_once or ranks.here().world_size > 1:
         terminal.flush()
         os._exit(code)
     return code

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
-from picotrain import hardware
+from picotrain import hardware, ranks
 from picotrain.errors import PicotrainError
 
 NAMES = (
@@ -72,6 +72,7 @@ def script(name: str, arguments: Sequence[str] | None = None, prog: str | None =
     """Run a benchmark in this process and print a JSON line per setting; the exit code. arguments: None for those of the command line."""
     hardware.wait_briefly()
     end_on_sigterm()
+    ranks.settle()
     options = parser(name, prog).parse_args(arguments)
     try:
         for line in load(name).run(options):

@@ -4,7 +4,8 @@ import os
 import sys
 
 from picotrain.bench import NAMES, script
-from picotrain.worker import LAUNCHER_PID, watch_parent
+from picotrain.ranks import LAUNCHER_PID
+from picotrain.worker import watch_parent
 
 if __name__ == "__main__":
     if sys.argv[1:2] == [] or sys.argv[1] not in NAMES:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from picotrain.errors import PicotrainError
-from picotrain.worker import LAUNCHER_PID
+from picotrain.ranks import LAUNCHER_PID
 
 
 class BenchmarkFailed(PicotrainError):

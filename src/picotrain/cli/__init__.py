@@ -5,16 +5,17 @@ Nothing heavy is imported at the top: `picotrain --help` has to answer at once.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from picotrain import hardware, terminal
+from picotrain import hardware, ranks, terminal
 from picotrain.cli.about import EPILOG
 from picotrain.cli.usage import App
-from picotrain.errors import PicotrainError, Problem, UsageError
+from picotrain.errors import PicotrainError, Problem, Stopped, UsageError
 from picotrain.terminal import say as say
 
 app = App(
@@ -456,13 +457,24 @@ def complete_(shell: str, line: str, replaced: str) -> None:
         print(word)
 
 
+TOGETHER = ("train", "resume", "eval")  # what ranks do together; all else rank 0 does alone
+
+
 def main() -> None:
     """Entry point. A user's mistake ends in one message and its exit code; a bug keeps its traceback."""
     terminal.set_up()
     hardware.wait_briefly()
     code: int | str | None = 0
     try:
+        command = sys.argv[1] if len(sys.argv) > 1 else ""
+        if command != "__complete" and ranks.settle().rank > 0:  # that one is a shell's, with whatever is in its environment
+            if command not in TOGETHER or "--help" in sys.argv:
+                return
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (rank 0 says what is wrong with the command line; `as_rank` ends it)
         app()
+    except Stopped as stopped:
+        say(f"picotrain: {stopped}")
+        os._exit(stopped.exit_code)  # without waiting for threads that still download
     except PicotrainError as error:
         say(f"error: {error}")
         code = error.exit_code

@@ -5,43 +5,82 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from picotrain import invocation
+from picotrain import invocation, ranks
 from picotrain import run as runs
 from picotrain.cli import say
 from picotrain.config import Config, compose, dump
+from picotrain.config.overrides import parse
 from picotrain.data import sources
 from picotrain.data.remote import is_url
+from picotrain.errors import ConfigError, Problem
 from picotrain.text import as_typed, printable
 
 if TYPE_CHECKING:
     from picotrain.cli.estimate import Command
+    from picotrain.meeting import Meeting
     from picotrain.model import GPT
 
 
 def resolved(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> Config:
     """The config that these words mean, resolved; what was decided is said once."""
-    return runs.resolve(compose(overrides, config_dir=config_dir, config_file=config_file), say)
+    return runs.resolve(composed(overrides, config_dir=config_dir, config_file=config_file), say)
+
+
+def composed(overrides: Sequence[str], **how: Any) -> Config:
+    """`compose`, with as many ranks and nodes as torchrun has started, where it has: a preset or a saved config may say otherwise.
+
+    Raises ConfigError with all problems at once, a typed number that torchrun contradicts among them.
+    """
+    here = ranks.here()
+    if not here.under_torchrun:
+        return compose(overrides, **how)
+    nproc, nodes = here.local_world_size, here.world_size // here.local_world_size
+    typed = parse(overrides).values
+    problems = [
+        Problem(key, f"{typed[key]}, but torchrun has started {there}", "leave the key out: it follows from torchrun")
+        for key, there in (("hardware.nproc_per_node", nproc), ("launch.nnodes", nodes))
+        if typed.get(key) not in (None, "auto", there)
+    ]
+    if nodes * nproc != here.world_size:
+        uneven = f"torchrun has started {here.world_size} ranks, {nproc} of them here"
+        problems.append(Problem("hardware.nproc_per_node", uneven, "each node has to have as many"))
+    found: list[Config] = []
+    runs.all_problems(lambda: found.append(compose(overrides, **how)), lambda: _refuse(problems))
+    meet = {"nnodes": nodes, "node_rank": 0, "rdzv_endpoint": os.environ[ranks.MASTER_ADDR] if nodes > 1 else None}
+    launch = found[0].launch.model_copy(update=meet)
+    return found[0].model_copy(update={"launch": launch, "hardware": found[0].hardware.model_copy(update={"nproc_per_node": nproc})})
+
+
+def _refuse(problems: list[Problem]) -> None:
+    if problems:
+        raise ConfigError(problems)
 
 
 def train(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> int:
     """Open the run directory under its lock and launch the workers; the exit code."""
     from picotrain.cli.estimate import Command
 
-    return _start(resolved(overrides, config_file, config_dir), overrides, Command(overrides, config_file, config_dir))
+    command = Command(overrides, config_file, config_dir)
+    return _start(lambda: (resolved(overrides, config_file, config_dir), overrides), command)
 
 
 def resume(place: str, overrides: Sequence[str]) -> int:
     """Go on with an existing run, or one that its archive has, its own config under a few overrides."""
+    return _start(lambda: _resumed(place, overrides))
+
+
+def _resumed(place: str, overrides: Sequence[str]) -> tuple[Config, Sequence[str]]:
     run, overrides = _fetched(place, overrides) if is_url(place) else (Path(place), overrides)
     runs.require_run(run)
-    config = compose(overrides, config_file=run / "config.yaml", same_run=True)
+    config = composed(overrides, config_file=run / "config.yaml", same_run=True)
     here = config.run.model_copy(update={"dir": str(run.absolute()), "name": run.name})
-    return _start(runs.resolve(config.model_copy(update={"run": here}), say), overrides)
+    return runs.resolve(config.model_copy(update={"run": here}), say), overrides
 
 
 def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
@@ -57,26 +96,52 @@ def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
     return folder, ["run.cache_dir=null", *rest]
 
 
-def _start(config: Config, overrides: Sequence[str], command: Command | None = None) -> int:
-    from picotrain.cli.estimate import announce, say_time
-    from picotrain.launch import RunLock, launch
+def _start(resolve: Callable[[], tuple[Config, Sequence[str]]], command: Command | None = None) -> int:
+    """Train what `resolve` gives, in workers of our own or in the ranks that torchrun has started; the exit code. command: of a new run."""
     from picotrain.worker import run as in_process
+    from picotrain.worker import together
+
+    if ranks.here().under_torchrun:
+        return together(lambda meeting: _opened(*resolve(), command, meeting))
+    from picotrain.launch import launch
+
+    config, overrides = resolve()
+    run_dir, nproc = Path(config.run.dir or ""), int(config.hardware.nproc_per_node)
+    if config.launch.node_rank > 0:  # node 0 prepares the shared run directory and holds its lock
+        return launch(run_dir, nproc, config.launch, in_process)
+    with _opened(config, overrides, command) as opened:
+        return launch(opened, nproc, config.launch, in_process) if opened else 0
+
+
+@contextmanager
+def _opened(
+    config: Config, overrides: Sequence[str], command: Command | None = None, meeting: Meeting | None = None
+) -> Iterator[Path | None]:
+    """The config's run directory, created or opened again, under its lock; None when the run is finished.
+
+    `meeting`: of torchrun's ranks. When it starts them again after one has died, they go on, whatever run.resume says.
+    """
+    from picotrain.cli.estimate import announce, say_time
+    from picotrain.lock import RunLock
+    from picotrain.signals import ending
 
     run_dir = Path(config.run.dir or "")
-    if config.launch.node_rank > 0:  # node 0 prepares the shared run directory and holds its lock
-        return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
-    with RunLock(run_dir):
-        told = announce(config, command)
-        plan = runs.open_run(config, overrides, say)
+    with ExitStack() as stack:
+        lock = RunLock(run_dir)
+        with ending("preparing the run", lock.leave):
+            stack.enter_context(lock)
+            told = announce(config, command)
+            plan = runs.open_run(config, overrides, say)
+        if meeting:
+            meeting.remember("run", str(run_dir))
         if plan is None:
             from picotrain import report as reports
 
             say(f"{invocation.shown(run_dir)} is finished; a larger horizon trains on, another run.name anew")
             reports.what_next(reports.summarise(reports.read_run(run_dir)), sys.stderr)
-            return 0
-        if not told:
+        elif not told:
             say_time(plan, config, command)
-        return launch(run_dir, int(config.hardware.nproc_per_node), config.launch, in_process)
+        yield run_dir if plan else None
 
 
 def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None, as_json: bool) -> None:
@@ -110,7 +175,7 @@ def evaluate(run: Path, which: str, hf: Path | None, **options: Any) -> int:
 
         return evaluate_hf(hf, run, Options(**options)) if hf else evaluate_checkpoint(run, which, Options(**options))
 
-    if "RANK" not in os.environ:
+    if not ranks.here().launched:
         return work()
     from picotrain.worker import as_rank
 

@@ -17,6 +17,7 @@ from picotrain import run as runs
 from picotrain.cli.commands import resolved
 from picotrain.config import Config
 from picotrain.errors import CheckpointError, PicotrainError
+from picotrain.ranks import Ranks
 from picotrain.terminal import Printer
 from picotrain.text import size
 
@@ -123,7 +124,7 @@ def _two_steps(material: runs.Material) -> tuple[str, None]:
 
     plan, config = material.plan, material.config
     torch.set_num_threads(config.hardware.threads or 1)
-    parallel = Parallel.setup(plan.device)
+    parallel = Parallel.setup(plan.device, Ranks())  # alone, under torchrun too
     model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to(parallel.device)
     hw = config.hardware
     full, windowed = model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())

@@ -14,7 +14,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from picotrain import evaluation, parallel, sampling
+from picotrain import ranks as ranks_
 from picotrain import run as runs
 from picotrain.cli import checks, say
 from picotrain.cli.checks import Options as Options
@@ -208,7 +208,7 @@ def _documents(material: runs.Material, subject: Subject, tokens: int | None) ->
 @contextmanager
 def _ranks(device: torch.device) -> Iterator[Parallel]:
     """The ranks that torchrun started, or this process alone."""
-    if "RANK" not in os.environ:
+    if not ranks_.here().launched:
         yield dataclasses.replace(Parallel.single(), device=device)
         return
     ranks = parallel.build("ddp", device.type)

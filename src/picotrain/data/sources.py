@@ -11,18 +11,19 @@ import os
 import shutil
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from picotrain.config.compose import data_preset
 from picotrain.config.saved import read_plain
 from picotrain.config.schema import DataConfig
+from picotrain.data import hub
 from picotrain.data.corpus import ORIGIN, Corpus, Remote, assemble, hash_bytes, read_json, scan, validating, write_atomic
 from picotrain.data.mixture import Mixture, Source
 from picotrain.data.prepare import Input, Progress, Say, Undecodable, expand, identify, locked, prepare, silent
@@ -180,7 +181,7 @@ def _lines_of_bytes(say: Say) -> Iterator[Progress]:
 
 def _adding(what: str, total: int, progress: Progress) -> Callable[[int], None]:
     """What shows progress from how much more was done; threads call it."""
-    done, lock = 0, Lock()
+    done, lock = 0, threading.Lock()
 
     def add(amount: int) -> None:
         nonlocal done
@@ -334,7 +335,7 @@ def _scan_url(data: DataConfig, cache: Path, say: Say) -> Corpus:
     from picotrain.data.remote import list_shards, manifest_name, read_shards, redacted
 
     assert data.path is not None
-    files = list_shards(data.path)
+    files = list_shards(data.path, say)
     val_name = validating([file.name for file in files], redacted(data.path), data.val_shard)
     shards = read_shards(data.path, files, cache, say)
     root = cache / "shards" / Path(manifest_name(data.path)).stem
@@ -384,9 +385,20 @@ def _download(data: DataConfig, cache: Path, say: Say) -> Corpus:
     if missing:
         terms = f" (licence: {data.licence})" if data.licence else ""
         say(f"downloading {len(missing)} of {len(names)} shards of {data.repo_id}{terms} into {root}")
-        with ThreadPoolExecutor(DOWNLOADS) as pool:
+        failed = threading.Event()
+
+        def fetch(name: str) -> tuple[str, int]:
+            if failed.is_set():  # another shard's error is on its way to the user
+                raise CancelledError
             try:
-                for count, (name, n_bytes) in enumerate(pool.map(lambda name: _fetch(data, cache, name), missing), 1):
+                return _fetch(data, cache, name)
+            except BaseException:
+                failed.set()
+                raise
+
+        with hub.retries_said(say), ThreadPoolExecutor(DOWNLOADS) as pool:
+            try:
+                for count, (name, n_bytes) in enumerate(pool.map(fetch, missing), 1):
                     say(f"shard {count} of {len(missing)}: {name}, {n_bytes / 1e6:,.1f} MB")
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,8 +29,9 @@ from picotrain import hardware, invocation
 from picotrain.config.schema import LaunchConfig
 from picotrain.errors import Diverged, Hung, LaunchError, OutOfMemory, PicotrainError, Stopped
 from picotrain.parallel import STACKS_SIGNAL, StopSignal
+from picotrain.ranks import LAUNCHER_PID
+from picotrain.signals import PATIENCE_S, STOP_SIGNALS, ending, noticed
 from picotrain.terminal import say
-from picotrain.worker import LAUNCHER_PID
 
 POLL_S = 0.1  # how often the agent looks at its workers
 JOIN_TIMEOUT_S = 600  # how long nodes wait for each other: schedulers start them minutes apart at worst
@@ -49,7 +51,9 @@ def run_workers(command: Sequence[str], nproc: int, launch: LaunchConfig, run_id
     with _environment(environment), _quiet():
         try:
             for number in count(1):
-                agent = Agent(_spec(command, nproc, launch, run_id), launch)
+                with ending("waiting for node 0" if launch.node_rank else "starting the workers"):
+                    spec = _spec(command, nproc, launch, run_id)
+                agent = Agent(spec, launch)
                 try:
                     return agent.train()
                 except WorkersDied as died:
@@ -77,12 +81,13 @@ class Agent(LocalElasticAgent):
         self._deadline: float | None = None  # when workers that were asked to stop are killed
         self._late = False  # they were
         self._stopped = False  # a worker has ended with 75
+        self._ended = threading.Event()  # nothing that could wait is left to do
         self._failed: dict[int, tuple[int, int]] = {}  # global rank -> pid, exit code; not those that were killed for it
 
     def train(self) -> int:
         """Start the workers, see them to their end; the exit code."""
         handler, quit_handler = self.get_worker_group().spec.rdzv_handler, signal.getsignal(signal.SIGQUIT)
-        with StopSignal(on_first=self._forward, on_second=self._end_at_once) as stop:
+        with StopSignal(on_first=self._forward, on_second=self._end_at_once) as stop, noticed(self._insist):
             try:
                 result = self.run()
             except SystemExit as ended:
@@ -92,6 +97,7 @@ class Agent(LocalElasticAgent):
             finally:
                 self._kill()
                 handler.shutdown()
+                self._ended.set()
                 if signal.getsignal(signal.SIGQUIT) is not quit_handler:
                     signal.signal(signal.SIGQUIT, quit_handler)
         if result is None:
@@ -124,6 +130,11 @@ class Agent(LocalElasticAgent):
         self._deadline = time.monotonic() + self._grace_s
         for process in self._processes().values():
             process.send_signal(signum)
+
+    def _insist(self, signum: int) -> None:
+        """End where there are no workers yet and the main thread does not notice a signal: torch waits for other nodes in native code."""
+        if signum in STOP_SIGNALS and not self._processes() and not self._ended.wait(PATIENCE_S) and not self._processes():
+            os._exit(Stopped.exit_code)
 
     def _end_at_once(self, signum: int) -> None:
         self._kill()

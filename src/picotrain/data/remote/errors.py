@@ -56,7 +56,7 @@ def retry(attempt: Callable[[], T], where: str, stop: threading.Event, say: Call
             # Jitter: a thousand ranks that were refused together must not come back together.
             pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (failures - 1)) * random.uniform(0.5, 1.0)
             pause = max(pause, min(error.after or 0.0, LONGEST_RETRY_AFTER_S))
-            say(f"{where}: {error}; trying again in {pause:.1f} s")
+            say(f"{where}: {error}; trying again in {pause:.1f} s, try {failures + 1} of {ATTEMPTS}")
         if stop.wait(pause):
             raise Cancelled
 

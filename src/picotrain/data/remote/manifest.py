@@ -25,11 +25,11 @@ SAY_EVERY = 1000  # footers
 Say = Callable[[str], None]
 
 
-def list_shards(url: str) -> list[RemoteFile]:
+def list_shards(url: str, say: Say = lambda text: None) -> list[RemoteFile]:
     """The `*.parquet` files directly in the folder `url`, sorted by name, from one listing. Raises DataError."""
     stop = threading.Event()
     store = open_store(url, stop)
-    found = retry(store.files, store.where(), stop, lambda _: None, lambda: 0)
+    found = retry(store.files, store.where(), stop, say, lambda: 0)
     shards = sorted(file for file in found if file.name.endswith(".parquet"))
     if not shards:
         what = (
