@@ -55,7 +55,7 @@ def warnings(plan: Plan) -> list[str]:
 
 def _warning(plan: Plan, what: str, n: float) -> str:
     estimated = f", by an estimate from {plan.text_estimate}" if plan.text_estimate else ""
-    amount = f" ({size(plan.text_bytes)} of text{estimated})" if plan.text_bytes and not plan.sources else estimated
+    amount = f" ({size(plan.text_bytes)} of text{estimated})" if plan.text_bytes and not plan.sources else ""
     steps = int(plan.num_steps * WARNING_EPOCHS / n)
     smaller = f"train.max_steps={steps} ({steps * plan.total_batch_size:,} tokens)" if steps else "a smaller train.total_batch_size"
     if plan.horizon == "train.num_train_epochs" and not plan.sources:
