@@ -47,7 +47,7 @@ def test_every_option_of_every_command_is_offered_and_what_takes_text_is_known()
                 if (
                     param.opts[0].startswith("--")
                     and not getattr(param, "is_flag", False)
-                    and "<str>" in str(param.get_help_record(ctx(one)))
+                    and re.search("<str>|<path>|TEXT|PATH", str(param.get_help_record(ctx(one))))
                 ):
                     assert param.opts[0] in OPTION_VALUES or param.opts[0] == "--checkpoint"
     assert complete(["eval"], "--ch") == ["--checkpoint"] and complete([], "--v") == ["--version"]

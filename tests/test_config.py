@@ -299,7 +299,7 @@ MISTAKES = {
     "experiment=sppedrun": ("experiment=sppedrun", "nearest: speedrun"),
     "train.seqlen=512": ("train.seqlen", "there is no such key (did you mean train.seq_len?)"),
     "+train.seqlen=512": ("train.seqlen", "there is no such key (did you mean train.seq_len?)"),
-    "seq_len=512": ("seq_len", "did you mean train.seq_len?"),
+    "seq_len=512": ("seq_len", "did you mean train.seq_len=512?"),
     "cadence.eval_every=5": ("cadence.eval_every", "did you mean train.eval_every?"),
     "optimiser.eps=1": ("optimiser.eps", "did you mean optimizer.eps?"),
     "modle=d4": ("modle", "did you mean model?"),
@@ -679,9 +679,7 @@ def test_hydra_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_importing_the_config_imports_neither_hydra_nor_torch():
-    code = (
-        "import sys, picotrain.config, picotrain.config.completion; print([m for m in ('hydra', 'omegaconf', 'torch') if m in sys.modules])"
-    )
+    code = "import sys, picotrain.config, picotrain.cli.completion; print([m for m in ('hydra', 'omegaconf', 'torch') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={"PYTHONPATH": SOURCE})
     assert out.stdout.strip() == "[]"
 

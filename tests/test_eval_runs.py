@@ -213,11 +213,12 @@ def test_a_part_that_fails_costs_no_other_one_and_the_results_say_what_is_missin
     code = """
 import sys
 from picotrain.cli import main
-from picotrain import sampling
+from picotrain import sampling, ticker
 from picotrain.cli import evaluate
 def broken(*_, **__): raise ZeroDivisionError("in the middle")
 setattr(sampling, "complete", broken)
 setattr(evaluate, "core_results", broken)
+ticker.EVERY_S = 0.01
 main()
 """
     other = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
@@ -227,6 +228,7 @@ main()
     assert results["bpb"]["val"] > 0 and results["bpb"]["train"] > 0 and results["core"] is None
     assert set(results["missing"]) == {"CORE", "samples"} and "ZeroDivisionError" in results["missing"]["CORE"]
     assert "not complete" in done.stderr and "CORE: ZeroDivisionError: in the middle" in done.stderr and "results.json" in done.stderr
+    assert "bits per byte, validation: " in done.stderr  # no terminal: lines
     assert "Not measured" in (other / "eval/step_00000012/results.md").read_text()
 
 
@@ -236,7 +238,6 @@ def test_an_evaluation_of_some_tokens_stands_beside_that_of_all(run):
     assert done.returncode == 0, done.stderr
     whole = json.loads((folder / "results.json").read_text())
     assert str(folder / "results.json") in done.stderr and str(folder / "core.csv") in done.stderr  # it names what it wrote
-    assert "bits per byte, validation: " in done.stderr  # no terminal: lines
     done = evaluate(run, "--max-per-task", "3", "--tokens", "320")
     assert done.returncode == 0, done.stderr
     bounded = json.loads((run / "eval" / "step_00000012-tokens-320" / "results.json").read_text())

@@ -35,7 +35,7 @@ def ticking(say: Callable[[str], None], status: Callable[[], str]) -> Iterator[N
 
 @contextmanager
 def lines(say: Callable[[str], None]) -> Iterator[Show]:
-    """What shows progress as lines: what is being done every EVERY_S, and each thing when it is done, with the time it took."""
+    """What shows progress as lines: what is being done every EVERY_S, and when what took as long is done. Short work is not told."""
     what, done, total, started = "", 0, 0, 0.0
 
     def show(name: str, at: int, of: int) -> None:
@@ -44,7 +44,7 @@ def lines(say: Callable[[str], None]) -> Iterator[Show]:
             started = time.monotonic()
         finished = (name, at, of) != (what, done, total) and at == of > 0
         what, done, total = name, at, of
-        if finished:
+        if finished and time.monotonic() - started >= EVERY_S:
             say(f"{name}: {of:,}/{of:,} in {clock(time.monotonic() - started)}")
 
     def status() -> str:
