@@ -27,6 +27,7 @@ from picotrain import plan as planning
 from picotrain.config import Config, dump, load
 from picotrain.config.identity import classify_change, diff, run_name
 from picotrain.config.saved import parse_json, read_plain, write_whole
+from picotrain.data import recorded as recorded_data
 from picotrain.data import sources
 from picotrain.data.mixture import Mixture
 from picotrain.data.remote import is_url
@@ -100,11 +101,11 @@ def gather(config: Config, say: Say) -> Material:
     from picotrain.tokenizer import load_tokenizer  # brings numpy, which a plan does not need
 
     cache = cache_dir(config)
-    corpus = sources.gather(config.data, cache, say)
-    path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say)
+    corpus, on_bad = sources.gather(config.data, cache, say), sources.passing_over(config.data, say)
+    path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say, on_bad)
     tokenizer = load_tokenizer(path, config.tokenizer.encoder)
     plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])
-    sources.check_rows(corpus, tokenizer, plan.seq_len, plan.unit_bytes)
+    sources.check_rows(corpus, tokenizer, plan.seq_len, plan.unit_bytes, on_bad)
     return Material(config, plan, corpus, tokenizer)
 
 
@@ -280,8 +281,15 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     """The corpus as it is now and the run's own tokenizer. Raises RunError where either is not what the run began with."""
     from picotrain.tokenizer import load_tokenizer
 
-    _, recorded = _read_data(run_dir)
-    corpus = sources.gather(config.data, cache_dir(config), say)
+    before, recorded = _read_data(run_dir)
+    try:
+        corpus = recorded_data.reopen(config.data, before, cache_dir(config), say)
+    except recorded_data.Differs as error:
+        raise RunError(
+            f"{run_dir}: the corpus is not the one this run was started with; a resume would train on something else:\n{error}\n"
+            f"put back what it was, or pass over training shards that are missing or changed, and over new ones: "
+            f"picotrain resume {run_dir} data.on_bad_shard=skip"
+        ) from None
     tokenizer = load_tokenizer(run_dir / "tokenizer.json", config.tokenizer.encoder)
     named = tokenizer
     if other_tokenizer and config.tokenizer.path:

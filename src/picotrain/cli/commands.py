@@ -83,7 +83,7 @@ def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Pa
     """Print the plan as far as it is known without preparing anything."""
     config = resolved(overrides, config_file, config_dir)
     cache = runs.cache_dir(config)
-    corpus = sources.known_mixture(config.data, cache)
+    corpus = sources.known_mixture(config.data, cache, say)
     measured = sources.known_tokenizer(config.tokenizer, corpus, cache) if corpus else None
     plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"] if measured else None)
     if as_json:

@@ -31,7 +31,7 @@ from picotrain.parallel import Parallel, StopSignal, Watchdog
 from picotrain.state import TrainState
 
 FAILED_CLOSE_S = 30.0  # what an archive gets to finish in when the run ends by an error
-AFTER_BAD_DATA = "everything up to here is saved: put the shard right and resume, or resume with data.on_bad_shard=skip to pass over it"
+AFTER_BAD_DATA = "all up to here is saved: put the shard right and resume, or pass over it: picotrain resume {} data.on_bad_shard=skip"
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Session:
             raise failed
         self._stopping_s = time.monotonic()
         reasons = [text for text in self.parallel.gather(str(failed) if failed else None) if text]
-        self._failure = DataError(f"{reasons[0]}\n{AFTER_BAD_DATA}") if reasons else None
+        self._failure = DataError(f"{reasons[0]}\n{AFTER_BAD_DATA.format(self.dir)}") if reasons else None
         name, message = ("bad_data", reasons[0]) if reasons else ("stopped", "asked to by a signal")
         self.monitor.event(self.state.step, name, f"{message}; saving")
 
