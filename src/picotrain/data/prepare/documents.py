@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from picotrain.data.footers import TEXT, first_line, opened, raising, read_footer, require_regular
+from picotrain.data.footers import TEXT, first_line, opened, raising, read_footer
 from picotrain.data.prepare.inputs import CSV, JSON_LINES, PARQUET, PLAIN, Input, kind_of
 from picotrain.data.prepare.workers import tick
 from picotrain.errors import DataError
@@ -131,7 +131,7 @@ def _cut_at(text: str, start: int) -> int:
 
 def _read_text(file: Input) -> Iterator[Found | Skipped]:
     """One document, or the pieces of a long plain text. A file that is not text gives nothing, so it is read over before."""
-    size = require_regular(file.path).st_size
+    size = file.path.stat().st_size
     plain = kind_of(file.path, PLAIN)
     if not plain and size > MAX_DOCUMENT_BYTES:
         yield _too_long(file, "", size)
@@ -181,7 +181,6 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     import pyarrow as pa
 
     suffix = path.suffix.lower()
-    require_regular(path)
     with open(path, "rb", buffering=READ_BYTES) as raw:
         if suffix == ".gz":  # pyarrow's refuses the zeros that some tools pad a file with
             with gzip.GzipFile(fileobj=raw) as stream:

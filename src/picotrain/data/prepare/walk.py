@@ -41,7 +41,7 @@ class Looked(NamedTuple):
             told = [f"{number:,} {suffix}" for suffix, number in by_suffix[:SHOWN]]
             told += [f"{sum(number for _, number in by_suffix[SHOWN:]):,} of other kinds"] if len(by_suffix) > SHOWN else []
             lines.append(f"left out {_count(count, 'file')} of kinds that are not read: {', '.join(told)}")
-        for kind, what in ((HIDDEN, "hidden file"), (LINK, "link"), (NO_FILE, "thing"), (UNREADABLE, "folder")):
+        for kind, what in ((HIDDEN, "hidden file"), (LINK, "link"), (NO_FILE, "thing"), (UNREADABLE, "unreadable thing")):
             if count := kinds[kind]:
                 reasons = Counter(item.reason for item in self.left if item.kind == kind)
                 why = "" if kind == HIDDEN else ": " + ", ".join(f"{number:,} {reason}" for reason, number in sorted(reasons.items()))
@@ -122,7 +122,9 @@ def _what(path: Path, home: str | None) -> Left | None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        return Left("", LINK, f"that leads nowhere ({error.strerror})") if path.is_symlink() else Left("", UNREADABLE, str(error.strerror))
+        if path.is_symlink() and not kind_of(path, SUFFIXES):
+            return Left("", LINK, f"that leads nowhere ({error.strerror})")
+        return Left("", UNREADABLE, error.strerror or "cannot be read")
     if what := kind_of_mode(mode):
         return Left("", NO_FILE, what)
     if home is not None and path.is_symlink() and not os.path.realpath(path).startswith(home + os.sep):
