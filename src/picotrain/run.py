@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import stat
 import sys
@@ -26,7 +27,7 @@ from picotrain import __version__, hardware
 from picotrain import plan as planning
 from picotrain.config import Config, dump, load
 from picotrain.config.identity import classify_change, diff, run_name
-from picotrain.config.saved import parse_json, read_plain, write_whole
+from picotrain.config.saved import is_own_json, parse_json, read_plain, write_whole
 from picotrain.data import recorded as recorded_data
 from picotrain.data import sources
 from picotrain.data.mixture import Mixture
@@ -53,6 +54,12 @@ COUNTED = (
 )  # fmt: skip
 # What a start writes, config.yaml last: it may be killed in between.
 WRITTEN = ("attempts", "tokenizer.json", "data.json", "environment.json", "plan.json", "overrides.txt", "config.yaml")
+OWN_KEYS = {"data.json": ("corpus", "tokenizer"), "environment.json": ("picotrain",), "plan.json": ("num_steps",)}  # what tells them
+# Files of a run in whose places a folder would fail or mislead whatever reads or writes them.
+FILES = {
+    *WRITTEN[1:], "metrics.jsonl", "summary.json", "report.md", "report.html", "loss.png", "course.png", "core.png", "latest", "best",
+    "metrics.json", "state.json", "manifest.json", "results.json", "results.md", "core.csv", "predictions.jsonl",
+}  # fmt: skip
 PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "tokenizers", "gigatoken", "hydra-core", "pydantic", "huggingface_hub", "torchao")
 
 
@@ -160,7 +167,12 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
 def _is_new(run_dir: Path) -> bool:
     """Whether a run can be created here: nothing is there but what a start leaves that was killed while it created it."""
     there = {path.name for path in run_dir.iterdir()} - {".lock"} if run_dir.is_dir() else set()
-    return not there or ("attempts" in there and there <= {*WRITTEN, *(f".{name}.tmp" for name in WRITTEN)})
+    if not there:
+        return True
+    attempts = run_dir / "attempts"
+    begun = attempts.is_dir() and all(re.fullmatch("[0-9]{4,}", path.name) for path in attempts.iterdir())
+    own = all(is_own_json(run_dir / name, *keys) for name, keys in OWN_KEYS.items())
+    return begun and own and there <= {*WRITTEN, *(f".{name}.tmp" for name in WRITTEN)}
 
 
 def read_material(run_dir: Path) -> Material:
@@ -227,6 +239,8 @@ def check_places(run_dir: Path) -> None:
                     raise RunError(f"{path} is a symlink out of the run; put in its place what it leads to")
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise RunError(f"{path} is neither a file nor a folder; remove it")
+            elif stat.S_ISDIR(mode) and name in FILES and os.path.relpath(folder, run_dir).split(os.sep)[0] in (".", "checkpoints", "eval"):
+                raise RunError(f"{path} is a folder, where a run has a file; move it away")
 
 
 def require_run(run_dir: Path) -> None:

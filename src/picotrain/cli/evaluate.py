@@ -30,10 +30,10 @@ from picotrain import run as runs
 from picotrain.cli import say
 from picotrain.cli.commands import load_model
 from picotrain.cli.subjects import checkpoint_key, folder_key
-from picotrain.config.saved import write_whole
+from picotrain.config.saved import is_own_json, write_whole
 from picotrain.data.origins import validation_documents, validation_origins
 from picotrain.data.stream import validation_rows
-from picotrain.errors import ConfigError, Problem
+from picotrain.errors import ConfigError, Problem, RunError
 from picotrain.evaluation.bundle import Bundle
 from picotrain.evaluation.core import Core, TaskResult, summary
 from picotrain.evaluation.documents import score_documents
@@ -61,6 +61,7 @@ def evaluate_checkpoint(run: Path, which: str, options: Options) -> int:
     start of the first training shard, in file order.
     """
     material, model, path = load_model(run, which)
+    _check_folder(run / "eval" / path.name)
     material = material._replace(config=_chosen(material.config, options))
     with _ranks(next(model.parameters()).device) as ranks, _bars(ranks) as show:
         model = model.to(ranks.device, model.compute_dtype)  # the same numbers, without a cast of all weights at every call
@@ -94,6 +95,7 @@ def evaluate_hf(path: Path, run: Path, options: Options) -> int:
         window = min(subject.seq_len or material.plan.seq_len, material.plan.seq_len)
         found = score_documents(subject, texts, window, ranks, lambda done, total: show("bits per byte", done, total))
         folder = run / "eval" / f"hf-{subject.name}"
+        _check_folder(folder)
         core, predictions = _core(config, subject, ranks, folder / "tasks", folder_key(path, ranks.device.type), show)
         options_ = config.sampling
         samples = [
@@ -194,6 +196,13 @@ def _core(config: Any, subject: Subject, ranks: Parallel, store: Path, key: dict
         if result.traceback and ranks.is_main:
             say(result.traceback)
     return summary(bundle, found, max_per_task), found
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise RunError where files that are no results of ours would be replaced. results.json is the first to be written."""
+    names = [name for name in ("results.json", "results.md", "core.csv", "predictions.jsonl") if os.path.lexists(folder / name)]
+    if names and not (names[0] == "results.json" and is_own_json(folder / names[0], "bpb", "samples")):
+        raise RunError(f"{folder / names[0]} was not written by `picotrain eval`, which would replace it; move it away")
 
 
 def _write(folder: Path, title: str, results: dict[str, Any], tasks: list[TaskResult]) -> None:

@@ -87,6 +87,11 @@ class Session:
             on_bad_shard=self.config.data.on_bad_shard,
         )
         self.state.loader = self.state.loader or self.loader.state  # a first step that is given up half-way saves the start
+        self._skipped: set[str] = set()  # what was passed over and told
+        if self.config.data.on_bad_shard == "skip":
+            self._skipped.update(text for corpus in self.corpus.corpora for text in corpus.files.missing(corpus.shards))
+            for text in sorted(self._skipped):
+                self.monitor.event(self.state.step, "skipped_data", text)
         self._failure: DataError | None = None  # what ends the run, the same on every rank
         self._stopping_s = 0.0  # when a stop was agreed on
         self._val_rows = None  # tokenized when the first evaluation wants them
@@ -155,8 +160,10 @@ class Session:
         """Begin a checkpoint of this step: rank 0 copies the tensors and writes them in the background."""
         self.monitor.flush()  # no line of a step that the checkpoint holds may be missing from metrics.jsonl
         self.state.loader = merge_states(self.parallel.gather(self.state.loader))
-        for text in sorted(set(chain.from_iterable(self.parallel.gather(self.loader.skipped())))):
+        skipped = set(chain.from_iterable(self.parallel.gather(self.loader.skipped()))) - self._skipped
+        for text in sorted(skipped):  # once, and not at every unit of a shard
             self.monitor.event(self.state.step, "skipped_data", text)
+        self._skipped |= skipped
         loop = self.state.loop
         loop.smoother, loop.total_training_time_s = self.monitor.smoother_state(), self.monitor.total_training_time_s
         loop.skipped, loop.recent_losses = self.monitor.skipped, self.guard.state_dict()

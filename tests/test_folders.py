@@ -1,0 +1,385 @@
+"""Folders as people have them: split names, odd things in them, files of somebody else, shards that go away; each in words."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import socket
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import lines, losses, picotrain, write_corpus
+from servers import FileServer
+from test_bundle import tar_info, tar_of
+
+from picotrain import checkpoint, report
+from picotrain.config.schema import DataConfig
+from picotrain.data import inspect as inspecting
+from picotrain.data.corpus import MANIFEST, ORIGIN, BadShard, read_footer, scan
+from picotrain.data.prepare import HARMLESS, KINDS, SKIPPED, Options, prepare
+from picotrain.data.sources import known, resolve
+from picotrain.errors import DataError, RunError
+from picotrain.evaluation import fetch as fetching
+from picotrain.evaluation.fetch import unpack
+from picotrain.lock import RunLock
+
+
+def shard(folder: Path, name: str, rows: int = 4, **columns: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"text": [f"{name} {row}" for row in range(rows)], **columns}), folder / name)
+    return folder / name
+
+
+def shards(folder: Path, *names: str) -> Path:
+    for name in names:
+        shard(folder, name)
+    return folder
+
+
+def split(root: Path, **options: Any) -> tuple[list[str], str, str]:
+    """The shards that train, the one that validates, and what was said."""
+    said: list[str] = []
+    corpus = scan(root, "mine", say=said.append, **options)
+    return [one.name for one in corpus.shards], corpus.val.name, "\n".join(said)
+
+
+# --- which shards train --------------------------------------------------------------------------
+
+SPLITS: dict[str, tuple[list[str], list[str], str]] = {  # all names -> those that train, the one that validates
+    "hub": (["test-0.parquet", "train-0.parquet", "train-1.parquet"], ["train-0.parquet", "train-1.parquet"], "test-0.parquet"),
+    "three": (["test-0.parquet", "train-0.parquet", "validation-0.parquet"], ["train-0.parquet"], "validation-0.parquet"),
+    "words": (["a.training.parquet", "b_dev.parquet", "c-testing-1.parquet"], ["a.training.parquet"], "b_dev.parquet"),
+    "unnamed": (["part-0.parquet", "part-1.parquet", "Valid.parquet"], ["part-0.parquet", "part-1.parquet"], "Valid.parquet"),
+    "extra": (["extra.parquet", "train.parquet", "val.parquet"], ["train.parquet"], "val.parquet"),
+    "many": (["train_0.parquet", "val_0.parquet", "val_1.parquet"], ["train_0.parquet"], "val_0.parquet"),
+    "prefix": (["test-set-train.parquet", "test-set-val.parquet"], ["test-set-train.parquet"], "test-set-val.parquet"),
+    "no split": (["a.parquet", "b.parquet", "latest.parquet"], ["a.parquet", "b.parquet"], "latest.parquet"),
+    "one split": (["train-0.parquet", "train-1.parquet", "x.parquet"], ["train-0.parquet", "train-1.parquet"], "x.parquet"),
+    "inside a word": (["a.parquet", "contest.parquet", "devices.parquet"], ["a.parquet", "contest.parquet"], "devices.parquet"),
+}
+
+
+@pytest.mark.parametrize("case", SPLITS)
+def test_the_names_of_splits_say_what_trains_and_what_validates(tmp_path: Path, case: str) -> None:
+    names, train, val = SPLITS[case]
+    found = split(shards(tmp_path / "c", *names))
+    assert found[:2] == (train, val)
+    left = set(names) - {*train, val}
+    assert all(name in found[2] for name in left) and (val in found[2] or not left)
+
+
+def test_a_named_validation_shard_beats_the_names_and_what_is_held_out_never_trains(tmp_path: Path) -> None:
+    root = shards(tmp_path / "c", "test-0.parquet", "train-0.parquet", "train-1.parquet", "val-0.parquet")
+    assert split(root, val_shard="train-1.parquet")[:2] == (["train-0.parquet"], "train-1.parquet")
+
+
+def test_a_folder_behind_a_url_follows_the_same_rules(tmp_path: Path) -> None:
+    root = shards(tmp_path / "c", "._a.parquet", "test-0.parquet", "train-0.parquet", "train-1.parquet")
+    (root / "notes.txt").write_text("x")
+    server, said = FileServer(root), []
+    try:
+        corpus = resolve(DataConfig(kind="files", name="c", path=server.url), tmp_path / "cache", said.append)
+    finally:
+        server.close()
+    assert [one.name for one in corpus.shards] == ["train-0.parquet", "train-1.parquet"] and corpus.val.name == "test-0.parquet"
+    assert "test-0.parquet validates" in "\n".join(said) and "1 .txt, 1 hidden" in "\n".join(said)
+
+
+def test_hidden_files_are_no_shards_and_odd_things_are_left_out_with_a_word(tmp_path: Path) -> None:
+    root = shards(tmp_path / "c", "a.parquet", "b.parquet")
+    for name in ("._a.parquet", ".~tmp.parquet", "z.parquet.part"):
+        shutil.copy(root / "a.parquet", root / name)
+    (root / "c.parquet").symlink_to(root / "c.parquet")
+    (root / "d.parquet").symlink_to(tmp_path / "nowhere")
+    (root / "e.parquet").mkdir()
+    os.mkfifo(root / "f.parquet")
+    (root / "g.parquet").symlink_to(root / "a.parquet")
+    (root / "texts.jsonl.gz").write_bytes(b"")
+    (root / "sub").mkdir()
+    (Path(os.fsdecode(os.fsencode(root) + b"/h\xff.parquet"))).write_bytes(b"x")
+    train, val, said = split(root)
+    assert (train, val) == (["a.parquet", "b.parquet"], "g.parquet")
+    for word in ("c.parquet", "d.parquet", "e.parquet", "f.parquet is left out: named pipe", "udcff", "2 hidden", "1 .jsonl.gz", "1 .part"):
+        assert word in said, (word, said)
+    assert inspecting.verify(root).shards == 3 and inspecting.inspect(root).validation_shard == "g.parquet"
+
+
+# --- nothing of somebody else's is replaced ------------------------------------------------------
+
+FOREIGN = [b'{"title": "mine"}', b'{"files": []}', b"no json", b"[1, 2]"]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_data_json_of_the_users_stays_and_their_folder_gets_no_file(tmp_path: Path, content: bytes) -> None:
+    root, data = shards(tmp_path / "c", "a.parquet", "b.parquet"), DataConfig(kind="files", name="c", path=str(tmp_path / "c"))
+    assert known(data, tmp_path / "cache") and not (root / MANIFEST).exists()
+    (root / MANIFEST).write_bytes(content)
+    os.utime(root / "a.parquet", (1, 1))
+    assert known(data, tmp_path / "cache") == scan(root, "c")
+    assert (root / MANIFEST).read_bytes() == content
+
+
+def test_a_folder_is_looked_at_once_and_remembered_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from picotrain.data import corpus
+
+    root, cache = shards(tmp_path / "c", "a.parquet", "b.parquet"), tmp_path / "cache"
+    first = scan(root, "c", cache=cache)
+    monkeypatch.setattr(corpus, "read_footer", lambda path: pytest.fail(f"{path} was read"))
+    assert scan(root, "c", cache=cache) == first
+    write = root / "a.parquet"
+    write.write_bytes(write.read_bytes()[:-8] + b"\0\0\0\0PAR1")
+    assert "fingerprint" in str(inspecting.verify(root, cache=cache).bad) or "Parquet" in str(inspecting.verify(root, cache=cache).bad)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(f"text {number}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["out/precious.txt", "out/notes/a.txt", ".out.partial/a.txt", ".out.old/a.txt", ".out.lock", "out"])
+def test_preparing_removes_nothing_that_it_did_not_make(texts: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    if name.startswith("out/"):
+        prepare(texts, out)
+    precious = tmp_path / name
+    precious.parent.mkdir(parents=True, exist_ok=True)
+    precious.write_text("mine")
+    (texts / "new.txt").write_text("a new text")
+    with pytest.raises(DataError, match="picotrain"):
+        prepare(texts, out)
+    assert precious.read_text() == "mine"
+
+
+def test_a_folder_of_another_program_with_an_origin_json_is_not_replaced(texts: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ORIGIN).write_text('{"kind": "roses"}')
+    with pytest.raises(DataError, match="not made by picotrain"):
+        prepare(texts, tmp_path / "out")
+
+
+def test_a_lock_file_of_another_program_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("mine")
+    with pytest.raises(RunError, match="no lock"), RunLock(tmp_path):
+        pass
+    assert (tmp_path / ".lock").read_text() == "mine"
+
+
+# --- what prepare leaves -------------------------------------------------------------------------
+
+
+def listed(out: Path) -> dict[str, str]:
+    return {entry["source"]: entry["kind"] for entry in map(json.loads, (out / SKIPPED).read_text().splitlines())}
+
+
+def test_what_is_not_read_is_counted_by_kind_and_listed(texts: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.txt"
+    outside.write_text("a secret outside")
+    for name in ("a.log", "b.log", "c.doc", "README", ".hidden.txt"):
+        (texts / name).write_text("x")
+    (texts / "leads_out.txt").symlink_to(outside)
+    (texts / "stays.txt").symlink_to(texts / "0.txt")
+    (texts / "loop").symlink_to(texts)
+    os.mkfifo(texts / "pipe.txt")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(texts / "s.txt"))
+        (texts / ".git").mkdir()
+        said: list[str] = []
+        corpus = prepare(texts, tmp_path / "out", say=said.append)
+    assert corpus.documents + corpus.val.rows == 6
+    kinds = listed(tmp_path / "out")
+    assert {"leads_out.txt": "link", "loop": "link", "pipe.txt": "no file", "s.txt": "no file", ".git": "hidden"}.items() <= kinds.items()
+    assert {name for name, kind in kinds.items() if kind == "not read"} == {"a.log", "b.log", "c.doc", "README"}
+    assert any("4 files" in line and "2 .log" in line and "1 .doc" in line and "1 without a suffix" in line for line in said), said
+    assert corpus.origin is not None and corpus.origin["skipped"]["not read"] == 4
+
+
+def test_training_on_a_folder_with_a_pipe_does_not_wait_and_says_what_is_not_read(texts: Path, tmp_path: Path) -> None:
+    os.mkfifo(texts / "pipe.txt")
+    (texts / "a.log").write_text("x")
+    said: list[str] = []
+    corpus = resolve(DataConfig(kind="files", name="texts", path=str(texts)), tmp_path / "cache", said.append)
+    assert corpus.documents + corpus.val.rows == 6
+    assert sum("1 .log" in line for line in said) == 1 and any("named pipe" in line for line in said)
+
+
+def test_names_that_are_not_utf8_are_written_by_their_bytes(texts: Path, tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(texts) + b"/n\xff.txt")).write_text("odd name")
+    corpus = prepare(texts, tmp_path / "out")
+    names = [name for one in (*corpus.shards, corpus.val) for name in pq.read_table(corpus.root / one.name)["source"].to_pylist()]
+    assert "n\\xff.txt" in names
+
+
+# --- Parquet -------------------------------------------------------------------------------------
+
+
+def renamed(path: Path, old: bytes, new: bytes) -> bytes:
+    raw = path.read_bytes()
+    assert len(old) == len(new) and old in raw
+    return raw.replace(old, new)
+
+
+def bad_files(folder: Path) -> dict[str, tuple[bytes, str]]:
+    """File -> its bytes, and what has to be said."""
+    good = shard(folder, "good.parquet").read_bytes()
+    other = shard(folder, "other.parquet", tex2=["x"] * 4)
+    named = shard(folder, "named.parquet", odd=["x"] * 4)
+    pq.write_table(pa.table({"text": pa.nulls(3)}), folder / "nulls.parquet")
+    pq.write_table(pa.table({"text": pa.array([[b"a"]])}), folder / "list.parquet")
+    pq.write_table(pa.table({"meta": [{"text": "a"}]}), folder / "nested.parquet")
+    pq.write_table(pa.table({"text": [b"a"]}), folder / "binary.parquet")
+    return {
+        "twice": (renamed(other, b"tex2", b"text"), "2 columns named `text`"),
+        "name": (renamed(named, b"odd", b"\xff\xfed"), "not UTF-8"),
+        "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+        "encrypted": (b"PARE" + good[4:-4] + b"PARE", "encrypted Parquet"),
+        "gzip": (gzip.compress(good), "gzip"),
+        "html": (b"<!DOCTYPE html><html>404</html>", "HTML"),
+        "json": (b'{"error": "no access"}', "JSON"),
+        "empty": (b"", "empty"),
+        "cut": (good[: len(good) // 2], "truncated"),
+        "nulls": ((folder / "nulls.parquet").read_bytes(), "holds null, not strings"),
+        "list": ((folder / "list.parquet").read_bytes(), "not strings"),
+        "nested": ((folder / "nested.parquet").read_bytes(), "no `text` column"),
+        "binary": ((folder / "binary.parquet").read_bytes(), "holds binary, not strings"),
+    }
+
+
+BAD = ["twice", "name", "lfs", "encrypted", "gzip", "html", "json", "empty", "cut", "nulls", "list", "nested", "binary"]
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_parquet_file_that_is_no_shard_is_called_by_name_everywhere(tmp_path: Path, case: str) -> None:
+    content, says = bad_files(tmp_path / "files")[case]
+    root = shards(tmp_path / "c", "a.parquet", "c.parquet")
+    (root / "b.parquet").write_bytes(content)
+    for look in (lambda: scan(root, "c"), lambda: inspecting.inspect(root), lambda: prepare(root, tmp_path / "x", options=Options())):
+        with pytest.raises(DataError) as error:
+            look()
+        assert "b.parquet" in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
+    assert [one.shard for one in inspecting.verify(root).bad] == ["b.parquet"]
+    assert prepare(root, tmp_path / "out", options=Options(tolerated=KINDS)).documents
+    assert listed(tmp_path / "out") == {"b.parquet": "unreadable"}
+
+
+def test_a_footer_changed_anywhere_is_read_or_refused_in_words(tmp_path: Path) -> None:
+    """Every byte of a small footer, and 4 values of each."""
+    path = shard(tmp_path, "a.parquet", extra=["x"] * 4)
+    raw = path.read_bytes()
+    length = struct.unpack("<I", raw[-8:-4])[0]
+    refused = 0
+    for place in range(len(raw) - 8 - length, len(raw) - 4):
+        for mask in (0x01, 0x10, 0x80, 0xFF):
+            path.write_bytes(raw[:place] + bytes([raw[place] ^ mask]) + raw[place + 1 :])
+            try:
+                one = read_footer(path)
+                assert all(group.rows >= 0 and group.text_bytes >= 0 for group in one.row_groups)
+            except BadShard as error:
+                refused += 1
+                assert error.name == "a.parquet" and "a.parquet" in str(error)
+    assert refused > 100
+
+
+def test_row_groups_without_rows_are_read(tmp_path: Path) -> None:
+    root = shards(tmp_path / "c", "a.parquet", "c.parquet")
+    table = pa.table({"text": ["x", "y"]})
+    with pq.ParquetWriter(root / "b.parquet", table.schema) as writer:
+        for part in (table.slice(0, 0), table, table.slice(0, 0)):
+            writer.write_table(part)
+    corpus = scan(root, "c")
+    assert [group.rows for group in corpus.shards[1].row_groups][-2:] == [2, 0] or corpus.shards[1].rows == 2
+    assert not inspecting.verify(root).bad
+
+
+# --- compressed lines ----------------------------------------------------------------------------
+
+LINES = "".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(20)).encode()
+
+
+def zstd(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data).to_pybytes()
+
+
+SKIPPABLE = b"\x50\x2a\x4d\x18" + struct.pack("<I", 4) + b"abcd"
+LONG = b"\x28\xb5\x2f\xfd" + bytes([0x00, (31 - 10) << 3]) + struct.pack("<I", (4 << 3) | 1)[:3] + b"abcd"  # a window of 2 GiB
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "count", "says"),
+    [
+        ("zeros.jsonl.gz", gzip.compress(LINES) + bytes(5000), 20, ""),
+        ("parts.jsonl.gz", gzip.compress(LINES[:200]) + gzip.compress(LINES[200:]), 20, ""),
+        ("padded.jsonl.gz", gzip.compress(LINES[:200]) + bytes(512) + gzip.compress(LINES[200:]), 20, ""),
+        ("rest.jsonl.gz", gzip.compress(LINES) + b"garbage", 20, "no gzip"),
+        ("cut.jsonl.gz", gzip.compress(LINES * 50)[:-30], None, "end"),
+        ("parts.jsonl.zst", SKIPPABLE + zstd(LINES[:200]) + SKIPPABLE + zstd(LINES[200:]), 20, ""),
+        ("rest.jsonl.zst", zstd(LINES) + bytes(64), None, "ZSTD"),
+        ("long.jsonl.zst", LONG, None, "--long"),
+    ],
+)
+def test_compressed_files_are_read_wholly_or_named(tmp_path: Path, name: str, data: bytes, count: int | None, says: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(data)
+    (tmp_path / "in" / "more.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two"}\n')
+    corpus = prepare(tmp_path / "in", tmp_path / "out", options=Options(tolerated=KINDS))
+    if count is not None:
+        assert corpus.documents + corpus.val.rows == count + 2
+    if says:
+        entries = [json.loads(line) for line in (tmp_path / "out" / SKIPPED).read_text().splitlines()]
+        assert [entry["source"] for entry in entries if says in entry["reason"]] == [name], entries
+        with pytest.raises(DataError, match=name):
+            prepare(tmp_path / "in", tmp_path / "strict", options=Options(tolerated=HARMLESS))
+
+
+# --- bundles -------------------------------------------------------------------------------------
+
+
+def test_a_small_zip_that_unpacks_to_far_more_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for number in range(3):
+            file.writestr(str(number), bytes(30 << 20))
+    with pytest.raises(DataError, match="unpacks to more than"):
+        unpack(tmp_path / "bomb.zip", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_is_asked_before_it_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        file.writestr("a", "x" * 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, fetching.SPARE_BYTES + 10))
+    with pytest.raises(DataError, match="disk has room for"):
+        unpack(tmp_path / "a.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("a", "a/"), ("a/", "a")])
+def test_a_name_that_is_file_and_folder_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    tar_of(tmp_path / "a.tar", *((tar_info(name.rstrip("/"), tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE), b"") for name in names))
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name in names:
+            file.writestr(name, "")
+    for archive in ("a.tar", "a.zip"):
+        with pytest.raises(DataError, match="'a"):
+            unpack(tmp_path / archive, tmp_path / f"{archive}.out")
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_a_huge_extended_header_is_refused_unread(tmp_path: Path, kind: bytes) -> None:
+    info = tar_info("header", kind)
+    info.size = 3 << 30
+    for name, wrap in (("a.tar", open), ("a.tar.gz", gzip.open)):
+        with wrap(tmp_path / name, "wb") as file:  # type: ignore[operator]
+            file.write(info.tobuf(tarfile.USTAR_FORMAT) + bytes(1 << 20))
+        with pytest.raises(DataError, match="header of 3,221,225,"):
+            unpack(tmp_path / name, tmp_path / f"{name}.out")
