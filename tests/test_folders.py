@@ -10,18 +10,15 @@ import socket
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import lines, losses, picotrain, write_corpus
 from servers import FileServer
 from test_bundle import tar_info, tar_of
 
-from picotrain import checkpoint, report
 from picotrain.config.schema import DataConfig
 from picotrain.data import inspect as inspecting
 from picotrain.data.corpus import MANIFEST, ORIGIN, BadShard, read_footer, scan
@@ -365,7 +362,10 @@ def test_a_full_disk_is_asked_before_it_is_full(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("names", [("a", "a/b"), ("a/b", "a"), ("a", "a/"), ("a/", "a")])
 def test_a_name_that_is_file_and_folder_is_refused(tmp_path: Path, names: tuple[str, str]) -> None:
-    tar_of(tmp_path / "a.tar", *((tar_info(name.rstrip("/"), tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE), b"") for name in names))
+    tar_of(
+        tmp_path / "a.tar",
+        *((tar_info(name.rstrip("/"), tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE), b"") for name in names),
+    )
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         for name in names:
             file.writestr(name, "")
@@ -383,3 +383,169 @@ def test_a_huge_extended_header_is_refused_unread(tmp_path: Path, kind: bytes) -
             file.write(info.tobuf(tarfile.USTAR_FORMAT) + bytes(1 << 20))
         with pytest.raises(DataError, match="header of 3,221,225,"):
             unpack(tmp_path / name, tmp_path / f"{name}.out")
+
+
+# --- runs ----------------------------------------------------------------------------------------
+
+Tiny = Callable[..., list[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny: Tiny) -> tuple[Path, Path]:
+    """A run of 12 steps on a corpus of its own, and that corpus."""
+    corpus = write_corpus(tmp_path / "corpus", shards=4)
+    run_dir = tmp_path / "run"
+    done = picotrain("train", *tiny(run_dir, f"data.path={corpus}", "train.eval_every=0"))
+    assert done.returncode == 0, done.stderr
+    return run_dir, corpus
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: path.unlink(),
+    "no readable Parquet file": lambda path: path.write_bytes(path.read_bytes()[:-2000]),
+    "changed": lambda path: shutil.copy(path.with_name("shard_00002.parquet"), path),
+    "Git LFS": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_run_whose_shard_went_bad_names_it_and_goes_on_without_it(run: tuple[Path, Path], what: str) -> None:
+    run_dir, corpus = run
+    CHANGES[what](corpus / "shard_00001.parquet")
+    done = picotrain("resume", str(run_dir), "train.max_steps=40")
+    assert done.returncode == 2 and "shard_00001.parquet" in done.stderr and what in done.stderr, done.stderr
+    advice = done.stderr.split("picotrain resume ", 1)[1].split()[:2]
+    assert "shard_00000" not in done.stderr
+    done = picotrain("resume", *advice, "train.max_steps=40")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(run_dir)) == 40 and {line["pq"] for line in lines(run_dir, "train") if line["step"] > 16} <= {0, 2}
+    events = [event["message"] for event in lines(run_dir, "event") if event["name"] == "skipped_data"]
+    assert events and all("shard_00001.parquet" in text for text in events) and len(events) == len(set(events))
+
+
+def test_the_shard_that_validates_cannot_be_passed_over_and_new_ones_are_named(run: tuple[Path, Path]) -> None:
+    run_dir, corpus = run
+    shutil.copy(corpus / "shard_00000.parquet", corpus / "shard_00009.parquet")
+    done = picotrain("resume", str(run_dir), "train.max_steps=20")
+    assert done.returncode == 2 and "shard_00009.parquet was added" in done.stderr
+    done = picotrain("resume", str(run_dir), "train.max_steps=20", "data.on_bad_shard=skip")
+    assert done.returncode == 0 and "shard_00009.parquet was added" in done.stderr
+    (corpus / "shard_00003.parquet").unlink()
+    done = picotrain("resume", str(run_dir), "train.max_steps=30", "data.on_bad_shard=skip")
+    assert done.returncode == 2 and "shard_00003.parquet is missing, and it validates" in done.stderr
+
+
+def test_rows_of_the_other_units_come_in_the_same_order_without_a_shard(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from picotrain.bench.corpus import Bytes
+    from picotrain.data.lanes import Cursor, Reader, Stream
+    from picotrain.data.mixture import Source
+
+    root = write_corpus(tmp_path / "c", shards=4)
+    corpus = scan(root, "c")
+
+    def rows(count: int, cursor: Cursor) -> tuple[list[tuple[int, bytes]], Reader]:
+        stream = Stream(Source(corpus), Bytes(), 32, 8192, 2, 0, lambda error: None)
+        with ThreadPoolExecutor(1) as pool:
+            reader, found = Reader(stream, 0, cursor, pool, 0.5), []
+            while len(found) < count:
+                row = reader.next_row()
+                assert row is not None
+                found.append((stream.unit(reader.cursor.position).shard, row.tobytes()))
+        return found, reader
+
+    whole, _ = rows(4000, Cursor(0))
+    lost = whole[0][0]
+    _, reader = rows(5, Cursor(0))  # in the middle of a slice of the shard that is lost
+    (root / corpus.shards[lost].name).unlink()
+    kept = [row for shard, row in whole[5:] if shard != lost]
+    assert [row for _, row in rows(1000, reader.cursor)[0]] == kept[:1000]
+
+
+def test_a_start_that_skips_passes_over_what_cannot_be_read(tmp_path: Path, tiny: Tiny) -> None:
+    corpus = write_corpus(tmp_path / "corpus", shards=4)
+    (corpus / "shard_00001.parquet").write_bytes((corpus / "shard_00001.parquet").read_bytes()[:-9])
+    raw = bytearray((corpus / "shard_00000.parquet").read_bytes())
+    raw[4:400] = b"\xff" * 396  # its first page, which the tokenizer wants
+    (corpus / "shard_00000.parquet").write_bytes(raw)
+    words = tiny(tmp_path / "run", f"data.path={corpus}", "train.eval_every=0")
+    assert picotrain("train", *words).returncode == 2
+    done = picotrain("train", *words, "data.on_bad_shard=skip")
+    assert done.returncode == 0, done.stderr
+    assert "shard_00001.parquet" in done.stderr and "shard_00000.parquet" in done.stderr
+    assert len(losses(tmp_path / "run")) == 12
+    done = picotrain("resume", str(tmp_path / "run"), "train.max_steps=14")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_of_the_old_rule_goes_on_with_the_shards_that_its_data_json_names(run: tuple[Path, Path], tiny: Tiny) -> None:
+    """What an earlier version recorded: a hidden file, the test split trained on, the last by name validates."""
+    run_dir, corpus = run
+    names = {"shard_00000.parquet": "._a.parquet", "shard_00001.parquet": "test-0.parquet", "shard_00002.parquet": "train-0.parquet"}
+    names["shard_00003.parquet"] = "train-1.parquet"
+    for old, new in names.items():
+        (corpus / old).rename(corpus / new)
+    text = (run_dir / "data.json").read_text()
+    for old, new in names.items():
+        text = text.replace(old, new)
+    data = json.loads(text)
+    from picotrain.data.mixture import Mixture
+
+    data["corpus"]["fingerprint"] = Mixture.from_json(data["corpus"]).fingerprint
+    (run_dir / "data.json").write_text(json.dumps(data))
+    done = picotrain("resume", str(run_dir), "train.max_steps=14")
+    assert done.returncode == 0, done.stderr
+    now = json.loads((run_dir / "data.json").read_text())["corpus"]
+    assert [one["name"] for one in now["shards"]] == ["._a.parquet", "test-0.parquet", "train-0.parquet"]
+    (corpus / "._a.parquet").unlink()
+    done = picotrain("resume", str(run_dir), "train.max_steps=16")
+    assert done.returncode == 2 and "._a.parquet is missing" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["checkpoints/best", "checkpoints/latest", "checkpoints/step_00000012/metrics.json", "summary.json"])
+def test_a_folder_in_the_place_of_a_file_is_named(run: tuple[Path, Path], name: str) -> None:
+    run_dir, _ = run
+    path = run_dir / name
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    done = picotrain("resume", str(run_dir), "train.max_steps=14")
+    assert done.returncode == 2 and f"{path} is a folder" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_report_replaces_no_file_of_somebody_else(run: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, _ = run
+    foreign = {
+        "report.md": b"# My own notes\n",
+        "report.html": b"<html>mine</html>",
+        "summary.json": b'{"mine": 1}',
+        "loss.png": b"\x89PNG\r\n!Software",
+    }
+    for name, content in foreign.items():
+        (run_dir / name).write_bytes(content)
+    report.write_report(run_dir)
+    said = capsys.readouterr().err
+    for name, content in foreign.items():
+        assert (run_dir / name).read_bytes() == content and name in said
+        (run_dir / name).unlink()
+    report.write_report(run_dir)
+    report.write_report(run_dir)
+    assert capsys.readouterr().err == "" and all((run_dir / name).read_bytes() != content for name, content in foreign.items())
+
+
+def test_a_run_is_not_created_over_files_that_it_did_not_write(tmp_path: Path, tiny: Tiny) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "attempts").mkdir(parents=True)
+    (run_dir / "data.json").write_text('{"mine": 1}')
+    done = picotrain("train", *tiny(run_dir))
+    assert done.returncode == 2 and "is no run and not empty" in done.stderr
+    assert (run_dir / "data.json").read_text() == '{"mine": 1}'
+
+
+def test_a_foreign_folder_under_a_steps_name_is_no_checkpoint_to_be_removed(tmp_path: Path) -> None:
+    from picotrain.checkpoint.folder import is_checkpoint
+
+    (tmp_path / "step_00000001").mkdir()
+    (tmp_path / "step_00000001" / "thesis.tex").write_text("x")
+    assert not is_checkpoint(tmp_path / "step_00000001")
+    assert checkpoint.newest(tmp_path, lambda said: None) is None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field, TypeAdapter
 
+from picotrain.data.thrift import wrong_histogram
 from picotrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -129,6 +130,10 @@ def _read_footer(path: Path) -> Shard:
     if not _is_string(schema.field(TEXT).type) or TEXT not in columns:
         raise BadShard(f"{path}: the `{TEXT}` column holds {schema.field(TEXT).type}, not strings")
     with raising(lambda why: _unreadable(path, why)):
+        column = metadata.schema.column(columns.index(TEXT))
+        wrong = wrong_histogram(footer, columns.index(TEXT), column.max_repetition_level, column.max_definition_level)
+        if wrong is not None:
+            raise OSError(f"row group {wrong} has a histogram of levels of the wrong length")
         groups = tuple(_row_group(metadata, rg, columns.index(TEXT), size) for rg in range(metadata.num_row_groups))
         if (rows := sum(group.rows for group in groups)) != metadata.num_rows:
             raise OSError(f"its footer promises {metadata.num_rows:,} rows, and its row groups {rows:,}")
@@ -209,6 +214,8 @@ def _what_it_is(path: Path) -> str:
 
 def _row_group(metadata: pq.FileMetaData, rg: int, column: int, file_bytes: int) -> RowGroup:
     group = metadata.row_group(rg)
+    if column >= group.num_columns:
+        raise OSError(f"row group {rg} has {group.num_columns:,} columns, and the schema more")
     chunk = group.column(column)
     rows, text_bytes, stored = group.num_rows, chunk.total_uncompressed_size, chunk.total_compressed_size
     if not (0 <= rows <= MOST and 0 <= text_bytes <= MOST and 0 <= stored <= file_bytes):

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from picotrain.data.footers import TEXT, first_line, opened, raising, read_footer
 from picotrain.data.prepare.inputs import CSV, JSON_LINES, PARQUET, PLAIN, Input, kind_of
@@ -175,6 +175,21 @@ def _decoded(path: Path) -> Iterator[str]:
 # --- lines ---------------------------------------------------------------------------------------
 
 
+class _AsItComes(io.RawIOBase):
+    """A stream read a little at a time, so that all that stands before a damaged place has been read when it is met."""
+
+    def __init__(self, inner: gzip.GzipFile):
+        self._inner = inner
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._inner.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """A file as it was before compression, and how far it has been read, in bytes of text, about."""
@@ -184,7 +199,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     with open(path, "rb", buffering=READ_BYTES) as raw:
         if suffix == ".gz":  # pyarrow's refuses the zeros that some tools pad a file with
             with gzip.GzipFile(fileobj=raw) as stream:
-                yield io.BufferedReader(stream, READ_BYTES), lambda: raw.tell() * EXPANSION  # type: ignore[type-var]
+                yield io.BufferedReader(_AsItComes(stream), READ_BYTES), lambda: raw.tell() * EXPANSION  # type: ignore[type-var]
         elif suffix == ".zst":
             with pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd") as stream:
                 yield io.BufferedReader(stream, READ_BYTES), lambda: raw.tell() * EXPANSION  # type: ignore[type-var]  # a raw stream
