@@ -10,15 +10,19 @@ import socket
 import struct
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import lines, losses, picotrain, write_corpus
 from servers import FileServer
 from test_bundle import tar_info, tar_of
 
+from picotrain import report
+from picotrain.checkpoint.folder import is_checkpoint
 from picotrain.config.schema import DataConfig
 from picotrain.data import inspect as inspecting
 from picotrain.data.corpus import MANIFEST, ORIGIN, BadShard, read_footer, scan
@@ -28,6 +32,8 @@ from picotrain.errors import DataError, RunError
 from picotrain.evaluation import fetch as fetching
 from picotrain.evaluation.fetch import unpack
 from picotrain.lock import RunLock
+
+Tiny = Callable[..., list[str]]
 
 
 def shard(folder: Path, name: str, rows: int = 4, **columns: Any) -> Path:
@@ -387,17 +393,25 @@ def test_a_huge_extended_header_is_refused_unread(tmp_path: Path, kind: bytes) -
 
 # --- runs ----------------------------------------------------------------------------------------
 
-Tiny = Callable[..., list[str]]
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, tiny: Tiny) -> Path:
+    """A folder with a corpus and a run of 12 steps on it."""
+    home = tmp_path_factory.mktemp("original")
+    corpus = write_corpus(home / "corpus", shards=4)
+    done = picotrain("train", *tiny(home / "run", f"data.path={corpus}", "train.eval_every=0"))
+    assert done.returncode == 0, done.stderr
+    return home
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny: Tiny) -> tuple[Path, Path]:
-    """A run of 12 steps on a corpus of its own, and that corpus."""
-    corpus = write_corpus(tmp_path / "corpus", shards=4)
-    run_dir = tmp_path / "run"
-    done = picotrain("train", *tiny(run_dir, f"data.path={corpus}", "train.eval_every=0"))
-    assert done.returncode == 0, done.stderr
-    return run_dir, corpus
+def run(tmp_path: Path, original: Path) -> tuple[Path, Path]:
+    """A run of 12 steps and its corpus, moved here."""
+    home = tmp_path / "home"
+    shutil.copytree(original, home)
+    for name in ("run/config.yaml", "run/data.json"):
+        (home / name).write_text((home / name).read_text().replace(str(original), str(home)))
+    return home / "run", home / "corpus"
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
@@ -543,9 +557,6 @@ def test_a_run_is_not_created_over_files_that_it_did_not_write(tmp_path: Path, t
 
 
 def test_a_foreign_folder_under_a_steps_name_is_no_checkpoint_to_be_removed(tmp_path: Path) -> None:
-    from picotrain.checkpoint.folder import is_checkpoint
-
     (tmp_path / "step_00000001").mkdir()
     (tmp_path / "step_00000001" / "thesis.tex").write_text("x")
     assert not is_checkpoint(tmp_path / "step_00000001")
-    assert checkpoint.newest(tmp_path, lambda said: None) is None
