@@ -30,6 +30,7 @@ from picotrain.config.identity import classify_change, diff, run_name
 from picotrain.config.saved import is_own_json, parse_json, read_plain, write_whole
 from picotrain.data import recorded as recorded_data
 from picotrain.data import sources
+from picotrain.data.folder import is_text
 from picotrain.data.mixture import Mixture
 from picotrain.data.remote import is_url
 from picotrain.errors import ConfigError, DataError, Problem, RunError
@@ -91,6 +92,12 @@ def locate(config: Config) -> Config:
     name = config.run.name or run_name(config)
     folder = Path(config.run.dir or Path("runs") / name).expanduser().absolute()
     run = config.run.model_copy(update={"name": name, "dir": str(folder), "cache_dir": str(cache_dir(config))})
+    places = {"run.dir": run.dir, "run.cache_dir": run.cache_dir, "data.path": data.path, "tokenizer.path": tokenizer.path}
+    coding = sys.getfilesystemencoding()
+    rule = f"is a path that is not {coding} text, and config.yaml is text"
+    hint = "another name" if coding == "utf-8" else "set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+    if problems := [Problem(key, f"{path!a} {rule}", hint) for key, path in places.items() if path and not is_text(path)]:
+        raise ConfigError(problems)
     return config.model_copy(update={"run": run})
 
 

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from picotrain.config.saved import parse_json, read_plain
 from picotrain.data.files import Files, LocalFiles
-from picotrain.data.folder import Chosen, Found, choose, find_shards, is_text, validating
+from picotrain.data.folder import Chosen, Found, choose, find_shards, validating
 from picotrain.data.footers import (  # noqa: F401
     TEXT,
     BadShard,
@@ -139,8 +139,6 @@ def scan(
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
         raise DataError(f"there is no corpus folder {root}{hint_for(root)}")
-    if not is_text(str(root)):
-        raise DataError(f"{str(root)!a}: the path is not {sys.getfilesystemencoding()}; rename the folder, or set PYTHONUTF8=1")
     names, words = found_in(root)
     if only is not None:
         names, words = [name for name in names if name in set(only)], []
