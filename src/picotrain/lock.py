@@ -48,6 +48,9 @@ class RunLock:
         if self.path in self._held:
             return self
         file = self._open()
+        if not _is_own(file):
+            file.close()
+            raise RunError(f"{self.path} is no lock of picotrain's and would be written over; move it away, or name another run.dir")
         deadline = time.monotonic() + ORPHAN_WAIT_S
         while not _flock(file, fcntl.LOCK_EX) or not self._is_current(file):
             if not self._is_current(file):  # a start that failed has taken it away
@@ -176,6 +179,15 @@ def _holder(file: TextIO) -> dict[str, Any]:
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+def _is_own(file: TextIO) -> bool:
+    """Whether a file is empty or says who wrote it last."""
+    try:
+        file.seek(0)
+        return not file.read().strip() or "pid" in _holder(file)
+    except ValueError:  # not even text
+        return False
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:

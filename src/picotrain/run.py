@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import stat
 import sys
 from collections.abc import Callable, Sequence
@@ -25,8 +26,9 @@ from picotrain import __version__, checkout, hardware
 from picotrain import plan as planning
 from picotrain.config import Config, dump, load
 from picotrain.config.identity import classify_change, diff
-from picotrain.config.saved import parse_json, read_plain, write_whole
+from picotrain.config.saved import is_own_json, parse_json, read_plain, write_whole
 from picotrain.data import amounts, sources
+from picotrain.data import recorded as recorded_data
 from picotrain.data.mixture import Mixture
 from picotrain.data.remote import is_url
 from picotrain.errors import ConfigError, DataError, Problem, RunError
@@ -54,6 +56,12 @@ COUNTED = (
 # What a start writes, config.yaml last: it may be killed in between.
 WRITTEN = ("attempts", "tokenizer.json", "data.json", "environment.json", "plan.json", "overrides.txt", "config.yaml")
 SAMPLE_BYTES = 1_000_000  # of text that a plan measures a tokenizer on
+OWN_KEYS = {"data.json": ("corpus", "tokenizer"), "environment.json": ("picotrain",), "plan.json": ("num_steps",)}  # what tells them
+# Files of a run in whose places a folder would fail or mislead whatever reads or writes them.
+FILES = {
+    *WRITTEN[1:], "metrics.jsonl", "summary.json", "report.md", "report.html", "loss.png", "course.png", "core.png", "latest", "best",
+    "metrics.json", "state.json", "manifest.json", "results.json", "results.md", "core.csv", "predictions.jsonl",
+}  # fmt: skip
 PACKAGES = ("torch", "numpy", "pyarrow", "safetensors", "tokenizers", "gigatoken", "hydra-core", "pydantic", "huggingface_hub", "torchao")
 
 
@@ -71,13 +79,13 @@ def gather(config: Config, say: Say) -> Material:
     from picotrain.tokenizer import load_tokenizer  # brings numpy, which a plan does not need
 
     cache = cache_dir(config)
-    corpus = sources.gather(config.data, cache, say)
-    path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say)
+    corpus, on_bad = sources.gather(config.data, cache, say), sources.passing_over(config.data, say)
+    path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say, on_bad)
     tokenizer = load_tokenizer(path, config.tokenizer.encoder)
     for change in tokenizer.changes:
         say(change)
     plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])
-    sources.check_rows(corpus, tokenizer, plan.seq_len, plan.unit_bytes)
+    sources.check_rows(corpus, tokenizer, plan.seq_len, plan.unit_bytes, on_bad)
     return Material(config, plan, corpus, tokenizer)
 
 
@@ -173,7 +181,12 @@ def _foretell(config: Config, say: Say) -> bool:
 def _is_new(run_dir: Path) -> bool:
     """Whether a run can be created here: nothing is there but what a start leaves that was killed while it created it."""
     there = {path.name for path in run_dir.iterdir()} - {".lock"} if run_dir.is_dir() else set()
-    return not there or ("attempts" in there and there <= {*WRITTEN, *(f".{name}.tmp" for name in WRITTEN)})
+    if not there:
+        return True
+    attempts = run_dir / "attempts"
+    begun = attempts.is_dir() and all(re.fullmatch("[0-9]{4,}", path.name) for path in attempts.iterdir())
+    own = all(is_own_json(run_dir / name, *keys) for name, keys in OWN_KEYS.items())
+    return begun and own and there <= {*WRITTEN, *(f".{name}.tmp" for name in WRITTEN)}
 
 
 def read_material(run_dir: Path) -> Material:
@@ -240,6 +253,8 @@ def check_places(run_dir: Path) -> None:
                     raise RunError(f"{path} is a symlink out of the run; put in its place what it leads to")
             elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise RunError(f"{path} is neither a file nor a folder; remove it")
+            elif stat.S_ISDIR(mode) and name in FILES and os.path.relpath(folder, run_dir).split(os.sep)[0] in (".", "checkpoints", "eval"):
+                raise RunError(f"{path} is a folder, where a run has a file; move it away")
 
 
 def require_run(run_dir: Path) -> None:
@@ -294,8 +309,15 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     """The corpus as it is now and the run's own tokenizer. Raises RunError where either is not what the run began with."""
     from picotrain.tokenizer import load_tokenizer
 
-    _, recorded = _read_data(run_dir)
-    corpus = sources.gather(config.data, cache_dir(config), say)
+    before, recorded = _read_data(run_dir)
+    try:
+        corpus = recorded_data.reopen(config.data, before, cache_dir(config), say)
+    except recorded_data.Differs as error:
+        raise RunError(
+            f"{run_dir}: the corpus is not the one this run was started with; a resume would train on something else:\n{error}\n"
+            f"put back what it was, or pass over training shards that are missing or changed, and over new ones: "
+            f"picotrain resume {run_dir} data.on_bad_shard=skip"
+        ) from None
     tokenizer = load_tokenizer(run_dir / "tokenizer.json", config.tokenizer.encoder)
     named = tokenizer
     if other_tokenizer and config.tokenizer.path:

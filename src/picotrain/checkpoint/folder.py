@@ -97,6 +97,14 @@ def is_whole(path: Path) -> bool:
         return False
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint, whole or damaged, as its files tell: anything else is somebody's."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    there = {file.name for file in path.iterdir()}
+    return not there or bool(there & {"state.json", "manifest.json"}) or any(name.endswith(".safetensors") for name in there)
+
+
 def complete(root: Path) -> list[Path]:
     """All complete checkpoints below root, the oldest first."""
     return [path for path in _folders(root) if is_whole(path)]

@@ -7,6 +7,7 @@ rank 0 writes them all and nobody else waits for the disk. Nothing is ever writt
 from __future__ import annotations
 
 import base64
+import errno
 import os
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from picotrain.checkpoint.folder import describe, fsync, step_dir, write_json, write_pointer
+from picotrain.checkpoint.folder import describe, fsync, is_checkpoint, step_dir, write_json, write_pointer
 from picotrain.checkpoint.retain import retain, sweep
 from picotrain.config.schema import CheckpointConfig
 from picotrain.errors import CheckpointError
@@ -190,7 +191,9 @@ def write(root: Path, parts: dict[str, Tensors], scalars: dict[str, Any], shard_
         files = {path.name: describe(path) for path in sorted(tmp.iterdir())}
         write_json(tmp / "manifest.json", {"rolling": rolling, "files": files})
         fsync(tmp)
-        if final.exists():  # a damaged one of the same step: a whole one is never written twice
+        if os.path.lexists(final):  # a damaged one of the same step: a whole one is never written twice
+            if not is_checkpoint(final):
+                raise FileExistsError(errno.EEXIST, f"{final.name} is there and is no checkpoint; move it away")
             shutil.rmtree(final)
         tmp.rename(final)
     except OSError:

@@ -25,7 +25,7 @@ from picotrain.bench.table import Row, rows
 from picotrain.cli import say
 from picotrain.config import compose
 from picotrain.config.keys import nearest
-from picotrain.config.saved import write_whole
+from picotrain.config.saved import is_own_json, write_whole
 from picotrain.errors import PicotrainError
 from picotrain.hardware import Machine
 from picotrain.plan import pace
@@ -95,6 +95,8 @@ class Record:
     def __init__(self, where: dict[str, Any], out: Path | None, as_json: bool):
         self.results: list[dict[str, Any]] = []
         self._where, self._out, self._as_json = where, out, as_json
+        if out and not is_own_json(out, "environment", "results"):
+            raise PicotrainError(f"{out} is there and holds no results of picotrain's, which alone may be written anew: name another file")
         self._print({"environment": where})
         self._write()
 

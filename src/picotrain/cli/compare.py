@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from picotrain import run as runs
 from picotrain.cli import fairness, say
 from picotrain.cli.subjects import Given, Loaded, find_all, load
-from picotrain.config.saved import write_whole
+from picotrain.config.saved import is_own_page, write_whole
 from picotrain.config.schema import Config, SamplingConfig
 from picotrain.data.origins import Document, validation_documents
 from picotrain.errors import PicotrainError, RunError
@@ -98,6 +98,8 @@ def _check_page(html: Path | None) -> None:
     if html is not None and (html.is_dir() or not html.absolute().parent.is_dir()):
         wrong = "is a folder" if html.is_dir() else f"is in no folder that there is ({html.absolute().parent})"
         raise RunError(f"--html {html} {wrong}: name a file")
+    if html is not None and not is_own_page(html):
+        raise RunError(f"--html {html} is there and is no page of picotrain's, which alone may be written anew: name another file")
 
 
 def _open_bundle(config: Config, bundle: Path | None) -> tuple[Bundle | None, str]:

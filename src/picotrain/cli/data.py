@@ -16,6 +16,7 @@ from rich.table import Table
 
 from picotrain import invocation
 from picotrain.data import inspect as inspecting
+from picotrain.data.folder import has_shards
 from picotrain.data.inspect import Inspection, Verification
 from picotrain.data.prepare import HARMLESS, KINDS, SKIPPED, Options
 from picotrain.data.prepare import prepare as prepare_corpus
@@ -97,7 +98,9 @@ def inspect(corpus: str, tokenizer: Path | None, max_bytes: int | None, samples:
         encoder = load_tokenizer(tokenizer)
     folder = corpus_folder(corpus)
     with Bars(quiet=as_json) as bars:
-        found = inspecting.inspect(folder, tokenizer=encoder, max_bytes=max_bytes, samples=samples, seed=seed, progress=bars.update)
+        found = inspecting.inspect(
+            folder, tokenizer=encoder, max_bytes=max_bytes, samples=samples, seed=seed, progress=bars.update, say=bars.say
+        )
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -106,9 +109,12 @@ def inspect(corpus: str, tokenizer: Path | None, max_bytes: int | None, samples:
 
 def verify(corpus: str) -> int:
     """Print what is bad in a corpus; 2 when anything is."""
+    from picotrain import run as runs
+    from picotrain.config import compose
+
     folder = corpus_folder(corpus)
     with Bars() as bars:
-        found = inspecting.verify(folder, bars.update)
+        found = inspecting.verify(folder, bars.update, runs.cache_dir(compose()))
     _show_verification(found)
     if not found.bad:
         return 0
@@ -151,7 +157,7 @@ def corpus_folder(corpus: str) -> Path:
     if "://" in corpus:
         raise DataError(f"{corpus} is remote; fetch the shards into a folder first, and name that")
     path = Path(corpus).expanduser().absolute()
-    if path.is_dir() and any(path.glob("*.parquet")):
+    if has_shards(path):
         return path
     from pydantic import ValidationError
 

@@ -14,6 +14,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -31,10 +32,10 @@ from picotrain.cli import checks, say
 from picotrain.cli.checks import Options as Options
 from picotrain.cli.commands import load_model
 from picotrain.cli.subjects import checkpoint_key, folder_key
-from picotrain.config.saved import write_whole
+from picotrain.config.saved import is_own_json, write_whole
 from picotrain.data.origins import validation_documents, validation_origins
 from picotrain.data.stream import validation_rows
-from picotrain.errors import PicotrainError
+from picotrain.errors import PicotrainError, RunError
 from picotrain.evaluation import EvaluationFailed
 from picotrain.evaluation.bundle import Bundle
 from picotrain.evaluation.core import TaskResult, summary
@@ -128,6 +129,7 @@ def evaluate_checkpoint(run: Path, which: str, options: Options) -> int:
     Training text is the same number of rows from the start of the first training shard, in file order.
     """
     ready = checks.check(run, which, None, options)
+    _check_folder(ready.folder)
     material, model, path = load_model(run, which)
     config, seq_len = ready.config, material.plan.seq_len
     max_rows = options.tokens and max(1, options.tokens // seq_len)
@@ -164,6 +166,7 @@ def evaluate_hf(path: Path, run: Path, options: Options) -> int:
     """Measure a Hugging Face model on the validation documents of a run, whole and in windows of its own context, and on CORE;
     write `eval/hf-NAME/` of that run; the exit code. Raises EvaluationIncomplete."""
     ready = checks.check(run, "last", path, options)
+    _check_folder(ready.folder)
     material, sampling_ = ready.material, ready.config.sampling
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with _ranks(torch.device(device)) as ranks, _bars(ranks) as show:
@@ -268,6 +271,13 @@ def _core(done: Evaluation, config: Any, bundle: Bundle, subject: Subject, store
     done.predictions, done.results["core"] = tasks, dataclasses.asdict(core)
     if core.core_metric is None:
         raise EvaluationFailed("none of its tasks could be evaluated: " + "; ".join(core.problems.values()))
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise RunError where files that are no results of ours would be replaced. results.json is the first to be written."""
+    names = [name for name in ("results.json", "results.md", "core.csv", "predictions.jsonl") if os.path.lexists(folder / name)]
+    if names and not (names[0] == "results.json" and is_own_json(folder / names[0], "bpb", "samples")):
+        raise RunError(f"{folder / names[0]} was not written by `picotrain eval`, which would replace it; move it away")
 
 
 def _table(core: dict[str, Any]) -> str:

@@ -118,6 +118,53 @@ def read_plain(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
         return file.read(max_bytes)
 
 
+def is_own_json(path: Path, *keys: str) -> bool:
+    """Whether nothing is at `path`, or a JSON object with these keys, as picotrain writes it: only that may be written anew."""
+    if _is_nothing(path):
+        return True
+    try:
+        found = parse_json(read_plain(path))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and set(keys) <= found.keys()
+
+
+def _is_nothing(path: Path) -> bool:
+    """Whether nothing is there that could be lost: no file, or an empty one."""
+    return not os.path.lexists(path) or (path.is_file() and not path.is_symlink() and not path.stat().st_size)
+
+
+def is_own_picture(path: Path) -> bool:
+    """Whether nothing is at `path`, or a PNG as picotrain makes them: without the name of a program, which others write."""
+    if _is_nothing(path):
+        return True
+    try:
+        head = read_plain(path)[:512]
+    except OSError:
+        return False
+    return head.startswith(b"\x89PNG\r\n") and b"Software" not in head
+
+
+def is_own_text(path: Path, first_line: str) -> bool:
+    """Whether nothing is at `path`, or a text that begins with this line."""
+    if _is_nothing(path):
+        return True
+    try:
+        return read_plain(path).decode("utf-8", "replace").split("\n", 1)[0] == first_line
+    except OSError:
+        return False
+
+
+def is_own_page(path: Path) -> bool:
+    """Whether nothing is at `path`, or a page of HTML that picotrain made."""
+    if _is_nothing(path):
+        return True
+    try:
+        return b'<meta name="generator" content="picotrain">' in read_plain(path)[:4096]
+    except OSError:
+        return False
+
+
 def parse_json(data: bytes | str) -> Any:
     """Strict JSON. Raises ValueError, also for NaN, which JSON does not have, and for brackets without end."""
     try:

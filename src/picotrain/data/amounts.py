@@ -46,7 +46,7 @@ def estimate(data: DataConfig, cache: Path) -> list[Amount]:
     entries = data.mixture if data.kind == "mixture" else ()
     total = sum(entry.weight for entry in entries)
     found = []
-    for i, part in enumerate(sources.parts(data)):
+    for i, part in enumerate(sources.parts_of(data)):
         amount = _of_part(part, cache)
         found.append(amount._replace(share=entries[i].weight / total, repeats=entries[i].at_end == "wrap") if entries else amount)
     return found
@@ -61,7 +61,7 @@ def pystdlib_text_bytes() -> int:
 def sample(data: DataConfig, max_bytes: int) -> list[str]:
     """Documents, or beginnings of them, from files that are not prepared yet: about `max_bytes` at most; [] of what is not on this disk."""
     texts: list[str] = []
-    parts = sources.parts(data)
+    parts = sources.parts_of(data)
     for part in parts:
         if part.kind in ("pystdlib", "files") and not sources.is_remote(part):
             files, _ = sources.inputs(part)

@@ -1,4 +1,4 @@
-"""A corpus: a folder of Parquet shards with a `text` column, the last of which validates.
+"""A corpus: a folder of Parquet shards with a `text` column, one of which validates.
 
 Only footers are read here (and row groups by `read_texts`). Without torch; pyarrow is imported
 inside functions, so that a plan on a cached corpus does not pay for it.
@@ -7,79 +7,51 @@ inside functions, so that a plan on a cached corpus does not pay for it.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from picotrain.config.saved import parse_json, read_plain
 from picotrain.data.files import Files, LocalFiles
+from picotrain.data.folder import Chosen, Found, choose, find_shards, validating
+from picotrain.data.footers import (  # noqa: F401
+    TEXT,
+    BadShard,
+    Count,
+    RowGroup,
+    Shard,
+    first_undecodable,
+    hash_bytes,
+    opened,
+    raising,
+    read_footer,
+    reader_of,
+    require_regular,
+)
 from picotrain.data.units import Unit, Units, default_lanes, default_unit_bytes, units  # noqa: F401
 from picotrain.errors import DataError
 from picotrain.terminal import say
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-TEXT = "text"  # the column that is trained on
-MANIFEST = "data.json"  # the footers, kept beside the shards
+MANIFEST = "data.json"  # the footers, kept beside the shards or in the cache
+MADE_BY = {"made_by": "picotrain"}  # what tells our manifest from a user's file of that name
 ORIGIN = "origin.json"  # what `picotrain.data.prepare` made the shards from
 SAMPLED_SHARDS = 4  # at least, of a remote corpus
 READERS = 8  # threads that read footers: they wait for the disk or the network, not for a core
 
-
-def _plain_name(name: str) -> str:
-    """Shards are read from, and remote ones written to, the folder of their corpus; no name may lead elsewhere."""
-    if Path(name).name != name or not name.endswith(".parquet") or "\0" in name:
-        raise ValueError("a shard's name must be the plain name of a .parquet file")
-    return name
-
-
-Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
-ShardName = Annotated[str, AfterValidator(_plain_name)]
-
-
-class RowGroup(NamedTuple):
-    """One row group: its rows and the bytes of its `text` column by the footer (uncompressed)."""
-
-    rows: Count
-    text_bytes: Count
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One Parquet file. `fingerprint` hashes its size and its footer: cheap, and changed by any honest rewrite,
-    but blind to bytes flipped inside a data page (reading those fails or is caught by the page's own checks)."""
-
-    name: ShardName
-    bytes: Count
-    row_groups: tuple[RowGroup, ...]
-    fingerprint: str
-
-    @property
-    def rows(self) -> int:
-        return sum(group.rows for group in self.row_groups)
-
-    @property
-    def text_bytes(self) -> int:
-        return sum(group.text_bytes for group in self.row_groups)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "bytes": self.bytes, "fingerprint": self.fingerprint, "row_groups": [list(g) for g in self.row_groups]}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Shard:
-        """Raises ValueError where `data` is none of `to_json`."""
-        return _reader(cls).validate_python(data)
+OnBad = Callable[[DataError], None]  # is told what is passed over
+Say = Callable[[str], None]
 
 
 class Remote(NamedTuple):
@@ -140,58 +112,70 @@ class Corpus:
     def from_json(cls, data: dict[str, Any]) -> Corpus:
         """Raises DataError where `data` is none of `to_json`."""
         try:
-            return _reader(cls).validate_python(data)
+            return reader_of(cls).validate_python(data)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join(map(str, first["loc"]))
             raise DataError(f"the description of a corpus is damaged: {place}: {first['msg']}, not {first['input']!r:.60}") from None
 
 
-@lru_cache
-def _reader(kind: type[Any]) -> TypeAdapter[Any]:
-    """What turns plain JSON into `kind` and trusts nothing in it; built when it is first needed."""
-    return TypeAdapter(kind)
+def scan(
+    root: Path,
+    name: str,
+    val_shard: str | None = None,
+    *,
+    cache: Path | None = None,
+    only: Iterable[str] | None = None,
+    say: Say = lambda text: None,
+    on_bad: OnBad | None = None,
+) -> Corpus:
+    """The corpus in folder `root`: its `*.parquet`, of which `picotrain.data.folder.choose` says what each is for.
 
-
-def scan(root: Path, name: str, val_shard: str | None = None, *, cache: Path | None = None, only: Iterable[str] | None = None) -> Corpus:
-    """The corpus in folder `root`: every `*.parquet` sorted by name, of which the last (or `val_shard`) validates.
-
-    Footers are read in parallel and kept in `data.json` in the folder, or below `cache` where the folder cannot be
-    written; a shard whose size or modification time changed is read again. `only` limits the corpus to these names.
+    Footers are read in parallel and kept in `data.json` in the folder, or below `cache` where that is given; a shard whose size or
+    modification time changed is read again. `only` limits the corpus to these names, of which the last (or `val_shard`)
+    validates. `say` is told what is left out. `on_bad` is told of a shard that cannot be read, which is then left out.
     Raises DataError when folder, shards, `text` column or validation shard are missing or unusable.
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
         raise DataError(f"there is no corpus folder {root}{hint_for(root)}")
-    wanted = None if only is None else set(only)
-    files = sorted(path for path in root.glob("*.parquet") if path.is_file() and (wanted is None or path.name in wanted))
-    if not files:
-        raise DataError(f"{root} holds no *.parquet file; a corpus is a folder of Parquet shards with a `{TEXT}` column")
-    val_name = validating([path.name for path in files], str(root), val_shard)
-    return assemble(name, root, _read_footers(root, files, cache), val_name, read_json(root / ORIGIN))
-
-
-def validating(names: Sequence[str], where: str, val_shard: str | None) -> str:
-    """Which of a corpus' shards validates: `val_shard`, else the last. Raises DataError; `where` is the folder or URL for it."""
-    val_name = names[-1] if val_shard is None else val_shard
-    if val_name not in names:
-        close = difflib.get_close_matches(val_name, names, n=1, cutoff=0)
-        raise DataError(f"data.val_shard: {where} holds no shard {val_name!r}; the nearest is {close[0] if close else names[-1]!r}")
-    if len(names) == 1:
+    names, words = found_in(root)
+    if only is not None:
+        names, words = [name for name in names if name in set(only)], []
+    if not names:
         raise DataError(
-            f"{where} holds only one shard, {names[0]}, and a corpus needs one to train on and one to validate on; "
-            f"name the file itself (data.path={Path(where) / names[0]}) to have its documents split into both"
+            "; ".join([f"{root} holds no *.parquet file; a corpus is a folder of Parquet shards with a `{TEXT}` column", *words])
         )
-    return val_name
+    shards = read_footers(root, names, cache, on_bad)
+    names = [shard.name for shard in shards]
+    if not names:
+        raise DataError(f"{root} holds no *.parquet file that can be read")
+    if only is None:
+        chosen = choose(names, str(root), val_shard)
+    else:
+        val = validating(names, str(root), val_shard)
+        chosen = Chosen([name for name in names if name != val], val, [])
+    corpus = assemble(name, root, shards, chosen, read_json(root / ORIGIN))
+    for line in (*words, *chosen.words):
+        say(line)
+    return corpus
+
+
+def found_in(root: Path) -> Found:
+    """The shards in a folder. Raises DataError where it cannot be looked into."""
+    try:
+        return find_shards(root)
+    except OSError as error:
+        raise DataError(f"{root} cannot be read: {error.strerror}") from error
 
 
 def assemble(
-    name: str, root: Path, shards: Sequence[Shard], val_name: str, origin: dict[str, Any] | None = None, remote: Remote | None = None
+    name: str, root: Path, shards: Sequence[Shard], chosen: Chosen, origin: dict[str, Any] | None = None, remote: Remote | None = None
 ) -> Corpus:
-    """The corpus of these shards, sorted by name. Raises DataError when there is no document to train or to validate on."""
-    train = tuple(shard for shard in shards if shard.name != val_name)
-    val = next(shard for shard in shards if shard.name == val_name)
-    for rows, what in ((sum(shard.rows for shard in train), "training shards"), (val.rows, f"validation shard {val_name}")):
+    """The corpus of the shards that were chosen. Raises DataError when there is no document to train or to validate on."""
+    by_name = {shard.name: shard for shard in shards}
+    train, val = tuple(by_name[name] for name in chosen.train), by_name[chosen.val]
+    for rows, what in ((sum(shard.rows for shard in train), "training shards"), (val.rows, f"validation shard {val.name}")):
         if rows == 0:
             raise DataError(f"{remote.url if remote else root}, {what}: there is no document in it")
     return Corpus(name, root, train, val, origin, remote)
@@ -206,15 +190,11 @@ def read_texts(root: Path, shard: Shard, rg: int) -> list[str]:
         raise DataError(f"{root / shard.name}, row group {rg}, document {first_undecodable(column)}: the text is not valid UTF-8") from None
 
 
-def first_undecodable(column: pa.Array | pa.ChunkedArray) -> int:
-    """The index of the first text of a column that is not valid UTF-8."""
-    return next(i for i, raw in enumerate(column.cast("binary").to_pylist()) if not _is_utf8(raw))
-
-
-def sample_texts(corpus: Corpus, max_bytes: int) -> Iterator[str]:
+def sample_texts(corpus: Corpus, max_bytes: int, on_bad: OnBad | None = None) -> Iterator[str]:
     """At most about `max_bytes` (characters counted) of training text, spread evenly over all row groups; all of it when it is less.
 
-    Of a remote corpus only a few shards are fetched for it, spread evenly too.
+    Of a remote corpus only a few shards are fetched for it, spread evenly too. `on_bad` is told of a row group that cannot be
+    read, which is then passed over; None: the error is raised.
     """
     shards = corpus.shards
     if corpus.remote:
@@ -229,8 +209,14 @@ def sample_texts(corpus: Corpus, max_bytes: int) -> Iterator[str]:
         groups = [groups[i * len(groups) // count] for i in range(count)]
     share = max(1, max_bytes // len(groups))
     for shard, rg in groups:
-        with corpus.files.hold(shard) as path:
-            texts = read_texts(path.parent, shard, rg)
+        try:
+            with corpus.files.hold(shard) as path:
+                texts = read_texts(path.parent, shard, rg)
+        except DataError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+            continue
         yield from _thin(texts, share) if text_bytes > max_bytes else texts
 
 
@@ -243,11 +229,6 @@ def hint_for(path: Path) -> str:
     except OSError:
         close = []
     return f"; {parent} exists" + (f" and holds {close[0]!r}" if close else f" and holds no {missing!r}")
-
-
-def hash_bytes(data: bytes, size: int = 16) -> str:
-    """BLAKE2b of `data` as 2 x `size` hex digits."""
-    return hashlib.blake2b(data, digest_size=size).hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -280,42 +261,73 @@ def _thin(texts: list[str], share: int) -> Iterator[str]:
         left -= len(text)
 
 
-def _read_footers(root: Path, files: list[Path], cache: Path | None) -> list[Shard]:
-    """Every shard's footer, from the manifest where size and modification time still agree."""
-    manifests = [root / MANIFEST]
-    if cache is not None:
-        manifests.append(cache / "manifests" / f"{hash_bytes(str(root).encode(), 8)}.json")
-    known = next((entries for entries in map(_manifest_entries, manifests) if entries), {})
-    stats = {path.name: [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in files}
-    missing = [path for path in files if path.name not in known or known[path.name][0] != stats[path.name]]
+def read_footers(root: Path, names: Sequence[str], cache: Path | None = None, on_bad: OnBad | None = None) -> list[Shard]:
+    """The footers of these shards, from what is remembered where size and modification time still agree.
+
+    They are remembered in the folder, unless another's file has that name there, or below `cache` where it is given: a folder of the
+    user's is left as it is. `on_bad` is told of a shard that cannot be read, which is then left out; None: BadShard is raised.
+    """
+    elsewhere = [] if cache is None else [manifest_of(root, cache)]
+    manifests = [*elsewhere, root / MANIFEST]
+    known: dict[str, tuple[list[int], Shard]] = {}
+    for path in reversed(manifests):
+        known |= manifest_entries(path) or {}
+    stats: dict[str, list[int]] = {}
+    missing: list[str] = []
+
+    def read(name: str) -> Shard | BadShard:
+        try:
+            return read_footer(root / name)
+        except BadShard as error:
+            if on_bad is None:
+                raise
+            return error
+
+    for name in names:
+        with suppress(OSError):  # said when it is read
+            stats[name] = [(stat := (root / name).stat()).st_size, stat.st_mtime_ns]
+        if name not in stats or name not in known or known[name][0] != stats[name]:
+            missing.append(name)
     with ThreadPoolExecutor(READERS) as pool:
-        read = {shard.name: shard for shard in pool.map(read_footer, missing)}
-    shards = [read.get(path.name) or known[path.name][1] for path in files]
+        fresh = dict(zip(missing, pool.map(read, missing), strict=True))
+    shards: list[Shard] = []
+    for name in names:
+        shard = fresh[name] if name in fresh else known[name][1]
+        if isinstance(shard, Shard):
+            shards.append(shard)
+        elif on_bad is not None:
+            on_bad(shard)
     if missing:
-        gone = {name for name in known if not (root / name).exists()}
-        entries = {name: entry for name, entry in known.items() if name not in gone} | {s.name: (stats[s.name], s) for s in shards}
-        _write_manifest(manifests, entries)
+        entries = {name: entry for name, entry in known.items() if (root / name).exists()}
+        entries |= {shard.name: (stats[shard.name], shard) for shard in shards if shard.name in stats}
+        _write_manifest((elsewhere or manifests)[0], entries)
     return shards
 
 
-def _manifest_entries(path: Path) -> dict[str, tuple[list[int], Shard]] | None:
-    data = read_json(path)
+def manifest_of(root: Path, cache: Path) -> Path:
+    """Where the cache keeps the footers of a folder that is not its own."""
+    return cache / "manifests" / f"{hash_bytes(os.fsencode(root), 8)}.json"
+
+
+def manifest_entries(path: Path) -> dict[str, tuple[list[int], Shard]] | None:
+    """What a manifest of ours holds: (size and time, shard) by name; None for any other file."""
+    data = read_json(path) or {}
     try:
-        return {entry["name"]: (entry["stat"], Shard.from_json(entry)) for entry in data["files"]} if data else None
+        entries = {entry["name"]: (entry["stat"], Shard.from_json(entry)) for entry in data["files"]}
     except (KeyError, TypeError, ValueError):
         return None
+    return entries if entries or MADE_BY.items() <= data.items() else None  # those of earlier versions have no mark
 
 
-def _write_manifest(manifests: list[Path], entries: dict[str, tuple[list[int], Shard]]) -> None:
-    """Into the first place that may be written; a manifest only saves time, so that none is no error."""
-    data = json.dumps({"files": [{**shard.to_json(), "stat": stat} for stat, shard in entries.values()]}).encode()
-    for path in manifests:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if _is_writable(path.parent):
-                return write_atomic(path, data)
-        except OSError:
-            continue
+def _write_manifest(path: Path, entries: dict[str, tuple[list[int], Shard]]) -> None:
+    """A manifest only saves time, so that none is no error; a file that is not ours stays."""
+    data = json.dumps({**MADE_BY, "files": [{**shard.to_json(), "stat": stat} for stat, shard in entries.values()]}).encode()
+    with suppress(OSError):
+        if os.path.lexists(path) and (path.is_symlink() or manifest_entries(path) is None):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if _is_writable(path.parent):
+            write_atomic(path, data)
 
 
 def _is_writable(folder: Path) -> bool:
@@ -323,75 +335,13 @@ def _is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
-def read_footer(path: Path) -> Shard:
-    """A shard from its Parquet footer, the `text` column checked."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        size, footer = _footer_bytes(path)
-        metadata = pq.read_metadata(path)
-        schema = metadata.schema.to_arrow_schema()
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is no readable Parquet file: {_first_line(error)}; fetch or write it again, or remove it") from error
-    if TEXT not in schema.names:
-        raise DataError(f"{path} has no `{TEXT}` column; its columns are {', '.join(schema.names) or '(none)'}")
-    if not _is_string(schema.field(TEXT).type):
-        raise DataError(f"{path}: the `{TEXT}` column holds {schema.field(TEXT).type}, not strings")
-    groups = tuple(_row_group(metadata, rg) for rg in range(metadata.num_row_groups))
-    return Shard(path.name, size, groups, hash_bytes(footer + size.to_bytes(8, "little")))
-
-
-def _row_group(metadata: pq.FileMetaData, rg: int) -> RowGroup:
-    group = metadata.row_group(rg)
-    column = next(i for i in range(group.num_columns) if group.column(i).path_in_schema == TEXT)
-    return RowGroup(group.num_rows, group.column(column).total_uncompressed_size)
-
-
-def _footer_bytes(path: Path) -> tuple[int, bytes]:
-    """File size and the raw footer: its last 8 bytes are the footer's length and the magic `PAR1`."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 8))
-        tail = file.read(8)
-        length = int.from_bytes(tail[:4], "little")
-        if tail[4:] != b"PAR1" or length + 12 > size:
-            raise OSError(f"it does not end in a Parquet footer ({size:,} bytes; truncated, or another format)")
-        file.seek(size - 8 - length)
-        return size, file.read(length)
-
-
 def _read_column(root: Path, shard: Shard, rg: int) -> pa.ChunkedArray:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = Path(root) / shard.name
-    try:
-        if (size := path.stat().st_size) != shard.bytes:
+    with raising(lambda why: DataError(f"{path}, row group {rg} cannot be read: {why}")):
+        if (size := require_regular(path).st_size) != shard.bytes:
             raise OSError(f"it has {size:,} bytes, and had {shard.bytes:,} when the corpus was scanned")
-        with pq.ParquetFile(path) as file:
+        with opened(path) as file:
             column = file.read_row_group(rg, columns=[TEXT], use_threads=False).column(TEXT)
         if len(column) != shard.row_groups[rg].rows:
             raise OSError(f"it has {len(column):,} rows, and the footer promised {shard.row_groups[rg].rows:,}")
-        return column
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}, row group {rg} cannot be read: {_first_line(error)}") from error
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    import pyarrow.types as types
-
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-
-
-def _is_utf8(raw: bytes | None) -> bool:
-    try:
-        return raw is None or raw.decode() is not None
-    except UnicodeDecodeError:
-        return False
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return column

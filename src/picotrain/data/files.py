@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -22,6 +23,10 @@ class Files(Protocol):
 
     def prefetch(self, shards: Sequence[Shard], /) -> None:
         """Which shards will be needed next, the most urgent first."""
+        ...
+
+    def missing(self, shards: Sequence[Shard], /) -> list[str]:
+        """What can be told at once, without reading anything, of shards that cannot be held."""
         ...
 
     def close(self) -> None:
@@ -46,18 +51,32 @@ class LocalFiles:
     def prefetch(self, shards: Sequence[Shard], /) -> None:
         pass
 
+    def missing(self, shards: Sequence[Shard], /) -> list[str]:
+        found = []
+        for shard in shards:
+            try:
+                self._stat(self._root / shard.name, shard)
+            except DataError as error:
+                found.append(str(error))
+        return found
+
     def close(self) -> None:
         pass
 
-    def _check(self, path: Path, shard: Shard) -> None:
-        from picotrain.data.corpus import read_footer
-
+    def _stat(self, path: Path, shard: Shard) -> os.stat_result:
+        """The status of a shard's file, its size compared. Raises DataError."""
         try:
             stat = path.stat()
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}; it was there when the corpus was scanned") from error
         if stat.st_size != shard.bytes:
             raise DataError(f"{path} cannot be read: it has {stat.st_size:,} bytes, and had {shard.bytes:,} when the corpus was scanned")
+        return stat
+
+    def _check(self, path: Path, shard: Shard) -> None:
+        from picotrain.data.corpus import read_footer
+
+        stat = self._stat(path, shard)
         if self._seen.get(shard.name) == stat.st_mtime_ns:
             return
         if read_footer(path).fingerprint != shard.fingerprint:

@@ -17,7 +17,9 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from picotrain.data.corpus import MANIFEST, ORIGIN, TEXT, Shard, read_footer, read_json
+from picotrain.data.corpus import MANIFEST, ORIGIN, TEXT, Shard, found_in, manifest_entries, manifest_of, read_footer, read_json
+from picotrain.data.folder import Chosen, choose
+from picotrain.data.footers import first_line, opened, raising
 from picotrain.data.prepare import content_hash
 from picotrain.errors import DataError
 
@@ -87,12 +89,17 @@ def inspect(
     samples: int = 3,
     seed: int = 0,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Inspection:
     """Read a corpus folder, or row groups of about `max_bytes` of it, spread evenly, and count what is in it.
 
-    Memory: about 20 bytes for each document read. Raises DataError when a shard cannot be read.
+    `say` is told what is left out of it. Memory: about 20 bytes for each document read. Raises DataError when a shard cannot be read.
     """
-    shards = [read_footer(path) for path in shard_files(folder)]
+    files = {path.name: path for path in shard_files(folder)}
+    chosen = choose(sorted(files), str(folder), None) if len(files) > 1 else Chosen([], next(iter(files)), [])
+    for line in (*found_in(folder).words, *chosen.words):
+        say(line)
+    shards = [read_footer(files[name]) for name in (*chosen.train, chosen.val)]
     groups = _chosen([(shard, rg) for shard in shards for rg in range(len(shard.row_groups))], max_bytes)
     sizes = [group.text_bytes for shard in shards for group in shard.row_groups]
     found = Inspection(
@@ -123,7 +130,7 @@ def inspect(
 
 def shard_files(folder: Path) -> list[Path]:
     """The shards in a folder, sorted. Raises DataError when there are none."""
-    files = sorted(path for path in Path(folder).glob("*.parquet") if path.is_file())
+    files = [Path(folder) / name for name in found_in(folder).names]
     if not files:
         raise DataError(f"{folder} holds no *.parquet file; make a corpus of it with `picotrain data prepare {folder} --out DIR`")
     return files
@@ -140,26 +147,17 @@ def _chosen(groups: list[tuple[Shard, int]], max_bytes: int | None) -> list[tupl
 
 def _columns(folder: Path, shard: Shard, rg: int) -> Iterator[tuple[int, pa.Array]]:
     """A row group's text in batches, each with its first row. Raises DataError naming shard and row group."""
-    import pyarrow as pa
-
-    row = 0
-    try:
+    row, where = 0, f"{folder / shard.name}, row group {rg}"
+    with raising(lambda why: DataError(f"{where} cannot be read: {why}; `picotrain data verify {folder}` lists all that is bad")):
         for batch in _batches(folder / shard.name, shard, rg, [TEXT]):
             yield row, batch.column(0)
             row += batch.num_rows
-    except (OSError, pa.ArrowException) as error:
-        why = _first_line(error)
-        raise DataError(
-            f"{folder / shard.name}, row group {rg} cannot be read: {why}; `picotrain data verify {folder}` lists all that is bad"
-        ) from error
 
 
 def _batches(path: Path, shard: Shard, rg: int, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
-    import pyarrow.parquet as pq
-
     group = shard.row_groups[rg]
     rows = max(1, min(group.rows, READ_BYTES * group.rows // max(1, group.text_bytes)))
-    with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True) as file:
+    with opened(path) as file:
         yield from file.iter_batches(rows, row_groups=[rg], columns=columns, use_threads=False)
 
 
@@ -286,13 +284,14 @@ class Verification:
     unlisted: list[str]
 
 
-def verify(folder: Path, progress: Progress | None = None) -> Verification:
-    """Read every shard of a folder wholly, page checksums on, and compare it with data.json and origin.json.
+def verify(folder: Path, progress: Progress | None = None, cache: Path | None = None) -> Verification:
+    """Read every shard of a folder wholly, page checksums on, and compare it with data.json, or what the `cache` remembers in its
+    place, and with origin.json.
 
     Raises DataError only when there is no shard at all; what is wrong with one is in the result, everything at once.
     """
     files = shard_files(folder)
-    prints, hashes = _manifest(folder), _hashes(folder)
+    prints, hashes = _manifest(folder, cache), _hashes(folder)
     total = sum(path.stat().st_size for path in files)
     done, lock, stop = 0, Lock(), Event()
 
@@ -326,12 +325,10 @@ def verify(folder: Path, progress: Progress | None = None) -> Verification:
     )
 
 
-def _manifest(folder: Path) -> dict[str, Shard]:
-    """The shards as data.json has them; read as it is: `scan` would bring it up to date first."""
-    try:
-        return {entry["name"]: Shard.from_json(entry) for entry in (read_json(folder / MANIFEST) or {})["files"]}
-    except (KeyError, TypeError, ValueError):
-        return {}
+def _manifest(folder: Path, cache: Path | None) -> dict[str, Shard]:
+    """The shards as data.json or the cache has them; read as it is: `scan` would bring it up to date first."""
+    places = [folder / MANIFEST, *([] if cache is None else [manifest_of(folder, cache)])]
+    return {name: shard for path in places for name, (_, shard) in (manifest_entries(path) or {}).items()}
 
 
 def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
@@ -381,9 +378,5 @@ def _verify_row_group(path: Path, shard: Shard, rg: int) -> Iterator[str]:
             rows += batch.num_rows
         if rows != shard.row_groups[rg].rows:
             yield f"it holds {rows:,} rows, and the footer promises {shard.row_groups[rg].rows:,}"
-    except (OSError, pa.ArrowException) as error:
-        yield f"cannot be read after {rows:,} rows: {_first_line(error)}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # whatever pyarrow raises
+        yield f"cannot be read after {rows:,} rows: {first_line(error)}"

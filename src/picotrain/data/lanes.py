@@ -14,7 +14,7 @@ plain JSON. A rank knows its own lanes only; `merge_states` makes one state of a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import lru_cache
 from itertools import count
@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from picotrain.config.schema import LEAST_SEQ_LEN
-from picotrain.data.corpus import Corpus, Shard
+from picotrain.data.corpus import Corpus, OnBad, Shard
 from picotrain.data.mixture import Choice, Source
 from picotrain.data.slices import Encoder, Tokens, slice_bytes, tokenized
 from picotrain.data.units import Unit, units
 from picotrain.errors import DataError
 
 State = dict[str, Any]
-OnBad = Callable[[DataError], None]
 
 
 class Cursor(NamedTuple):
@@ -70,6 +69,7 @@ class Stream:
         self._on_bad = on_bad
         self._order = lru_cache(maxsize=2)(lambda epoch: self.units.order(seed, epoch))
         self._rowless: set[int] = set()  # units without a full row, in whatever order they are packed
+        self._bad: set[int] = set()  # units that could not be read to their end
 
     def at(self, position: int) -> tuple[int, int]:
         """(epoch, index into `units`) of a position."""
@@ -89,6 +89,10 @@ class Stream:
                 return
             yield from self._unit_slices(position, first)
             first = 0
+
+    def is_bad(self, position: int) -> bool:
+        """Whether the unit at a position was passed over, because it could not be read."""
+        return self.at(position)[1] in self._bad
 
     def slice_share(self, position: int, number: int) -> tuple[float, float]:
         """Where a slice begins and ends, as shares of its unit; estimated from the footer's bytes."""
@@ -120,6 +124,7 @@ class Stream:
         except DataError as error:
             if self._on_bad is None:
                 raise
+            self._bad.add(index)
             self._on_bad(error)
         if not found:
             self._rowless.add(index)
@@ -192,9 +197,10 @@ class Reader:
             return None
         position, number, rows = found
         at = self.cursor
-        if at.row == at.rows:
+        is_there = (position, number, len(rows)) == (at.position, at.slice, at.rows)  # resumed in the middle of a slice
+        if at.row == at.rows or (not is_there and self.stream.is_bad(at.position)):
             self._stand_at(Cursor(position, number, 0, len(rows)))
-        elif (position, number, len(rows)) != (at.position, at.slice, at.rows):  # resumed in the middle of a slice
+        elif not is_there:
             raise DataError(
                 f"the checkpoint goes on at row {at.row} of {at.rows} in slice {at.slice} of position {at.position}, but "
                 f"slice {number} of position {position} comes next and has {len(rows)} rows; the corpus or the tokenizer changed since"
@@ -269,12 +275,18 @@ def check_lanes(lanes: int, num_units: int, dp_size: int, rows_per_step: int) ->
         raise DataError(f"dp_size {dp_size} does not divide the {rows_per_step} rows of a step; the nearest that it does: {nearest}")
 
 
-def has_full_row(corpus: Corpus, tokenizer: Encoder, seq_len: int, unit_bytes: int) -> bool:
-    """Whether the training shards yield at least one row. Reads until it finds one: mostly a single slice."""
+def has_full_row(corpus: Corpus, tokenizer: Encoder, seq_len: int, unit_bytes: int, on_bad: OnBad | None = None) -> bool:
+    """Whether the training shards yield at least one row. Reads until it finds one: mostly a single slice. `on_bad` is told of a
+    unit that cannot be read, which is then passed over; None: the error is raised."""
     for unit in units(corpus.shards, unit_bytes):
-        for tokens in tokenized(corpus.files, corpus.shards[unit.shard], unit, tokenizer, slice_bytes(unit_bytes)):
-            if tokens.row_tokens > seq_len:
-                return True
+        try:
+            for tokens in tokenized(corpus.files, corpus.shards[unit.shard], unit, tokenizer, slice_bytes(unit_bytes)):
+                if tokens.row_tokens > seq_len:
+                    return True
+        except DataError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
     return False
 
 

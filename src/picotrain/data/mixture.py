@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-from picotrain.data.corpus import Corpus, hash_bytes, sample_texts
+from picotrain.data.corpus import Corpus, OnBad, hash_bytes, sample_texts
 from picotrain.data.units import Units, units
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, odd
@@ -78,10 +78,10 @@ class Mixture:
         """Each source's units."""
         return [units(corpus.shards, unit_bytes) for corpus in self.corpora]
 
-    def sample(self, max_bytes: int) -> Iterator[str]:
-        """At most about `max_bytes` of training text, of each source by its share of the rows."""
+    def sample(self, max_bytes: int, on_bad: OnBad | None = None) -> Iterator[str]:
+        """At most about `max_bytes` of training text, of each source by its share of the rows; `on_bad` as in `sample_texts`."""
         for corpus, share in zip(self.corpora, self.shares, strict=True):
-            yield from sample_texts(corpus, max(1, round(max_bytes * share)))
+            yield from sample_texts(corpus, max(1, round(max_bytes * share)), on_bad)
 
     def with_val_from_training(self) -> Mixture:
         """The same data with each source's first training shard in the place of the one that validates."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from picotrain.data.corpus import Corpus
+from picotrain.data.corpus import Corpus, opened, raising
 from picotrain.data.mixture import Mixture
 from picotrain.data.packing import Packed
 from picotrain.data.slices import documents
@@ -83,13 +83,11 @@ def _labels(mixture: Mixture) -> list[str]:
 
 def _column(corpus: Corpus) -> list[str]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    with corpus.files.hold(corpus.val) as path:
-        try:
-            if SOURCE not in pq.read_schema(path).names:
-                return [""] * corpus.val.rows
-            column = pq.read_table(path, columns=[SOURCE])[SOURCE].cast(pa.string())
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}: its column {SOURCE!r} cannot be read: {str(error).strip()}") from error
-    return [value.partition(":")[0] if value else UNKNOWN for value in column.to_pylist()]
+    where = corpus.root / corpus.val.name
+    why_not = raising(lambda why: DataError(f"{where}: its column {SOURCE!r} cannot be read: {why}"))
+    with corpus.files.hold(corpus.val) as path, why_not, opened(path) as file:
+        if SOURCE not in file.schema_arrow.names:
+            return [""] * corpus.val.rows
+        column = file.read(columns=[SOURCE], use_threads=False)[SOURCE].cast(pa.string()).to_pylist()
+    return [value.partition(":")[0] if value else UNKNOWN for value in column]

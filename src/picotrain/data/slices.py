@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from picotrain.data.corpus import TEXT, Shard, first_undecodable
+from picotrain.data.corpus import TEXT, Shard, first_undecodable, opened, raising
 from picotrain.data.files import Files
 from picotrain.data.packing import Packed, pack, row_dtype
 from picotrain.data.units import Unit
@@ -74,29 +74,23 @@ def tokenized(files: Files, shard: Shard, unit: Unit, tokenizer: Encoder, max_by
 def documents(files: Files, shard: Shard, unit: Unit) -> Iterator[str]:
     """The documents of a unit in file order, nulls as ""; holds about 1 MiB of text or one document at a time, however
     large the row groups are. Raises DataError, naming shard and row groups, when they cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     groups = range(unit.rg_start, unit.rg_end)
     rows = sum(shard.row_groups[rg].rows for rg in groups)
     batch_rows = max(1, min(rows, READ_BYTES * rows // max(1, unit.text_bytes)))
     seen = 0
-    with files.hold(shard) as path:
-        try:
-            with pq.ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True) as file:
-                for batch in file.iter_batches(batch_rows, row_groups=list(groups), columns=[TEXT], use_threads=False):
-                    try:
-                        texts = batch.column(0).to_pylist()
-                    except UnicodeDecodeError:
-                        seen += first_undecodable(batch.column(0))
-                        raise OSError("its text is not valid UTF-8") from None
-                    for text in texts:
-                        seen += 1
-                        yield text or ""
-            if seen != rows:
-                raise OSError(f"the footer promised {rows:,} documents in these row groups, and there are {seen:,}")
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{path}, {_place(shard, unit, seen)} cannot be read: {str(error).strip()}") from error
+    with files.hold(shard) as path, raising(lambda why: DataError(f"{path}, {_place(shard, unit, seen)} cannot be read: {why}")):
+        with opened(path) as file:
+            for batch in file.iter_batches(batch_rows, row_groups=list(groups), columns=[TEXT], use_threads=False):
+                try:
+                    texts = batch.column(0).to_pylist()
+                except UnicodeDecodeError:
+                    seen += first_undecodable(batch.column(0))
+                    raise OSError("its text is not valid UTF-8") from None
+                for text in texts:
+                    seen += 1
+                    yield text or ""
+        if seen != rows:
+            raise OSError(f"the footer promised {rows:,} documents in these row groups, and there are {seen:,}")
 
 
 def _place(shard: Shard, unit: Unit, document: int) -> str:

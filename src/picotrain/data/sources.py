@@ -24,9 +24,20 @@ from picotrain.config.compose import data_preset
 from picotrain.config.saved import read_plain
 from picotrain.config.schema import DataConfig
 from picotrain.data import hub
-from picotrain.data.corpus import ORIGIN, Corpus, Remote, assemble, hash_bytes, read_json, scan, validating, write_atomic
+from picotrain.data.corpus import (
+    ORIGIN,
+    Corpus,
+    OnBad,
+    Remote,
+    assemble,
+    hash_bytes,
+    read_json,
+    scan,
+    write_atomic,
+)
+from picotrain.data.folder import RULE, choose, has_shards
 from picotrain.data.mixture import Mixture, Source
-from picotrain.data.prepare import Input, Progress, Say, Undecodable, expand, identify, locked, prepare, silent
+from picotrain.data.prepare import Input, Progress, Say, Undecodable, identify, locked, look, prepare, silent
 from picotrain.errors import ConfigError, DataError, Problem, TokenizerError
 from picotrain.text import clock, size
 from picotrain.ticker import ticking
@@ -45,24 +56,25 @@ NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 def gather(data: DataConfig, cache: Path, say: Say = silent) -> Mixture:
     """What this config trains on, made or downloaded into `cache` when it is not there yet. Raises DataError."""
-    return _mixture(data, [resolve(part, cache, say) for part in parts(data)])
+    return mixture_of(data, [resolve(part, cache, say) for part in parts_of(data)])
 
 
-def known_mixture(data: DataConfig, cache: Path) -> Mixture | None:
+def known_mixture(data: DataConfig, cache: Path, say: Say = silent) -> Mixture | None:
     """What this config trains on if all of it is already there; see `known`."""
-    corpora = [known(part, cache) for part in parts(data)]
+    corpora = [known(part, cache, say) for part in parts_of(data)]
     there = [corpus for corpus in corpora if corpus is not None]
-    return _mixture(data, there) if len(there) == len(corpora) else None
+    return mixture_of(data, there) if len(there) == len(corpora) else None
 
 
 def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
-    """The corpus of this config, made or downloaded into `cache` when it is not there yet. Raises DataError."""
+    """The corpus of this config, made or downloaded into `cache` when it is not there yet; `say` is told what is left out of it.
+    Raises DataError."""
     cache = Path(cache).expanduser().absolute()
     if data.kind == "hub":
         return _download(data, cache, say)
     if is_remote(data):
         return _scan_url(data, cache, say)
-    if (corpus := known(data, cache)) is not None:
+    if (corpus := known(data, cache, say)) is not None:
         return corpus
     files, undecodable = inputs(data)
     say(f"preparing {data.name} from {len(files):,} files")
@@ -72,10 +84,15 @@ def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
     with _lines_of_bytes(say) as progress:
         prepare(files, folder, name=data.name, undecodable=undecodable, identified=identified, say=say, progress=progress)
     write_atomic(_index(files, cache), json.dumps({"folder": folder.name, "stats": _stats(files)}).encode())
-    return scan(folder, data.name, data.val_shard)
+    return scan(folder, data.name, data.val_shard, on_bad=passing_over(data, say))
 
 
-def known(data: DataConfig, cache: Path) -> Corpus | None:
+def passing_over(data: DataConfig, say: Say) -> OnBad | None:
+    """What is told of text that cannot be read, where data.on_bad_shard=skip passes over it; None where it is an error."""
+    return (lambda error: say(f"data.on_bad_shard=skip passes over it: {error}")) if data.on_bad_shard == "skip" else None
+
+
+def known(data: DataConfig, cache: Path, say: Say = silent) -> Corpus | None:
     """The corpus if it is already there: no work beyond reading footers and file times, no download.
 
     Raises DataError for what can never be a corpus, such as a path that does not exist.
@@ -87,19 +104,22 @@ def known(data: DataConfig, cache: Path) -> Corpus | None:
     if is_remote(data):
         return _known_url(data, cache)
     if (folder := _shard_folder(data)) is not None:
-        return scan(folder, data.name, data.val_shard, cache=cache)
-    files, _ = inputs(data)
+        return scan(folder, data.name, data.val_shard, cache=cache, say=say, on_bad=passing_over(data, say))
+    files, _ = inputs(data, say)
     entry = read_json(_index(files, cache))
     if entry is None or entry.get("stats") != _stats(files):
         return None
     folder = cache / "corpora" / str(entry.get("folder"))
-    return scan(folder, data.name, data.val_shard) if (folder / ORIGIN).is_file() else None
+    return scan(folder, data.name, data.val_shard, on_bad=passing_over(data, say)) if (folder / ORIGIN).is_file() else None
 
 
-def obtain_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path, say: Say = silent) -> tuple[Path, dict[str, Any]]:
+def obtain_tokenizer(
+    section: TokenizerConfig, corpus: Text, cache: Path, say: Say = silent, on_bad: OnBad | None = None
+) -> tuple[Path, dict[str, Any]]:
     """The path of this config's `tokenizer.json` (the one it names, or one trained on the training split and kept in
     `cache`) and what was measured of it: {"vocab_size", "bytes_per_token", "corpus", "tokenizer"}.
 
+    `on_bad` is told of text that cannot be read, which is then passed over; None: DataError is raised.
     Raises TokenizerError when the vocabulary is not the config's, or more than the text yields.
     """
     from picotrain.tokenizer import load_tokenizer, train_tokenizer
@@ -108,12 +128,15 @@ def obtain_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path, say: S
     path = _tokenizer_path(section, home)
     if path.is_file() and (meta := known_tokenizer(section, corpus, cache)) is not None:
         return path, meta
+    if on_bad is not None:  # of less text it is another one, which nobody who has all of it may get
+        home = home.with_name(f"{home.name}-skip")
+        path = _tokenizer_path(section, home)
     with locked(home, say):
         if section.path is None and not path.is_file():
             used = min(section.train_bytes, corpus.text_bytes)
             say(f"training a tokenizer of {section.vocab_size:,} tokens on {used / 1e6:,.1f} MB of {corpus.name}")
             started = time.monotonic()
-            with _telling_how_far(Mixture.of(corpus).sample(section.train_bytes), used, say) as texts:
+            with _telling_how_far(Mixture.of(corpus).sample(section.train_bytes, on_bad), used, say) as texts:
                 train_tokenizer(texts, section.vocab_size, path)
             say(f"trained it in {time.monotonic() - started:.1f} s: {path}")
         tokenizer = load_tokenizer(path, section.encoder)
@@ -122,7 +145,7 @@ def obtain_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path, say: S
                 f"{path} has {tokenizer.vocab_size:,} tokens and tokenizer.vocab_size is {section.vocab_size:,}; "
                 f"set tokenizer.vocab_size={tokenizer.vocab_size}, or name another tokenizer.path"
             )
-        meta = _measure(tokenizer, corpus)
+        meta = _measure(tokenizer, corpus, on_bad)
         home.mkdir(parents=True, exist_ok=True)
         write_atomic(home / META, json.dumps(meta, indent=1).encode())
     return path, meta
@@ -197,16 +220,17 @@ def known_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path) -> dict
     return read_json(_tokenizer_home(section, corpus, cache) / META)
 
 
-def check_rows(data: Text, tokenizer: Tokenizer, seq_len: int, unit_bytes: int) -> None:
-    """Raise DataError unless each source's training and validation shards fill at least one row of seq_len + 1 tokens."""
+def check_rows(data: Text, tokenizer: Tokenizer, seq_len: int, unit_bytes: int, on_bad: OnBad | None = None) -> None:
+    """Raise DataError unless each source's training and validation shards fill at least one row of seq_len + 1 tokens.
+    `on_bad` is told of training text that cannot be read, which is then passed over."""
     for corpus in Mixture.of(data).corpora:
-        _check_rows(corpus, tokenizer, seq_len, unit_bytes)
+        _check_rows(corpus, tokenizer, seq_len, unit_bytes, on_bad)
 
 
-def _check_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, unit_bytes: int) -> None:
+def _check_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, unit_bytes: int, on_bad: OnBad | None) -> None:
     from picotrain.data.lanes import has_full_row, remedy, too_short
 
-    if not has_full_row(corpus, tokenizer, seq_len, unit_bytes):
+    if not has_full_row(corpus, tokenizer, seq_len, unit_bytes, on_bad):
         raise DataError(too_short(corpus, seq_len))
     if not has_full_row(replace(corpus, shards=(corpus.val,)), tokenizer, seq_len, unit_bytes):
         raise DataError(
@@ -221,10 +245,10 @@ def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
     return sum(len(text.encode()) for text in texts) / (len(ids) + len(texts))
 
 
-def _measure(tokenizer: Tokenizer, corpus: Text) -> dict[str, Any]:
+def _measure(tokenizer: Tokenizer, corpus: Text, on_bad: OnBad | None) -> dict[str, Any]:
     return {
         "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": bytes_per_token(tokenizer, list(Mixture.of(corpus).sample(META_BYTES))),
+        "bytes_per_token": bytes_per_token(tokenizer, list(Mixture.of(corpus).sample(META_BYTES, on_bad))),
         "corpus": corpus.fingerprint,
         "tokenizer": tokenizer.fingerprint,
     }
@@ -250,7 +274,7 @@ def _tokenizer_path(section: TokenizerConfig, home: Path) -> Path:
     return path / "tokenizer.json" if path.is_dir() else path
 
 
-def parts(data: DataConfig) -> list[DataConfig]:
+def parts_of(data: DataConfig) -> list[DataConfig]:
     """A mixture's sources as data configs of their own; any other config is its own only part."""
     if data.kind != "mixture":
         return [data]
@@ -262,23 +286,27 @@ def parts(data: DataConfig) -> list[DataConfig]:
         else:
             part = DataConfig(kind="files", name=entry.name, path=entry.source)
             changes = {"val_shard": entry.val_shard}
-        found.append(part.model_copy(update={**changes, "cache_bytes": data.cache_bytes}))
+        found.append(part.model_copy(update={**changes, "cache_bytes": data.cache_bytes, "on_bad_shard": data.on_bad_shard}))
     return found
 
 
-def _mixture(data: DataConfig, corpora: list[Corpus]) -> Mixture:
+def mixture_of(data: DataConfig, corpora: list[Corpus]) -> Mixture:
     if data.kind != "mixture":
         return Mixture.of(corpora[0])
     pairs = zip(data.mixture, corpora, strict=True)
     return Mixture(data.name, tuple(Source(corpus, entry.weight, entry.at_end == "wrap") for entry, corpus in pairs))
 
 
-def inputs(data: DataConfig) -> tuple[list[Input], Undecodable]:
-    """The files to prepare, and what to do with one that is not UTF-8 (the library's own tests hold some on purpose)."""
+def inputs(data: DataConfig, say: Say = silent) -> tuple[list[Input], Undecodable]:
+    """The files to prepare, and what to do with one that is not UTF-8 (the library's own tests hold some on purpose). `say` is told what
+    lies beside them and is not read."""
     if data.kind == "pystdlib":
         return list(_stdlib_files()), "skip"
     assert data.path is not None  # the schema's business
-    return expand(data.path), "error"
+    looked = look(data.path)
+    for line in looked.words():
+        say(f"{data.path}: {line}")
+    return looked.files, "error"
 
 
 def _shard_folder(data: DataConfig) -> Path | None:
@@ -286,7 +314,7 @@ def _shard_folder(data: DataConfig) -> Path | None:
     if data.kind != "files" or data.path is None:
         return None
     folder = Path(data.path).expanduser()
-    return folder if folder.is_dir() and any(folder.glob("*.parquet")) else None
+    return folder if has_shards(folder) else None
 
 
 def _stdlib_files() -> Iterator[Input]:
@@ -332,14 +360,17 @@ def is_remote(data: DataConfig) -> bool:
 
 def _scan_url(data: DataConfig, cache: Path, say: Say) -> Corpus:
     """The corpus behind a URL, from its footers alone; shards are fetched when they are needed."""
-    from picotrain.data.remote import list_shards, manifest_name, read_shards, redacted
+    from picotrain.data.remote import list_shards, read_shards, redacted
 
     assert data.path is not None
-    files = list_shards(data.path, say)
-    val_name = validating([file.name for file in files], redacted(data.path), data.val_shard)
-    shards = read_shards(data.path, files, cache, say)
-    root = cache / "shards" / Path(manifest_name(data.path)).stem
-    corpus = assemble(data.name, root, shards, val_name, remote=Remote(data.path, data.cache_bytes))
+    shards = read_shards(data.path, list_shards(data.path, say), cache, say, passing_over(data, say))
+    where = redacted(data.path)
+    if not shards:
+        raise DataError(f"{where} holds no *.parquet file that can be read")
+    chosen = choose([shard.name for shard in shards], where, data.val_shard)
+    for line in chosen.words:
+        say(line)
+    corpus = assemble(data.name, url_root(data, cache), shards, chosen, remote=Remote(data.path, data.cache_bytes))
     index = _url_index(data, cache)
     index.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(index, json.dumps(corpus.to_json()).encode())
@@ -352,8 +383,16 @@ def _known_url(data: DataConfig, cache: Path) -> Corpus | None:
     return Corpus.from_json(found) if found else None
 
 
+def url_root(data: DataConfig, cache: Path) -> Path:
+    """Where shards of a URL are fetched to."""
+    from picotrain.data.remote import manifest_name
+
+    assert data.path is not None
+    return cache / "shards" / Path(manifest_name(data.path)).stem
+
+
 def _url_index(data: DataConfig, cache: Path) -> Path:
-    return cache / "corpora" / f"url-{_hash([data.path, data.val_shard])}.json"
+    return cache / "corpora" / f"url-{_hash([RULE, data.path, data.val_shard, data.on_bad_shard])}.json"
 
 
 # --- the Hugging Face Hub ------------------------------------------------------------------------

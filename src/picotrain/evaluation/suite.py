@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from picotrain.config.saved import parse_json, read_plain, write_whole
+from picotrain.config.saved import is_own_json, parse_json, read_plain, write_whole
 from picotrain.evaluation.bundle import Bundle, Task
 from picotrain.evaluation.core import Core, TaskResult, evaluate_task, summary
 from picotrain.evaluation.scorer import GptScorer, Scorer
@@ -68,10 +68,11 @@ def core_results(
         identity = {**key, "task": _identity(task), "max_per_task": max_per_task}
         kept = parallel.gather(_kept(file, identity) if file and parallel.is_main else None)[0]
         result = TaskResult.from_dict(kept) if kept else evaluate_task(scorer, task, max_per_task, parallel, progress=progress)
+        results.append(result)
         if file and parallel.is_main and not kept and result.accuracy is not None:  # what failed is tried again
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps({"key": identity, "result": result.as_dict()}) + "\n")
-        results.append(result)
+            if is_own_json(file, "key", "result"):
+                write_whole(file, json.dumps({"key": identity, "result": result.as_dict()}) + "\n")
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from picotrain import checkpoint, evaluation, optim, report, sampling, schedule
+from picotrain import checkpoint, evaluation, invocation, optim, report, sampling, schedule
 from picotrain import run as runs
 from picotrain.checkpoint.archive import Archive
 from picotrain.config import Config
@@ -92,6 +93,11 @@ class Session:
             on_bad_shard=self.config.data.on_bad_shard,
         )
         self.state.loader = self.state.loader or self.loader.state  # a first step that is given up half-way saves the start
+        self._skipped: set[str] = set()  # what was passed over and told
+        if self.config.data.on_bad_shard == "skip":
+            self._skipped.update(text for corpus in self.corpus.corpora for text in corpus.files.missing(corpus.shards))
+            for text in sorted(self._skipped):
+                self.monitor.event(self.state.step, "skipped_data", text)
         self._failure: DataError | None = None  # what ends the run, the same on every rank
         self._stopping_s = 0.0  # when a stop was agreed on
         self._val_rows = None  # tokenized when the first evaluation wants them
@@ -160,8 +166,10 @@ class Session:
         """Begin a checkpoint of this step: rank 0 copies the tensors and writes them in the background."""
         self.monitor.flush()  # no line of a step that the checkpoint holds may be missing from metrics.jsonl
         self.state.loader = merge_states(self.parallel.gather(self.state.loader))
-        for text in sorted(set(chain.from_iterable(self.parallel.gather(self.loader.skipped())))):
+        skipped = set(chain.from_iterable(self.parallel.gather(self.loader.skipped()))) - self._skipped
+        for text in sorted(skipped):  # once, and not at every unit of a shard
             self.monitor.event(self.state.step, "skipped_data", text)
+        self._skipped |= skipped
         loop = self.state.loop
         loop.smoother, loop.smooth_train_loss = self.monitor.smoother_state(), self.monitor.smooth_loss
         loop.total_training_time = self.monitor.total_training_time_s
@@ -216,7 +224,8 @@ class Session:
     def _after_bad_data(self) -> str:
         """What to do about a shard that cannot be read; where such are passed over already, nothing readable was left."""
         passed_over = self.config.data.on_bad_shard == "skip"
-        return AFTER_BAD_DATA + ("" if passed_over else ", or resume with data.on_bad_shard=skip to pass over it")
+        skip = f", or pass over it: picotrain resume {shlex.quote(invocation.shown(self.dir))} data.on_bad_shard=skip"
+        return AFTER_BAD_DATA + ("" if passed_over else skip)
 
     def log(self, step: int, started_s: float, batch: Batch, source_rows: torch.Tensor, **values: Any) -> None:
         """Record a step whose last micro-batch was `batch`; source_rows: of this rank, by source."""

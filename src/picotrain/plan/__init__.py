@@ -198,7 +198,7 @@ def make(
         epochs=repeats.epochs(text, total_tokens, per_token),
         text_bytes=None if text_bytes is None else round(text_bytes),
         text_estimate="; ".join(f"{a.name}: {a.estimated}" if len(text) > 1 else a.estimated for a in text if a.estimated),
-        licences={part.name: part.licence for part in sources.parts(config.data) if part.licence},
+        licences={part.name: part.licence for part in sources.parts_of(config.data) if part.licence},
         **stream,
         sources=repeats.passes(text, total_tokens, per_token),
         bytes_per_token=per_token,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from pathlib import Path
 
 from picotrain import hardware, shape
@@ -16,9 +17,10 @@ from picotrain.config.identity import run_name
 from picotrain.config.saved import load
 from picotrain.config.schema import Config, DataConfig, MixtureSource
 from picotrain.data import amounts, sources
+from picotrain.data.folder import is_text
 from picotrain.data.prepare import Say, silent
 from picotrain.data.remote import is_url
-from picotrain.errors import ConfigError
+from picotrain.errors import ConfigError, Problem
 from picotrain.plan.memory import facts, total_batch
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
@@ -38,7 +40,19 @@ def resolve(config: Config, say: Say = silent) -> Config:
         say(f"an archive is set: train.save_every={ARCHIVED_SAVE_EVERY}, so that there is something to mirror")
         config = _set(config, "train", save_every=ARCHIVED_SAVE_EVERY)
     name = config.run.name or run_name(config)
-    return _set(config, "run", name=name, dir=str(_run_dir(config, name)))
+    config = _set(config, "run", name=name, dir=str(_run_dir(config, name)))
+    _check_paths_are_text(config)
+    return config
+
+
+def _check_paths_are_text(config: Config) -> None:
+    """config.yaml is text, and a path of other bytes cannot stand in it. Raises ConfigError."""
+    run, coding = config.run, sys.getfilesystemencoding()
+    places = {"run.dir": run.dir, "run.cache_dir": run.cache_dir, "data.path": config.data.path, "tokenizer.path": config.tokenizer.path}
+    hint = "another name" if coding == "utf-8" else "set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+    rule = f"is a path that is not {coding} text, and config.yaml is text"
+    if problems := [Problem(key, f"{path!a} {rule}", hint) for key, path in places.items() if path and not is_text(path)]:
+        raise ConfigError(problems)
 
 
 def cache_dir(config: Config) -> Path:
@@ -197,7 +211,7 @@ def _with_shards(config: Config, data: DataConfig, there: DataConfig | None) -> 
         return data
     kept_by = {entry.source: entry.num_shards for entry in there.mixture} if there else {}
     entries = []
-    for entry, part in zip(data.mixture, sources.parts(data), strict=True):
+    for entry, part in zip(data.mixture, sources.parts_of(data), strict=True):
         if part.kind == "hub" and entry.num_shards is None:
             number = kept_by.get(entry.source) or _shards_needed(config, part, _largest_share(entry, data.mixture))
             entry = entry.model_copy(update={"num_shards": number})

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from picotrain.config.saved import is_own_json, is_own_page, is_own_text
 from picotrain.errors import RunError
 from picotrain.metrics import plain
 from picotrain.report.charts import draw_charts
@@ -15,6 +16,7 @@ from picotrain.report.facts import Run, read_run, summarise
 from picotrain.report.html import render_page
 from picotrain.report.markdown import render
 from picotrain.report.picture import draw_pictures
+from picotrain.terminal import say
 
 __all__ = ["Run", "console_summary", "read_run", "summarise", "what_next", "write_report"]
 
@@ -29,16 +31,21 @@ def write_report(run_dir: Path, running: bool = False) -> dict[str, Any]:
     summary = plain(summarise(run, running))
     try:
         pictures = draw_pictures(run, run_dir)
-        _replace(run_dir / "report.md", render(run, summary, pictures.get("learned"), pictures))
-        _replace(run_dir / "report.html", render_page(run, summary, draw_charts(run)))
-        _replace(run_dir / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        page = render(run, summary, pictures.get("learned"), pictures)
+        _replace(run_dir / "report.md", page, is_own_text(run_dir / "report.md", page.split("\n", 1)[0]))
+        _replace(run_dir / "report.html", render_page(run, summary, draw_charts(run)), is_own_page(run_dir / "report.html"))
+        text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        _replace(run_dir / "summary.json", text, is_own_json(run_dir / "summary.json", "status", "steps_done"))
     except OSError as error:
         raise RunError(f"{run_dir}: the report cannot be written: {error.strerror or error}") from error
     return summary
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a text under a temporary name, then rename it, so that a reader never sees half of it."""
+def _replace(path: Path, text: str, own: bool) -> None:
+    """Write a text under a temporary name, then rename it, so that a reader never sees half of it. What is not our own stays."""
+    if not own:
+        say(f"{path} was not written by picotrain and stays as it is; move it away, and `picotrain report` writes it")
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8", errors="replace")
     os.replace(temporary, path)

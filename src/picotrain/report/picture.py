@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from picotrain.config.saved import is_own_picture
 from picotrain.report.curves import MAX_MARKERS, Panel, Series, course_panels, learned_panels, resumed_at
 from picotrain.report.facts import Run, core_points
 from picotrain.text import encodable, printable, short
@@ -31,7 +33,13 @@ def draw_pictures(run: Run, folder: Path) -> dict[str, str]:
         ("course", "course.png", _draw_course),
         ("core", "core.png", _draw_core),
     ]
-    return {kind: file for kind, file, function in draw if function(run, folder / file)}
+    found = {}
+    for kind, file, function in draw:
+        if not is_own_picture(folder / file):
+            print(f"{folder / file} was not drawn by picotrain and stays as it is; move it away to have it drawn", file=sys.stderr)
+        elif function(run, folder / file):
+            found[kind] = file
+    return found
 
 
 def draw_loss(run: Run, path: Path) -> bool:

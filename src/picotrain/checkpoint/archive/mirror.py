@@ -24,6 +24,7 @@ from picotrain.checkpoint.archive.remote import (
     METRICS,
     OWNER,
     by_step,
+    is_mirrored,
     manifest_sizes,
     mirrored_files,
     open_remote,
@@ -223,8 +224,9 @@ class Archive:
                 raise RunError(
                     f"archive {shown}: the run was started elsewhere too, by {who}, which mirrors it now; this one no longer does"
                 )
-        elif not self._claimed and CONFIG in self._remote.sizes():
-            raise RunError(f"archive {shown} holds a run without {OWNER}, so it may be any; another archive.url would be right")
+        elif not self._claimed and (there := sorted(name for name in self._remote.sizes() if is_mirrored(name))):
+            what = "a run" if CONFIG in there else f"{there[0]!r}"
+            raise RunError(f"archive {shown} holds {what} without {OWNER}, so it may be anybody's; another archive.url would be right")
         self._remote.put(OWNER, (json.dumps(self._me, indent=1) + "\n").encode())
         self._claimed = True
 

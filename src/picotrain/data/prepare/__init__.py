@@ -48,14 +48,15 @@ from picotrain.data.prepare.inputs import (
     Input,
     Listed,
     Say,
-    expand,
     identify,
     locked,
     put_in_place,
     silent,
 )
-from picotrain.data.prepare.segments import EXAMPLES, MAX_BUCKETS, Mapped, Part, Sizes, Task, cut_into_parts, load_mapped, map_task
+from picotrain.data.prepare.place import INPUTS, KEY, SKIPPED, WORK, check_place
+from picotrain.data.prepare.segments import EXAMPLES, MAX_BUCKETS, Mapped, Part, Sizes, Task, cut_into_parts, line_of, load_mapped, map_task
 from picotrain.data.prepare.shards import Job, ShardOptions, content_hash, load_written, plan_jobs, write_job
+from picotrain.data.prepare.walk import Left, expand, look
 from picotrain.data.prepare.workers import WorkerLost, run
 from picotrain.errors import DataError
 from picotrain.hardware import cores
@@ -81,13 +82,11 @@ __all__ = [
     "expand",
     "identify",
     "locked",
+    "look",
     "prepare",
     "silent",
 ]
 
-INPUTS = "inputs.json"  # every input file with its size and hash, beside origin.json
-SKIPPED = "skipped.jsonl"  # what was left out and why, if anything was
-WORK, KEY = "work", "key.json"  # in the unfinished folder: what goes before it is finished
 PARALLEL_ABOVE = 64 << 20  # bytes of text that are worth more processes
 
 Progress = Callable[[str, int, int], None]  # what is being done, bytes of it, of all
@@ -132,11 +131,16 @@ def prepare(
     """
     out = Path(out).expanduser().absolute()
     name = out.name if name is None else name
-    files = [file for file in expand(inputs) if not file.path.absolute().is_relative_to(out)]  # e.g. `prepare . --out corpus` again
+    looked = look(inputs)
+    files = [file for file in looked.files if not file.path.absolute().is_relative_to(out)]  # e.g. `prepare . --out corpus` again
     if not files:
         raise DataError(f"all the input files lie in {out}, which is to be made; name another --out")
     if undecodable == "skip":
         options = options._replace(tolerated=options.tolerated | {NOT_TEXT})
+    if (bad := next((left for left in looked.left if left.kind == UNREADABLE), None)) and UNREADABLE not in options.tolerated:
+        raise DataError(f"{bad.source} cannot be read: {bad.reason}")
+    for line in looked.words():
+        say(line)
     with locked(out, say):
         content, listed = identified or _identify(files, options, progress)
         identity = _identity(content, options)
@@ -144,11 +148,9 @@ def prepare(
         if origin is not None and origin.get("identity") == identity and _is_whole(out, origin):
             say(f"{out} was made from the same inputs with the same options: kept as it is")
             return scan(out, name)
-        if origin is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DataError(f"{out} is there and was not made by picotrain; name another folder, or remove it")
-        partial = out.with_name(f".{out.name}.partial")
+        partial = check_place(out)
         try:
-            _Preparation(files, listed, partial, identity, options, workers, say, progress).run()
+            _Preparation(files, looked.left, listed, partial, identity, options, workers, say, progress).run()
             put_in_place(partial, out)
         except WorkerLost:
             raise
@@ -197,6 +199,7 @@ class _Preparation:
     def __init__(
         self,
         files: Sequence[Input],
+        left: Sequence[Left],
         listed: Listed,
         partial: Path,
         identity: str,
@@ -205,7 +208,7 @@ class _Preparation:
         say: Say,
         progress: Progress | None,
     ):
-        self.files, self.listed, self.partial, self.identity, self.options = files, listed, partial, identity, options
+        self.files, self.left, self.listed, self.partial, self.identity, self.options = files, left, listed, partial, identity, options
         self.say, self.progress = say, progress
         self.work = partial / WORK
         parts = cut_into_parts(files, options.sizes)
@@ -233,8 +236,9 @@ class _Preparation:
         """The work folder, with what an earlier call has done if it was the same."""
         if read_json(self.partial / KEY) != {"identity": self.identity}:
             shutil.rmtree(self.partial, ignore_errors=True)
-        self.work.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.partial / KEY, json.dumps({"identity": self.identity}).encode())
+        self.partial.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.partial / KEY, json.dumps({"identity": self.identity}).encode())  # first: it tells whose the folder is
+        self.work.mkdir(exist_ok=True)
         write_atomic(self.work / INPUTS, json.dumps([[str(file.path), file.source] for file in self.files]).encode())
         if done := sum(task.done.exists() for task in self.tasks):
             self.say(f"going on with an interrupted call: {done} of {len(self.tasks)} parts of the input are read")
@@ -280,7 +284,9 @@ class _Preparation:
                 os.replace(job.shard, self.partial / name)
             shards[name] = {"bytes": found["file_bytes"], "xxh3_64": found["xxh3_64"]}
         counts = sum((found.counts for found in mapped), Counter({DUPLICATE: sum(found["duplicates"] for found in written)}))
+        counts.update(left.kind for left in self.left)
         with open(self.partial / SKIPPED, "wb") as target:
+            target.writelines(line_of(left.source, "", left.kind, left.reason).encode() for left in self.left)
             for part in (*self.tasks, *jobs):
                 with open(part.skipped, "rb") as source:
                     shutil.copyfileobj(source, target)
@@ -318,7 +324,7 @@ class _Preparation:
             self.say(f"{source} is a plain text over {CUT_ABOVE >> 10} KB: cut into {pieces:,} documents {where}")
         if len(cut) > EXAMPLES:
             self.say(f"{len(cut) - EXAMPLES:,} more plain texts were cut so")
-        for kind, count in sorted(counts.items()):
+        for kind, count in sorted((counts - Counter(left.kind for left in self.left)).items()):
             if count:
                 self.say(_left_out(kind, count, self.options.min_chars))
         if self.options.tolerated >= KINDS:  # else what is skipped was expected

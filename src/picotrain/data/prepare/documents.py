@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from picotrain.data.corpus import TEXT, read_footer
+from picotrain.data.footers import TEXT, first_line, opened, raising, read_footer
 from picotrain.data.prepare.inputs import CSV, JSON_LINES, PARQUET, PLAIN, Input, kind_of
 from picotrain.data.prepare.workers import tick
 from picotrain.errors import DataError
@@ -76,9 +78,19 @@ def read(file: Input, span: Span | None = None) -> Iterator[Found | Skipped]:
             yield from _read_lines(file, _csv_rows)
         else:
             yield from _read_text(file)
-    except OSError as error:
-        why = error.strerror or str(error).strip()
+    except (OSError, EOFError, zlib.error) as error:
+        why = _why(error)
         yield Skipped(file.source, "", UNREADABLE, why, f"{file.path} cannot be read: {why}")
+
+
+def _why(error: Exception) -> str:
+    """What an error of the disk, or of what unpacks a file, says."""
+    why = getattr(error, "strerror", None) or str(error).strip()
+    if isinstance(error, gzip.BadGzipFile):
+        return f"what stands there is no gzip, from its beginning or from the end of a part on ({why})"
+    if "too much memory" in why:
+        return f"{why}; it was made with a window above 128 MiB: unpack it (zstd -d --long=31) and compress it without --long"
+    return why
 
 
 def cut_plain_text(text: str | Iterable[str]) -> Iterator[str]:
@@ -163,18 +175,36 @@ def _decoded(path: Path) -> Iterator[str]:
 # --- lines ---------------------------------------------------------------------------------------
 
 
+class _AsItComes(io.RawIOBase):
+    """A stream read a little at a time, so that all that stands before a damaged place has been read when it is met."""
+
+    def __init__(self, inner: gzip.GzipFile):
+        self._inner = inner
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._inner.read1(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
     """A file as it was before compression, and how far it has been read, in bytes of text, about."""
     import pyarrow as pa
 
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    suffix = path.suffix.lower()
     with open(path, "rb", buffering=READ_BYTES) as raw:
-        if compression is None:
+        if suffix == ".gz":  # pyarrow's refuses the zeros that some tools pad a file with
+            with gzip.GzipFile(fileobj=raw) as stream:
+                yield io.BufferedReader(_AsItComes(stream), READ_BYTES), lambda: raw.tell() * EXPANSION  # type: ignore[type-var]
+        elif suffix == ".zst":
+            with pa.CompressedInputStream(pa.PythonFile(raw, "r"), "zstd") as stream:
+                yield io.BufferedReader(stream, READ_BYTES), lambda: raw.tell() * EXPANSION  # type: ignore[type-var]  # a raw stream
+        else:
             yield raw, raw.tell
-            return
-        with pa.CompressedInputStream(pa.PythonFile(raw, "r"), compression) as stream:
-            yield io.BufferedReader(stream, READ_BYTES), lambda: raw.tell() * EXPANSION  # type: ignore[type-var]  # a raw stream
 
 
 def _read_lines(
@@ -282,9 +312,6 @@ def _too_long(file: Input, place: str, size: int) -> Skipped:
 
 def _read_parquet(file: Input, span: Span | None) -> Iterator[Found | Skipped]:
     """The column `text`, about 1 MiB or one document at a time. A row group that is damaged is left from there on."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
         shard = read_footer(file.path)
     except DataError as error:
@@ -292,7 +319,7 @@ def _read_parquet(file: Input, span: Span | None) -> Iterator[Found | Skipped]:
         return
     groups = range(span.start, span.end) if span else range(len(shard.row_groups))
     row = sum(group.rows for group in shard.row_groups[: groups.start])
-    with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=READ_BYTES, page_checksum_verification=True) as parquet:
+    with raising(OSError), opened(file.path) as parquet:
         for rg in groups:
             group = shard.row_groups[rg]
             batch_rows = max(1, min(group.rows, READ_BYTES * group.rows // max(1, group.text_bytes)))
@@ -303,8 +330,8 @@ def _read_parquet(file: Input, span: Span | None) -> Iterator[Found | Skipped]:
                     seen += len(batch)
                 if seen != group.rows:
                     raise OSError(f"it holds {seen:,} rows, and the footer promised {group.rows:,}")
-            except (OSError, pa.ArrowException) as error:
-                reason = f"cannot be read after {seen:,} rows: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+            except Exception as error:  # whatever pyarrow raises
+                reason = f"cannot be read after {seen:,} rows: {first_line(error)}"
                 yield Skipped(file.source, f"row group {rg}", UNREADABLE, reason, f"{file.path}, row group {rg} {reason}")
             row += group.rows
             tick(group.text_bytes)

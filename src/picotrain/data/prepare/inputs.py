@@ -1,21 +1,21 @@
-"""Which files are meant, what they are by content, and the lock and the rename that make a folder appear as a whole."""
+"""What input files are by name and content, and the lock and the rename that make a folder appear as a whole."""
 
 from __future__ import annotations
 
 import fcntl
-import glob
 import hashlib
 import json
 import os
 import shutil
+import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from picotrain.data.corpus import hint_for
+from picotrain.data.footers import require_regular
 from picotrain.errors import DataError
 
 PLAIN = (".txt", ".md", ".rst")  # running text: cut when long
@@ -55,17 +55,6 @@ def kind_of(path: Path, suffixes: str | tuple[str, ...]) -> bool:
     return path.name.lower().endswith(suffixes)
 
 
-def expand(inputs: str | Path | Iterable[str | Path | Input]) -> list[Input]:
-    """The files that are meant by files, folders and globs, sorted within each. Raises DataError when there are none."""
-    found: list[Input] = []
-    for item in [inputs] if isinstance(inputs, str | Path) else list(inputs):
-        found += [item] if isinstance(item, Input) else _expand_one(Path(item).expanduser())
-    unique = list({entry.path.absolute(): entry for entry in found}.values())
-    if not unique:
-        raise DataError("no input files were given")
-    return unique
-
-
 def identify(files: Sequence[Input], unreadable: bool = False, read: Callable[[int], None] | None = None) -> Identified:
     """32 hex digits for the content of these files, and (source, bytes, hash) of each; `read` is told the bytes as they are read.
 
@@ -99,9 +88,14 @@ def locked(path: Path, say: Say = silent) -> Iterator[None]:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "w")  # noqa: SIM115  # held open: closing it would end the lock
+            # Held open: closing it would end the lock. Nothing is written: a file of that name may be somebody's.
+            file = open(lock, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))  # noqa: SIM115
         except OSError as error:
-            raise DataError(f"{path.parent} cannot be written: {error.strerror}") from error
+            what = lock if os.path.lexists(lock) else path.parent
+            raise DataError(f"{what} cannot be written: {error.strerror}") from error
+        if (status := os.fstat(file.fileno())).st_size or not stat.S_ISREG(status.st_mode):
+            file.close()
+            raise DataError(f"{lock} is no lock of picotrain's, which are empty files; move it elsewhere")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -134,35 +128,9 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _expand_one(path: Path) -> list[Input]:
-    if path.is_dir():
-        files = sorted(_walk(path))
-        if not files:
-            raise DataError(f"{path} holds no file that can be read; known are {KNOWN}")
-        return [Input(file, file.relative_to(path).as_posix()) for file in files]
-    if not path.exists() and glob.has_magic(str(path)):
-        files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        files = [file for file in files if file.is_file() and kind_of(file, SUFFIXES)]
-        if not files:
-            raise DataError(f"nothing that can be read matches {path}; known are {KNOWN}")
-        base = Path(os.path.commonpath([file.parent for file in files]))
-        return [Input(file, file.relative_to(base).as_posix()) for file in files]
-    if not path.exists():
-        raise DataError(f"there is no {path.absolute()}{hint_for(path.absolute())}")
-    if not kind_of(path, SUFFIXES):
-        raise DataError(f"{path}: cannot read a {path.suffix or 'file without a suffix'}; known are {KNOWN}")
-    return [Input(path, path.name)]
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Every file of a known suffix below a folder; hidden files and folders are left out."""
-    for here, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # in place: where os.walk goes next
-        yield from (path for name in names if not name.startswith(".") and kind_of(path := Path(here, name), SUFFIXES))
-
-
 def _size_and_hash(path: Path, stop: threading.Event, read: Callable[[int], None] | None) -> tuple[int, str]:
     digest = hashlib.blake2b(digest_size=16)
+    require_regular(path)
     with open(path, "rb") as file:
         while not stop.is_set() and (chunk := file.read(HASH_BYTES)):
             digest.update(chunk)

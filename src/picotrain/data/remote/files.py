@@ -73,6 +73,10 @@ class RemoteFiles:
                 self._threads[-1].start()
             self._wake.notify_all()
 
+    def missing(self, shards: Sequence[Shard]) -> list[str]:
+        """Nothing: what the store lacks is known when it is asked."""
+        return []
+
     def close(self) -> None:
         """Stop all transfers and waits; what has arrived is kept. A later `hold` or `prefetch` starts afresh."""
         with self._wake:

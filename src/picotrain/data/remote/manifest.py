@@ -6,14 +6,15 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from picotrain.data.corpus import Shard, hash_bytes, read_footer, read_json, write_atomic
+from picotrain.data.corpus import BadShard, OnBad, Shard, hash_bytes, read_footer, read_json, write_atomic
+from picotrain.data.folder import is_shard_name, words_for_others
 from picotrain.data.remote.errors import Transient, redacted, retry
 from picotrain.data.remote.store import RemoteFile, Store, open_store
 from picotrain.errors import DataError
@@ -25,12 +26,16 @@ SAY_EVERY = 1000  # footers
 Say = Callable[[str], None]
 
 
-def list_shards(url: str, say: Say = lambda text: None) -> list[RemoteFile]:
-    """The `*.parquet` files directly in the folder `url`, sorted by name, from one listing. Raises DataError."""
+def list_shards(url: str, say: Say = lambda text: None, also: Collection[str] = ()) -> list[RemoteFile]:
+    """The `*.parquet` files directly in the folder `url`, sorted by name, from one listing; hidden ones never count, unless their names
+    are in `also`. `say` is told what else is there. Raises DataError."""
     stop = threading.Event()
     store = open_store(url, stop)
     found = retry(store.files, store.where(), stop, say, lambda: 0)
-    shards = sorted(file for file in found if file.name.endswith(".parquet"))
+    shards = sorted(file for file in found if file.name in also or is_shard_name(file.name))
+    names = {file.name for file in shards}
+    for line in words_for_others(file.name for file in found if file.name not in names):
+        say(f"{store.where()}: {line}")
     if not shards:
         what = (
             "the URL must be one of their folder" if urlsplit(url).path.endswith(".parquet") else "a corpus is a folder of Parquet shards"
@@ -46,9 +51,10 @@ def manifest_name(url: str) -> str:
     return f"{hash_bytes(plain.encode(), 8)}.json"
 
 
-def read_shards(url: str, files: Sequence[RemoteFile], cache: Path, say: Say) -> list[Shard]:
+def read_shards(url: str, files: Sequence[RemoteFile], cache: Path, say: Say, on_bad: OnBad | None = None) -> list[Shard]:
     """The footers of `files`, in their order: from `cache`/manifests where name, size and version are as they were, else read
-    in parallel, of each file only its end where the server has ranges. Raises DataError."""
+    in parallel, of each file only its end where the server has ranges. `on_bad` is told of a file that is no shard, which is
+    then left out; None: BadShard is raised. Raises DataError."""
     manifest = Path(cache) / "manifests" / manifest_name(url)
     known = _load(manifest)
     missing = [file for file in files if _key(file) not in known]
@@ -56,24 +62,37 @@ def read_shards(url: str, files: Sequence[RemoteFile], cache: Path, say: Say) ->
         try:
             manifest.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix="footers-", dir=manifest.parent) as scratch:
-                _read_all(url, missing, Path(scratch), known, say)
+                _read_all(url, missing, Path(scratch), known, say, on_bad)
         except OSError as error:
             raise DataError(f"{manifest.parent} cannot be written: {error.strerror}; free space, or set PICOTRAIN_CACHE") from error
         finally:  # also of what was read before an interruption
             _save(manifest, url, known)
-    return [known[_key(file)] for file in files]
+    return [known[_key(file)] for file in files if _key(file) in known]
 
 
-def _read_all(url: str, files: Sequence[RemoteFile], scratch: Path, known: dict[tuple[Any, ...], Shard], say: Say) -> None:
+def _read_all(
+    url: str, files: Sequence[RemoteFile], scratch: Path, known: dict[tuple[Any, ...], Shard], say: Say, on_bad: OnBad | None
+) -> None:
     """The footers of `files` into `known`."""
     stop = threading.Event()
     store = open_store(url, stop)
     say(f"reading the footers of {len(files):,} shards of {store.where()}")
+
+    def read_one(file: RemoteFile) -> Shard | BadShard:
+        try:
+            return _read_one(store, file, scratch, stop, say)
+        except BadShard as error:
+            if on_bad is None:
+                raise
+            return error
+
     with ThreadPoolExecutor(READERS) as pool:
         try:
-            read = pool.map(lambda file: _read_one(store, file, scratch, stop, say), files)
-            for count, (file, shard) in enumerate(zip(files, read, strict=True), 1):
-                known[_key(file)] = shard
+            for count, (file, shard) in enumerate(zip(files, pool.map(read_one, files), strict=True), 1):
+                if isinstance(shard, Shard):
+                    known[_key(file)] = shard
+                elif on_bad is not None:
+                    on_bad(shard)
                 if count % SAY_EVERY == 0:
                     say(f"{count:,} of {len(files):,} footers")
         except BaseException:
@@ -89,8 +108,9 @@ def _read_one(store: Store, file: RemoteFile, scratch: Path, stop: threading.Eve
     try:
         retry(lambda: _stand_in(store, file, path), where, stop, say, lambda: 0)
         return read_footer(path)
-    except DataError as error:
-        raise DataError(str(error).replace(str(path), where)) from error
+    except BadShard as error:
+        error.args = (str(error).replace(str(path), where),)
+        raise
     finally:
         path.unlink(missing_ok=True)
 

@@ -1,0 +1,254 @@
+"""One Parquet file as a shard: what its footer says, and in words what is wrong with it, whatever pyarrow raises.
+
+Without torch; pyarrow is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, Field, TypeAdapter
+
+from picotrain.data.thrift import wrong_histogram
+from picotrain.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+TEXT = "text"  # the column that is trained on
+MOST = 2**53  # rows or bytes that a footer may claim
+_MAGIC = b"PAR1"
+# How files begin that are taken for Parquet.
+_HEADS = (
+    (b"version https://git-lfs.github.com/spec/", "it is a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    (b"PARE", "it is an encrypted Parquet file, and picotrain has no key: decrypt it"),
+    (b"\x1f\x8b", "it is a gzip file: unpack it (gunzip)"),
+    (b"\x28\xb5\x2f\xfd", "it is a zstd file: unpack it (unzstd)"),
+    (b"PK\x03\x04", "it is a zip file: unpack it"),
+    (b"ARROW1", "it is an Arrow file, not Parquet"),
+    (b"<", "it is a page of HTML or XML, perhaps a saved error message"),
+    (b"{", "it is JSON, perhaps a saved error message"),
+    (b"[", "it is JSON"),
+)
+
+
+class BadShard(DataError):
+    """A Parquet file that cannot be a shard, by its footer; `name` is the file's."""
+
+    name = ""
+
+
+def _plain_name(name: str) -> str:
+    """Shards are read from, and remote ones written to, the folder of their corpus; no name may lead elsewhere."""
+    if Path(name).name != name or not name.endswith(".parquet") or "\0" in name:
+        raise ValueError("a shard's name must be the plain name of a .parquet file")
+    return name
+
+
+Count = Annotated[int, Field(strict=True, ge=0, le=MOST)]
+ShardName = Annotated[str, AfterValidator(_plain_name)]
+
+
+class RowGroup(NamedTuple):
+    """One row group: its rows and the bytes of its `text` column by the footer (uncompressed)."""
+
+    rows: Count
+    text_bytes: Count
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file. `fingerprint` hashes its size and its footer: cheap, and changed by any honest rewrite,
+    but blind to bytes flipped inside a data page (reading those fails or is caught by the page's own checks)."""
+
+    name: ShardName
+    bytes: Count
+    row_groups: tuple[RowGroup, ...]
+    fingerprint: str
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.row_groups)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(group.text_bytes for group in self.row_groups)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "bytes": self.bytes, "fingerprint": self.fingerprint, "row_groups": [list(g) for g in self.row_groups]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Shard:
+        """Raises ValueError where `data` is none of `to_json`."""
+        return reader_of(cls).validate_python(data)
+
+
+@lru_cache
+def reader_of(kind: type[Any]) -> TypeAdapter[Any]:
+    """What turns plain JSON into `kind` and trusts nothing in it; built when it is first needed."""
+    return TypeAdapter(kind)
+
+
+def hash_bytes(data: bytes, size: int = 16) -> str:
+    """BLAKE2b of `data` as 2 x `size` hex digits."""
+    return hashlib.blake2b(data, digest_size=size).hexdigest()
+
+
+def read_footer(path: Path) -> Shard:
+    """A shard from its Parquet footer, the `text` column checked. Raises BadShard."""
+    try:
+        return _read_footer(path)
+    except BadShard as error:
+        error.name = path.name
+        raise
+
+
+def _read_footer(path: Path) -> Shard:
+    try:
+        size, footer = _footer_bytes(path)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    with raising(lambda why: _unreadable(path, why)), opened(path) as file:
+        metadata = file.metadata
+        columns = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
+        schema = metadata.schema.to_arrow_schema()
+        names = list(schema.names)
+    if (count := names.count(TEXT)) > 1:
+        raise BadShard(f"{path} has {count} columns named `{TEXT}`, and which is meant cannot be told; write it again with one")
+    if TEXT not in names:
+        raise BadShard(f"{path} has no `{TEXT}` column; its columns are {', '.join(names) or '(none)'}")
+    if not _is_string(schema.field(TEXT).type) or TEXT not in columns:
+        raise BadShard(f"{path}: the `{TEXT}` column holds {schema.field(TEXT).type}, not strings")
+    with raising(lambda why: _unreadable(path, why)):
+        column = metadata.schema.column(columns.index(TEXT))
+        wrong = wrong_histogram(footer, columns.index(TEXT), column.max_repetition_level, column.max_definition_level)
+        if wrong is not None:
+            raise OSError(f"row group {wrong} has a histogram of levels of the wrong length")
+        groups = tuple(_row_group(metadata, rg, columns.index(TEXT), size) for rg in range(metadata.num_row_groups))
+        if (rows := sum(group.rows for group in groups)) != metadata.num_rows:
+            raise OSError(f"its footer promises {metadata.num_rows:,} rows, and its row groups {rows:,}")
+    return Shard(path.name, size, groups, hash_bytes(footer + size.to_bytes(8, "little")))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, read without threads a little at a time, checksums of pages compared."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # As bytes: pyarrow takes a text for UTF-8, whatever the locale's encoding of names is.
+    with (
+        pa.OSFile(os.fsencode(path)) as source,
+        pq.ParquetFile(source, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True) as file,
+    ):
+        yield file
+
+
+@contextmanager
+def raising(refusal: Any) -> Iterator[None]:
+    """What pyarrow raises, of whatever type, as `refusal(why)`; a DataError stays as it is. For blocks that do nothing else:
+    of a damaged file it raises KeyError, UnicodeDecodeError, OverflowError and more beside its own errors."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise refusal(first_line(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line that a terminal can show."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, UnicodeError):
+        text = f"a name in it is not UTF-8 ({text})"
+    return text.encode("utf-8", "backslashreplace").decode()[:300]
+
+
+def first_undecodable(column: pa.Array | pa.ChunkedArray) -> int:
+    """The index of the first text of a column that is not valid UTF-8."""
+    return next(i for i, raw in enumerate(column.cast("binary").to_pylist()) if not _is_utf8(raw))
+
+
+def require_regular(path: Path) -> os.stat_result:
+    """Its status. Raises OSError for a folder, and for what would make its reader wait: a pipe, a socket, a device."""
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return status
+
+
+def _unreadable(path: Path, why: str) -> BadShard:
+    return BadShard(f"{path} is no readable Parquet file: {_what_it_is(path) or why}; fetch or write it again, or remove it")
+
+
+def _what_it_is(path: Path) -> str:
+    """What a file is instead of Parquet, as far as its first and last bytes tell; "" where they do not."""
+    try:
+        size = require_regular(path).st_size
+        with open(path, "rb") as file:
+            head = file.read(64)
+            file.seek(max(0, size - 4))
+            tail = file.read(4)
+    except OSError:
+        return ""
+    if not size:
+        return "it is empty (0 bytes)"
+    if tail == b"PARE":
+        return dict(_HEADS)[b"PARE"]
+    if head[:4] == _MAGIC:
+        return ""
+    return next((words for begin, words in _HEADS if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(begin)), "")
+
+
+def _row_group(metadata: pq.FileMetaData, rg: int, column: int, file_bytes: int) -> RowGroup:
+    group = metadata.row_group(rg)
+    if column >= group.num_columns:
+        raise OSError(f"row group {rg} has {group.num_columns:,} columns, and the schema more")
+    chunk = group.column(column)
+    rows, text_bytes, stored = group.num_rows, chunk.total_uncompressed_size, chunk.total_compressed_size
+    if not (0 <= rows <= MOST and 0 <= text_bytes <= MOST and 0 <= stored <= file_bytes):
+        raise OSError(f"row group {rg} claims {rows:,} rows, {text_bytes:,} bytes of text and {stored:,} of {file_bytes:,} bytes")
+    if chunk.num_values != rows:
+        raise OSError(f"row group {rg} claims {rows:,} rows, and {chunk.num_values:,} texts")
+    return RowGroup(rows, text_bytes)
+
+
+def _footer_bytes(path: Path) -> tuple[int, bytes]:
+    """File size and the raw footer: its last 8 bytes are the footer's length and the magic `PAR1`."""
+    require_regular(path)
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 8))
+        tail = file.read(8)
+        length = int.from_bytes(tail[:4], "little")
+        if tail[4:] != _MAGIC or length + 12 > size:
+            raise OSError(f"it does not end in a Parquet footer ({size:,} bytes; truncated, or another format)")
+        file.seek(size - 8 - length)
+        return size, file.read(length)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _is_utf8(raw: bytes | None) -> bool:
+    try:
+        return raw is None or raw.decode() is not None
+    except UnicodeDecodeError:
+        return False
