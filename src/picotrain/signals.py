@@ -56,9 +56,10 @@ def ending(what: str, cleanup: Callable[[], None] = lambda: None) -> Iterator[No
         yield
         return
     message = f"stopped while {what}; the same command goes on from here"
-    left = threading.Event()
+    left, interrupted = threading.Event(), threading.Event()
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
+        interrupted.set()
         raise KeyboardInterrupt
 
     def insist(signum: int) -> None:
@@ -72,11 +73,14 @@ def ending(what: str, cleanup: Callable[[], None] = lambda: None) -> Iterator[No
     try:
         with noticed(insist):
             yield
-    except KeyboardInterrupt:
-        raise Stopped(message) from None
+    except BaseException:  # native code, an import in it, may turn a KeyboardInterrupt into what it likes
+        if not interrupted.is_set():
+            raise
     finally:
         for signum in STOP_SIGNALS:
             signal.signal(signum, signal.SIG_IGN)  # a second one must not break into the cleaning up
         left.set()
         for signum, handler in previous.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+    if interrupted.is_set():
+        raise Stopped(message)
