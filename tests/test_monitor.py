@@ -333,8 +333,8 @@ def test_a_log_line_of_a_long_run_on_a_terminal_fits_into_its_width() -> None:
 
 def test_a_short_run_on_a_cpu_leaves_out_what_says_nothing_there() -> None:
     record = {
-        "step": 999, "smooth_loss": 12.345, "lr": 0.03, "grad_norm": 123.4, "dt_ms": 3210.0, "tok_per_sec": 4745.0, "mfu": None, "epoch": 0.13,
-        "rank": 0, "pq": 3, "rg": 12, "total_training_time_s": 3751.0,
+        "step": 999, "smooth_loss": 12.345, "lr": 0.03, "grad_norm": 123.4, "dt_ms": 3210.0, "tok_per_sec": 4745.0, "mfu": None,
+        "epoch": 0.13, "rank": 0, "pq": 3, "rg": 12, "total_training_time_s": 3751.0,
     }  # fmt: skip
     fields = train_fields(record, 2000, 3500.0, 533_000_000)
     line = "  ".join(text.plain for text in fit(fields, 120))
@@ -502,3 +502,18 @@ def test_updates_that_are_left_out_are_counted_and_too_many_in_a_row_end_the_run
     monitor.close()
     assert [line["skipped"] for line in lines(tmp_path, "train")] == [1, 2, 2, 3, 4, 5]
     assert [line["name"] for line in lines(tmp_path, "event")][1:] == ["skipped_step"] * 5 + ["diverged"]
+
+
+@pytest.mark.parametrize(("precision", "clip"), [("fp32", 1.0), ("bf16", None)])
+def test_what_a_diverged_run_is_told_to_try_is_not_what_it_does_already(
+    make: Callable[..., Monitor], precision: str, clip: float | None
+) -> None:
+    monitor = make(plan={"precision": precision})
+    monitor.config = with_values(monitor.config, {"train.max_skipped": 0, "train.grad_clip": clip})
+    monitor.start(0)
+    with pytest.raises(Diverged) as diverged:
+        step(monitor, 0, 2.0, grad_norm=math.nan, skipped=True)
+    monitor.close()
+    told = str(diverged.value)
+    assert ("train.precision=fp32" in told) == (precision != "fp32")
+    assert ("lower train.grad_clip than 1" in told) == (clip is not None) and ("train.grad_clip=1" in told) == (clip is None)

@@ -35,6 +35,7 @@ from picotrain.plan.memory import (
     total_batch,
 )
 from picotrain.plan.problems import attention_problems, batch_problems, lane_problems, nearest, profiler_problems
+from picotrain.text import size
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
 REPEAT_WARNING_EPOCHS = 4.0  # repeating up to about 4 times costs little (arXiv:2305.16264)
@@ -358,4 +359,4 @@ def _memory_notes(plan: Plan, config: Config) -> list[str]:
     if not room or memory <= room * MEMORY_SHARE:
         return []
     lighter = "; ".join(lighter_settings(plan, config)) or "a smaller model, or a machine with more memory"
-    return [f"warning: predicted memory {memory / 2**30:.1f} GiB of {room / 2**30:.1f} GiB; what would take less: {lighter}"]
+    return [f"warning: predicted memory {size(memory)} of {size(room)}; what would take less: {lighter}"]
