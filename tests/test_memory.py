@@ -184,3 +184,16 @@ def test_where_memory_runs_out_recomputing_is_among_what_is_proposed():
     config = decided("model=d12", "hardware=1xh100", "train.device_batch_size=1", "train.total_batch_size=16384")
     proposed = memory.lighter_settings(plan.make(config, "x"), config)
     assert [text.partition(":")[0] for text in proposed][:2] == ["hardware.recompute=selective", "hardware.recompute=full"]
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 24, 504])
+@pytest.mark.parametrize("rows", [1, 6])
+def test_what_is_proposed_can_be_set(tokens: int, rows: int):
+    overrides = ["model=d4", "hardware=cpu", f"train.seq_len={tokens}", f"train.device_batch_size={rows}"]
+    overrides += [f"train.total_batch_size={tokens * 6}", "hardware.memory_bytes=1000000"]
+    made = plan.make(decided(*overrides), "x")
+    proposed = memory.lighter_settings(made, decided(*overrides))
+    assert proposed and any(text in note for text in proposed for note in made.notes)
+    for setting in (text.split(":")[0].split(" ")[0] for text in proposed):
+        assert setting not in overrides
+        assert plan.make(decided(*overrides, setting), "x").predicted_memory_bytes < made.predicted_memory_bytes

@@ -591,3 +591,18 @@ def test_slow_steps_are_an_event_and_a_line(make: Callable[..., Monitor], tmp_pa
     (event,) = (line for line in lines(tmp_path, "event") if line["name"] == "slow_steps")
     assert event["step"] == 15 and event["message"] in stream.getvalue()
     assert [line["step"] for line in lines(tmp_path, "train")] == list(range(20))
+
+
+@pytest.mark.parametrize(("precision", "clip"), [("fp32", 1.0), ("bf16", None)])
+def test_what_a_diverged_run_is_told_to_try_is_not_what_it_does_already(
+    make: Callable[..., Monitor], precision: str, clip: float | None
+) -> None:
+    monitor = make(plan={"precision": precision})
+    monitor.config = with_values(monitor.config, {"train.max_skipped": 0, "train.grad_clip": clip})
+    monitor.start(0)
+    with pytest.raises(Diverged) as diverged:
+        step(monitor, 0, 2.0, grad_norm=math.nan, skipped=True)
+    monitor.close()
+    told = str(diverged.value)
+    assert ("train.precision=fp32" in told) == (precision != "fp32")
+    assert ("lower train.grad_clip than 1" in told) == (clip is not None) and ("train.grad_clip=1" in told) == (clip is None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,29 @@ def test_the_closing_lines_say_where_the_report_is(run: Callable[..., Path]) -> 
     assert "  validation  1.5000 bits per byte (step 0: 3.0000), best 1.5000 at step 20" in lines
     assert f"  report      {root / 'report.md'} and report.html" in lines
     assert "\x1b" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("end", "wanted", "never"),
+    [
+        ("finished", "resume runs/tiny train.max_steps=40", "go on"),
+        ("stopped", "resume runs/tiny", "train on"),
+        ("diverged", "eval runs/tiny", "resume"),  # as it is it would diverge again
+    ],
+)
+def test_the_last_lines_say_what_to_type(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, wanted: str, never: str
+) -> None:
+    monkeypatch.setenv("PICOTRAIN_COMMAND", ".venv/bin/picotrain")
+    root = run(event(0, "started"), *train(20 if end == "finished" else 10), event(20, end), checkpoints={10: 1.5})
+    target = tmp_path / "here" / "runs" / "tiny"
+    shutil.copytree(root, target)
+    monkeypatch.chdir(tmp_path / "here")
+    stream = io.StringIO()
+    console_summary(write_report(target), stream)
+    said = stream.getvalue().split("  next\n")[1]
+    assert ".venv/bin/picotrain sample runs/tiny" in said
+    assert any(line.endswith(f".venv/bin/picotrain {wanted}") for line in said.splitlines()) and never not in said
 
 
 def test_the_closing_lines_of_a_run_without_a_step_are_short(run: Callable[..., Path]) -> None:

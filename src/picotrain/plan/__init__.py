@@ -41,6 +41,7 @@ from picotrain.plan.memory import (
 )
 from picotrain.plan.problems import attention_problems, batch_problems, lane_problems, nearest, profiler_problems, total_problems
 from picotrain.plan.resolve import choose_data, decide, estimate_bytes_per_token, horizon_tokens, resolve
+from picotrain.text import size
 
 __all__ = [
     "Plan",
@@ -343,4 +344,4 @@ def _memory_notes(plan: Plan, config: Config) -> list[str]:
     if not room or memory <= room * MEMORY_SHARE:
         return []
     lighter = "; ".join(lighter_settings(plan, config)) or "a smaller model, or a machine with more memory"
-    return [f"warning: predicted memory {memory / 2**30:.1f} GiB of {room / 2**30:.1f} GiB; what would take less: {lighter}"]
+    return [f"warning: predicted memory {size(memory)} of {size(room)}; what would take less: {lighter}"]
