@@ -11,13 +11,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 import pytest
-from conftest import write_corpus
+from conftest import picotrain, write_corpus
+from test_bundle import write_bundle
+from test_sources import Hub
 
 REPO = Path(__file__).parent.parent
 HISTORY = {"log.md"}  # a lab notebook: what was typed then
@@ -30,12 +34,22 @@ TEXT = "tokenizer.vocab_size=300 tokenizer.train_bytes=200000"
 SMALL = {  # what follows the words of a page, by the command's first word
     "train": [*MODEL.split(), *STEPS.split(), *HERE.split(), *TEXT.split()],
     "doctor": [*MODEL.split(), *STEPS.split(), *HERE.split(), *TEXT.split()],
-    "resume": ["train.max_steps=5", "train.eval_tokens=2048"],
+    "resume": ["train.max_steps=50", "train.eval_tokens=2048"],
     "eval": ["--tokens", "4096"],
     "compare": ["--documents", "12"],
     "tokenizer": TEXT.split(),
-    "bench": ["matmul"],
 }
+# Where the text or the time is not to be had here: a page's URL is read from a folder, two shards stand for a corpus, and of a benchmark
+# that takes minutes the help is asked for.
+SPECIAL = """
+case " $* " in *" data.path="*://*) set -- "$@" data.path=corpora/mine ;; esac
+case " $* " in *" data=climbmix "*) test "$1" = train && set -- "$@" data.num_shards=2 ;; esac
+case "$1 $2" in
+  "data download") set -- "$@" --shards 2 ;;
+  "bench "|"bench --full") set -- bench matmul ;;
+  "bench "*) set -- bench "$2" --help ;;
+esac
+"""
 
 
 class Block(NamedTuple):
@@ -80,10 +94,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     programs.mkdir()
     python = shlex.quote(sys.executable)
     cases = "\n".join(f'  {word}) exec {python} -m picotrain "$@" {shlex.join(more)} ;;' for word, more in SMALL.items())
-    stand_in(programs / "picotrain", f'case "$1" in\n{cases}\n  *) exec {python} -m picotrain "$@" ;;\nesac')
+    stand_in(programs / "picotrain", SPECIAL + f'case "$1" in\n{cases}\n  *) exec {python} -m picotrain "$@" ;;\nesac')
     train = shlex.join(word for word in SMALL["train"] if not word.startswith("hardware.nproc_per_node"))
-    stand_in(programs / "torchrun", f'exec {python} -m torch.distributed.run "$@" {train}')
+    by_word = "".join(f'*" {word} "*) set -- "$@" {shlex.join(SMALL[word])} ;; ' for word in ("resume", "eval"))
+    stand_in(programs / "torchrun", f'case " $* " in *" train "*) set -- "$@" {train} ;; {by_word}esac\n'
+             f'exec {python} -m torch.distributed.run "$@"')  # fmt: skip
     stand_in(programs / "python", f'case "$*" in *picotrain.minimal*) set -- "$@" {train} ;; esac\nexec {python} "$@"')
+    stand_in(programs / "pip", EXTRAS.format(python=python, project=shlex.quote(str(REPO / "pyproject.toml"))))
     stand_in(programs / "git", CLONE.format(repo=shlex.quote(str(REPO)), venv=shlex.quote(sys.prefix), small=shlex.join(SMALL["train"])))
     return root
 
@@ -99,6 +116,48 @@ printf '#!/bin/bash\\nexec .venv/bin/python -m picotrain train experiment=cpu_sp
 chmod +x "$3/speedrun.sh"
 """
 
+# Extras are looked up and not installed.
+EXTRAS = """
+exec {python} - "$@" <<'END'
+import re, sys, tomllib
+known = tomllib.load(open({project!r}, "rb"))["project"]["optional-dependencies"]
+(extra,) = re.fullmatch(r"install -e [.][[](\\w+)[]]", " ".join(sys.argv[1:])).groups()
+known[extra]
+END
+"""
+
+
+@pytest.fixture(scope="module")
+def made(home: Path) -> Path:
+    """A run, a bundle, a tokenizer and a model of somebody else, as the pages name them."""
+    transformers = pytest.importorskip("transformers")
+    words = ["data=files", f"data.path={home / 'corpora' / 'mine'}", f"run.dir={home / 'trained'}", f"run.cache_dir={home / 'cache'}"]
+    done = picotrain("train", "model=d2", *words, *SMALL["train"])
+    assert done.returncode == 0, done.stderr
+    shutil.copy(home / "trained" / "tokenizer.json", home)
+    write_bundle(home / "eval_bundle")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=32, vocab_size=300)
+    transformers.GPT2LMHeadModel(config).save_pretrained(home / "models" / "gpt2")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(home / "tokenizer.json"), bos_token="<|bos|>")
+    tokenizer.save_pretrained(home / "models" / "gpt2")
+    return home
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Hub on the loopback that has three shards of climbmix."""
+    root = tmp_path_factory.mktemp("hub")
+    for name, shard in zip((0, 1, 6542), sorted(write_corpus(root / "made").iterdir()), strict=True):
+        shard.rename(root / f"shard_{name:05d}.parquet")
+    handler = type("Handler", (Hub,), {"root": root, "repo": "karpathy/climbmix-400b-shuffle", "requests": [], "break_once": set()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
 
 def stand_in(path: Path, script: str) -> None:
     path.write_text(f"#!/bin/bash\nset -e\n{script}\n")
@@ -107,13 +166,22 @@ def stand_in(path: Path, script: str) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("block", [marked(block) for page in pages() for block in blocks(page)])
-def test_what_a_page_shows_can_be_typed(block: Block, home: Path, tmp_path: Path):
+def test_what_a_page_shows_can_be_typed(block: Block, home: Path, tmp_path: Path, request: pytest.FixtureRequest):
     environment = {
         "HOME": str(home), "PATH": f"{home / 'programs'}:/usr/local/bin:/usr/bin:/bin", "PYTHONPATH": str(REPO / "src"),
         "PICOTRAIN_CACHE": str(home / "cache"), "OMP_WAIT_POLICY": "passive", "TERM": "dumb", "LANG": "C.UTF-8",
     }  # fmt: skip
     for name in ("texts", "notes", "web", "corpora"):
         shutil.copytree(home / name, tmp_path / name)
+    shutil.copytree(home / "corpora" / "mine", tmp_path / "corpora" / "books")
+    if block.page.name not in QUICK:
+        made = request.getfixturevalue("made")
+        environment |= {"HF_ENDPOINT": request.getfixturevalue("hub"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        shutil.copy(made / "tokenizer.json", tmp_path)
+        for name in ("eval_bundle", "models"):
+            shutil.copytree(made / name, tmp_path / name)
+        for name in set(re.findall(r"runs/([\w-]+)", block.text)) - set(re.findall(r"run\.name=([\w-]+)", block.text)):
+            shutil.copytree(made / "trained", tmp_path / "runs" / name)
     script = f"set -E\ntrap 'echo \"FAILED: $BASH_COMMAND\" >&2; exit 1' ERR\n{block.text}"
     done = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=590

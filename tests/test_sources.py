@@ -196,6 +196,7 @@ class Hub(BaseHTTPRequestHandler):
     root: Path
     requests: list[tuple[str, str, str | None]]
     break_once: set[str]  # files whose first GET ends in the middle
+    repo = "someone/corpus"
     protocol_version = "HTTP/1.1"
 
     def do_HEAD(self) -> None:
@@ -207,7 +208,7 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self, body: bool) -> None:
         start = self.headers.get("Range")
         self.requests.append((self.command, self.path, start))
-        prefix = "/datasets/someone/corpus/resolve/main/"
+        prefix = f"/datasets/{self.repo}/resolve/main/"
         file = self.root / self.path.removeprefix(prefix).split("?")[0]
         if not self.path.startswith(prefix) or not file.is_file():
             self.send_response(404)
