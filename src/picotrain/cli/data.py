@@ -215,7 +215,8 @@ def _show_inspection(found: Inspection) -> None:
     out.facts(rows, found.folder)
     if found.histogram:
         out.line("")
-        out.table(_histogram(found.histogram), "documents by length in bytes")
+        room = out.rich.width - 32 if out.rich else BAR_WIDTH  # beside the three numbers
+        out.table(_histogram(found.histogram, max(1, min(BAR_WIDTH, room))), "documents by length in bytes")
     for sample in found.samples:
         cut = "" if sample["bytes"] <= len(sample["text"].encode()) else " ..."
         out.line("")
@@ -223,7 +224,7 @@ def _show_inspection(found: Inspection) -> None:
         out.line("", sample["text"] + cut)
 
 
-def _histogram(bins: Sequence[tuple[int, int, int]]) -> Table:
+def _histogram(bins: Sequence[tuple[int, int, int]], bar_width: int) -> Table:
     """A row for each power of two."""
     table = Table(box=None, pad_edge=False)
     table.add_column("from", justify="right", style="dim")
@@ -232,7 +233,7 @@ def _histogram(bins: Sequence[tuple[int, int, int]]) -> Table:
     table.add_column()
     most = max(count for *_, count in bins)
     for low, high, count in bins:
-        bar = "█" * round(BAR_WIDTH * count / most) or ("▏" if count else "")
+        bar = "█" * round(bar_width * count / most) or ("▏" if count else "")
         table.add_row(f"{low:,}", f"{high:,}", f"{count:,}", bar)
     return table
 
