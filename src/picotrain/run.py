@@ -16,6 +16,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,7 @@ from picotrain import plan as planning
 from picotrain.config import Config, dump, load
 from picotrain.config.identity import classify_change, diff, run_name
 from picotrain.config.saved import parse_json, read_plain, write_whole
-from picotrain.data import sources
+from picotrain.data import counts, sources
 from picotrain.data.mixture import Mixture
 from picotrain.data.remote import is_url
 from picotrain.errors import ConfigError, DataError, Problem, RunError
@@ -103,9 +104,24 @@ def gather(config: Config, say: Say) -> Material:
     corpus = sources.gather(config.data, cache, say)
     path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say)
     tokenizer = load_tokenizer(path, config.tokenizer.encoder)
-    plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])
+    plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])  # its problems come before any counting
     sources.check_rows(corpus, tokenizer, plan.seq_len, plan.unit_bytes)
+    corpus = _counted(config, corpus, tokenizer, plan, say)
+    plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])
     return Material(config, plan, corpus, tokenizer)
+
+
+def _counted(config: Config, corpus: Mixture, tokenizer: Tokenizer, plan: Plan, say: Say) -> Mixture:
+    """The corpus with the rows of an epoch, where they can be counted in seconds."""
+    try:
+        return counts.count(
+            corpus, tokenizer, tokenizer.fingerprint, plan.seq_len, plan.unit_bytes, config.run.seed, cache_dir(config), say
+        )
+    except DataError as error:
+        if config.data.on_bad_shard == "stop":
+            raise DataError(counts.unreadable(error)) from error
+        say(f"WARNING: the length of an epoch is estimated, since the text cannot be counted: {error}")
+        return corpus
 
 
 def open_bundle(config: Config) -> Bundle:
@@ -268,7 +284,7 @@ def _reopen(run_dir: Path, config: Config, say: Say) -> Material:
     )
     corpus, tokenizer = _same_data(run_dir, pinned, config.tokenizer.path != before.tokenizer.path, say)
     plan = planning.make(pinned, config.run.name or "", corpus, old_plan.bytes_per_token)
-    kept = {} if announced else {key: getattr(old_plan, key) for key in DERIVED_ONCE}
+    kept = {"sharing": old_plan.sharing} | ({} if announced else {key: getattr(old_plan, key) for key in DERIVED_ONCE})
     if config.train.device_batch_size == "auto" and (plan.hardware_name, plan.world_size) == (old_plan.hardware_name, old_plan.world_size):
         kept |= {"device_batch_size": old_plan.device_batch_size, "grad_accum_steps": old_plan.grad_accum_steps}  # what has fitted
     if plan.hardware_name == old_plan.hardware_name:
@@ -280,7 +296,7 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     """The corpus as it is now and the run's own tokenizer. Raises RunError where either is not what the run began with."""
     from picotrain.tokenizer import load_tokenizer
 
-    _, recorded = _read_data(run_dir)
+    before, recorded = _read_data(run_dir)
     corpus = sources.gather(config.data, cache_dir(config), say)
     tokenizer = load_tokenizer(run_dir / "tokenizer.json", config.tokenizer.encoder)
     named = tokenizer
@@ -289,7 +305,9 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     for what, now in (("corpus", corpus.fingerprint), ("tokenizer", tokenizer.fingerprint), ("tokenizer", named.fingerprint)):
         if recorded[what] != now:
             raise RunError(f"{run_dir}: the {what} is not the one this run was started with; a resume would train on something else")
-    return corpus, tokenizer
+    # How the lanes share an epoch stays as it was when the run was created.
+    kept = zip(corpus.sources, before.sources, strict=True)
+    return replace(corpus, sources=tuple(replace(source, rows=old.rows) for source, old in kept)), tokenizer
 
 
 def _write(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:

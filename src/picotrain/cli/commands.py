@@ -18,6 +18,7 @@ from picotrain.data import sources
 from picotrain.data.remote import is_url
 
 if TYPE_CHECKING:
+    from picotrain.data.mixture import Mixture
     from picotrain.model import GPT
 
 
@@ -86,6 +87,8 @@ def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Pa
     corpus = sources.known_mixture(config.data, cache)
     measured = sources.known_tokenizer(config.tokenizer, corpus, cache) if corpus else None
     plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"] if measured else None)
+    if corpus and measured and (counted := _counted(config, plan, corpus, measured["tokenizer"], cache)) != corpus:
+        plan = planning.make(config, config.run.name or "", counted, measured["bytes_per_token"])
     if as_json:
         print(plan.model_dump_json(indent=2))
         return
@@ -93,6 +96,13 @@ def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Pa
     from picotrain.plan import pace
 
     plan_table(plan, pace.hint(plan, config))
+
+
+def _counted(config: Config, plan: planning.Plan, corpus: Mixture, fingerprint: str, cache: Path) -> Mixture:
+    """The corpus with the rows of an epoch, as far as an earlier start has counted them."""
+    from picotrain.data import counts
+
+    return counts.known(corpus, fingerprint, plan.seq_len, plan.unit_bytes, config.run.seed, cache)
 
 
 def show_config(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> None:

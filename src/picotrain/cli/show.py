@@ -40,7 +40,8 @@ def plan_table(plan: Plan, measure: str = "") -> None:
     kv = "" if plan.n_kv_heads == plan.n_heads else f", {plan.n_kv_heads} key-value heads"
     batch = f"{plan.device_batch_size} rows x {plan.seq_len} tokens x {plan.dp_size} ranks x {plan.grad_accum_steps} accumulation steps"
     units_text = UNKNOWN if plan.num_units is None else f"{plan.lanes} lanes over {plan.num_units} units of >= {size(plan.unit_bytes)}"
-    epochs = UNKNOWN if plan.epochs is None else f"{plan.epochs:.2f}"
+    counted = ", estimated from the bytes of the text" if plan.epoch_rows is None else f" of {plan.epoch_rows:,} rows each"
+    epochs = UNKNOWN if plan.epochs is None else f"{plan.epochs:.2f}{counted}"
     unknown = f"{UNKNOWN}; `{measure}` measures it, then plan tells the time" if measure else UNKNOWN
     time = _time(plan) if plan.predicted_step_ms else unknown
     cost = "" if plan.predicted_cost is None else f", about ${plan.predicted_cost:,.0f}"

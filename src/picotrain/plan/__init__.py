@@ -18,7 +18,8 @@ from picotrain.config.saved import write_whole
 from picotrain.config.schema import Config, FullAttention, OptimizerConfig, Recompute, WindowAttention
 from picotrain.data.corpus import Corpus
 from picotrain.data.mixture import Mixture
-from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
+from picotrain.data.shares import Sharing
+from picotrain.data.units import COUNT_BYTES, WINDOW_SHARDS, default_lanes, default_unit_bytes
 from picotrain.errors import ConfigError
 from picotrain.plan import fp8, pace
 from picotrain.plan.memory import (
@@ -76,9 +77,11 @@ class Plan(BaseModel):
     num_steps: int
     total_tokens: int
     horizon: str  # the config key that set num_steps
-    epochs: float | None  # passes over the corpus, estimated from its bytes; None: corpus unknown
+    epochs: float | None  # passes over the corpus, by epoch_rows or estimated from its bytes; None: corpus unknown
+    epoch_rows: int | None = None  # rows of the first pass; None: not counted
     lanes: int | None
     unit_bytes: int
+    sharing: Sharing = "dealt"  # of an epoch among the lanes (picotrain.data.shares); plans of before it was written down lack it
     num_units: int | None  # of all sources
     sources: dict[str, float] = {}  # of a mixture: expected passes over each source, by its name
     bytes_per_token: float  # measured on the corpus, or estimated from the vocabulary size
@@ -111,6 +114,7 @@ class Plan(BaseModel):
             "seq_len": self.seq_len,
             "unit_bytes": self.unit_bytes,
             "lanes": self.lanes,
+            "sharing": self.sharing,
             "device_batch_size": self.device_batch_size,
             "rows_per_step": self.rows_per_step,
         }
@@ -185,7 +189,8 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
     assert train.seq_len is not None and hw.nproc_per_node != "auto", "plan.make wants a decided config"
     d, params, windows, flops = facts(config)
     per_token = bytes_per_token or estimate_bytes_per_token(config.tokenizer.vocab_size)
-    corpus_tokens = corpus.text_bytes / per_token if corpus else None
+    epoch_rows = corpus.epoch_rows if corpus else None
+    corpus_tokens = _epoch_tokens(corpus, train.seq_len, per_token) if corpus else None
     world_size = hw.nproc_per_node * config.launch.nnodes
     problems = attention_problems(config)
 
@@ -223,8 +228,10 @@ def make(config: Config, name: str, data: Corpus | Mixture | None = None, bytes_
         total_tokens=total_tokens,
         horizon=horizon,
         epochs=epochs,
+        epoch_rows=epoch_rows,
+        sharing="even",
         **stream,
-        sources=_source_epochs(corpus, total_tokens, per_token) if corpus else {},
+        sources=_source_epochs(corpus, total_tokens, train.seq_len, per_token) if corpus else {},
         bytes_per_token=per_token,
         eval_rows=max(train.eval_tokens // train.seq_len, 1),
         **dataclasses.asdict(_rates(config.optimizer, d.width, batch, total_tokens)),
@@ -252,12 +259,20 @@ def _stream_facts(config: Config, mixture: Mixture | None, seq_len: int) -> dict
     return {"lanes": lanes, "unit_bytes": unit_bytes, "num_units": sum(units) or None, "largest_source": largest}
 
 
-def _source_epochs(mixture: Mixture, total_tokens: int, per_token: float) -> dict[str, float]:
-    """Passes over each source of a mixture, were all of the same bytes per token and none to leave; {} for a single corpus."""
+def _epoch_tokens(mixture: Mixture, seq_len: int, per_token: float) -> float:
+    """Targets of one pass: counted, or estimated from the bytes of the text."""
+    rows = mixture.epoch_rows
+    return mixture.text_bytes / per_token if rows is None else rows * seq_len
+
+
+def _source_epochs(mixture: Mixture, total_tokens: int, seq_len: int, per_token: float) -> dict[str, float]:
+    """Passes over each source of a mixture, were none to leave and, where they are not counted, all of the same bytes per token; {} for
+    a single corpus."""
     if len(mixture.sources) == 1:
         return {}
-    pairs = zip(mixture.corpora, mixture.shares, strict=True)
-    return {corpus.name: total_tokens * share / (corpus.text_bytes / per_token) for corpus, share in pairs}
+    tokens = _epoch_tokens(mixture, seq_len, per_token)
+    of_all = zip(mixture.names, mixture.shares, mixture.sizes, strict=True)
+    return {name: total_tokens * share / (tokens * size / sum(mixture.sizes)) for name, share, size in of_all}
 
 
 def _model_facts(config: Config, d: shape.Dims, params: shape.Parameters) -> dict[str, Any]:
@@ -341,6 +356,8 @@ def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None
             )
     if config.train.core_metric_every > 0 and config.evaluation.core.bundle is None:
         notes.append("CORE will not be evaluated: evaluation.core.bundle names no bundle")
+    elif config.train.num_train_epochs and corpus.epoch_rows is None:
+        notes.append("the length of an epoch is estimated from the bytes of the text: its rows are not counted" + _why_uncounted(corpus))
     if bytes_per_token is None:
         notes.append("no tokenizer is trained yet: bytes per token is an estimate from the vocabulary size")
     if epochs and epochs > REPEAT_WARNING_EPOCHS:
@@ -352,3 +369,10 @@ def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None
     if room and memory > room * MEMORY_SHARE:
         notes.append(f"warning: predicted memory {memory / 2**30:.1f} GiB of {room / 2**30:.1f} GiB; try a smaller train.device_batch_size")
     return notes
+
+
+def _why_uncounted(corpus: Mixture) -> str:
+    if any(source.remote for source in corpus.corpora):
+        return ", since shards are elsewhere"
+    large = max(source.text_bytes for source in corpus.corpora)
+    return f", which is done up to {COUNT_BYTES / 1e6:,.0f} MB of text" if large > COUNT_BYTES else " yet, which the first start does"
