@@ -153,7 +153,10 @@ def designed_rows(data: Corpus | Mixture, lanes: int, slice_bytes: int = 1 << 30
                 edges = bounds(unit)
                 for number, part in enumerate(packed(epoch, unit)):
                     start, end = edges[-2:] if number > len(edges) - 2 else edges[number : number + 2]
-                    a, b = (math.floor(Fraction(len(part) * (min(max(x, start), end) - start), end - start) + Fraction(1, 2)) for x in (first, last))
+                    a, b = (
+                        math.floor(Fraction(len(part) * (min(max(x, start), end) - start), end - start) + Fraction(1, 2))
+                        for x in (first, last)
+                    )
                     rows[lane] += part[a:b]
         return rows
 

@@ -107,7 +107,7 @@ def _place(corpus: Corpus, fingerprint: str, unit_bytes: int, cache: Path) -> Pa
 def _read(path: Path) -> Lengths | None:
     """What `_write` wrote; None where it is missing or damaged, for it can be measured again."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             lengths = Lengths(*(arrays[name] for name in Lengths._fields))
         fits = lengths.slice_docs.sum() == len(lengths.tokens) and lengths.unit_slices.sum() == len(lengths.slice_docs)
     except (OSError, ValueError, KeyError, TypeError, EOFError):

@@ -86,12 +86,17 @@ class Stream:
             raise DataError(too_short(self.corpus, seq_len))
         self._on_bad, self._kept = on_bad, kept
         self._rowless: set[int] = set()  # units without a full row, in whatever order they are packed
+        self._bad: set[int] = set()  # units that cannot be read
         self._shared: dict[tuple[int, int], Future[list[tuple[int, NDArray]]]] = {}  # by epoch and unit: its packed slices
         self._lock = Lock()
 
     def unit(self, position: int) -> Unit:
         """The unit at a position."""
         return self.units[self.shares.at(position)[1]]
+
+    def passed_over(self, position: int) -> bool:
+        """Whether the unit at a position could not be read, so that some of its rows are missing."""
+        return self.shares.at(position)[1] in self._bad
 
     def slices_from(self, lane: int, cursor: Cursor) -> Iterator[SliceRows]:
         """A lane's slices from the first with a row left on, packed; what holds no full row is passed over. Endless, but for
@@ -178,6 +183,7 @@ class Stream:
         except DataError as error:
             if self._on_bad is None:
                 raise
+            self._bad.add(index)
             self._on_bad(error)
         if not found:
             self._rowless.add(index)
@@ -247,7 +253,7 @@ class Reader:
             return None
         position, number, rows = found
         at = self.cursor
-        if at.row == at.rows:
+        if at.row == at.rows or self.stream.passed_over(at.position):
             self._stand_at(Cursor(position, number, 0, len(rows)))
         elif (position, number, len(rows)) != (at.position, at.slice, at.rows):  # resumed in the middle of a slice
             raise DataError(

@@ -327,6 +327,7 @@ class Session:
             stopped_s = self.config.launch.grace_s / 2 if status == "stopped" else math.inf
             self.archive.close(min(self.config.archive.close_s, stopped_s))
         if self._failure:
+            self.parallel.gather(None)  # the first rank that raises ends the others, and one of them writes the report
             raise self._failure
         return Outcome(status, self.state.step)
 

@@ -343,6 +343,8 @@ def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None
         notes.append(f"the corpus {config.data.name} is not prepared yet: units, lanes and epochs are not known")
         if config.train.num_train_epochs:
             notes.append("num_train_epochs needs the corpus: the number of steps is not known yet and shown as 1")
+    elif config.train.num_train_epochs and corpus.epoch_rows is None:
+        notes.append(f"the length of an epoch is estimated from the bytes of the text: {_why_uncounted(corpus)}")
     for source in corpus.corpora if corpus else ():
         working_set = 2 * WINDOW_SHARDS * sum(shard.bytes for shard in source.shards) // max(1, len(source.shards))
         if (
@@ -356,8 +358,6 @@ def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None
             )
     if config.train.core_metric_every > 0 and config.evaluation.core.bundle is None:
         notes.append("CORE will not be evaluated: evaluation.core.bundle names no bundle")
-    elif config.train.num_train_epochs and corpus.epoch_rows is None:
-        notes.append("the length of an epoch is estimated from the bytes of the text: its rows are not counted" + _why_uncounted(corpus))
     if bytes_per_token is None:
         notes.append("no tokenizer is trained yet: bytes per token is an estimate from the vocabulary size")
     if epochs and epochs > REPEAT_WARNING_EPOCHS:
@@ -373,6 +373,7 @@ def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None
 
 def _why_uncounted(corpus: Mixture) -> str:
     if any(source.remote for source in corpus.corpora):
-        return ", since shards are elsewhere"
-    large = max(source.text_bytes for source in corpus.corpora)
-    return f", which is done up to {COUNT_BYTES / 1e6:,.0f} MB of text" if large > COUNT_BYTES else " yet, which the first start does"
+        return "its rows are not counted, since shards are elsewhere"
+    if max(source.text_bytes for source in corpus.corpora) > COUNT_BYTES:
+        return f"its rows are not counted above {COUNT_BYTES / 1e6:,.0f} MB of text"
+    return "its rows are counted when the run is created"
