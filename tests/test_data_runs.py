@@ -93,6 +93,9 @@ def test_a_damaged_shard_ends_the_run_saved_and_named_and_skipping_it_goes_on(tm
     assert len(losses(run)) == len(trained) + 10
     skipped = [event["message"] for event in lines(run, "event") if event["name"] == "skipped_data"]
     assert skipped and all("shard_00001.parquet, row group" in message for message in skipped)
+    assert picotrain("resume", str(run), f"train.max_steps={len(trained) + 20}").returncode == 0
+    again = [event["message"] for event in lines(run, "event") if event["name"] == "skipped_data"]
+    assert again[: len(skipped)] == skipped and len(set(again)) == len(again)
 
 
 def test_a_shard_that_disappears_between_start_and_resume_is_named(tmp_path, tiny):
