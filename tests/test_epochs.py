@@ -116,7 +116,8 @@ def test_any_whole_number_of_epochs_trains_every_token_as_often_within_a_percent
     group = 40  # documents of 30 tokens: a unit has about 75 rows, and its last one is half a percent
     lengths = rng.integers(10, 50, 2 * group * num_units).tolist()
     corpus, tokens = write(tmp_path / "corpus", lengths, 2 * group)
-    assert (there := len(units(corpus.shards, UNIT_BYTES))) in (num_units, num_units + 1)
+    there = len(units(corpus.shards, UNIT_BYTES))
+    assert there in (num_units, num_units + 1)
     mixture = counted(corpus, 5, tmp_path)
     for epochs in (1, 3) if there < 20 else (1,):
         seen, _ = taken(mixture, epochs * mixture.epoch_rows, lanes, 5, [], tokens)
@@ -240,7 +241,8 @@ def test_a_run_from_before_shares_goes_on_in_its_own_order(tmp_path, tiny):
 
 def test_text_that_cannot_be_read_is_said_before_the_first_step_while_it_is_counted(tmp_path, tiny):
     corpus, run = write_corpus(tmp_path / "corpus", seed=9), tmp_path / "run"
-    assert picotrain("tokenizer", "train", *(words := tiny(run, f"data.path={corpus}"))).returncode == 0
+    words = tiny(run, f"data.path={corpus}")
+    assert picotrain("tokenizer", "train", *words).returncode == 0
     path = corpus / "shard_00001.parquet"
     raw = bytearray(path.read_bytes())
     raw[4:400] = b"\xff" * 396

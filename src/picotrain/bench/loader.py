@@ -6,10 +6,10 @@ Without --path the text is data=pystdlib. --short cuts it into documents of 1,50
 with a freshly loaded tokenizer; nothing but the loader runs, so that its rate is what two cores can do.
 
 tokens_per_s: emitted tokens (B x T a batch) after the first batch; tokens_per_cpu_s: per second of CPU time, for a busy
-machine. count_s: of the rows of an epoch, once for a corpus. first_batch_s: from the making of the loader. tokenized_per_s: tokens that came out of the tokenizer in the same
-time. dropped_percent: text tokens that are read and in no row. The usual method: tokenize 128 documents at a time, keep
-a buffer of 1,000, fill each row with the longest that fits and, where none does, crop the shortest (as nanochat's loader
-does, on the training thread).
+machine. count_s: of the rows of an epoch, which a run does once, before it begins. first_batch_s: from the making of the loader.
+tokenized_per_s: tokens that came out of the tokenizer in the same time. dropped_percent: text tokens that are read and in no row.
+The usual method: tokenize 128 documents at a time, keep a buffer of 1,000, fill each row with the longest that fits and, where none
+does, crop the shortest (as nanochat's loader does, on the training thread).
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def measure_stream(corpus: Corpus, path: Path, rows: int, seq_len: int, seconds:
             waits.append(batch.wait_ms)
         elapsed, cpu_s = time.perf_counter() - begun, time.process_time() - cpu_begun
     return {
-        "encoder": tokenizer.encoder, "lanes": lanes, "count_s": round(count_s, 3), "tokens_per_s": round(tokens / elapsed), "first_batch_s": round(first_batch_s, 3),
+        "encoder": tokenizer.encoder, "lanes": lanes, "count_s": round(count_s, 3), "tokens_per_s": round(tokens / elapsed),
+        "first_batch_s": round(first_batch_s, 3),
         "tokens_per_cpu_s": round(tokens / cpu_s), "dropped_percent": round(dropped_percent(corpus, tokenizer, seq_len, unit_bytes), 3),
         "tokenized_per_s": round(counted.tokens / (first_batch_s + elapsed)), "epochs": round(batch.epoch, 2),
         "wait_ms_p50_p99": [round(float(q), 2) for q in np.percentile(waits, (50, 99))],

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -110,11 +112,7 @@ def _read(path: Path) -> Lengths | None:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             lengths = Lengths(*(arrays[name] for name in Lengths._fields))
         fits = lengths.slice_docs.sum() == len(lengths.tokens) and lengths.unit_slices.sum() == len(lengths.slice_docs)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
-        return None
-    except Exception as error:  # zipfile and zlib have errors of their own
-        if type(error).__module__ not in ("zipfile", "zlib"):
-            raise
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError):
         return None
     return lengths if fits else None
 

@@ -119,10 +119,10 @@ class Loader(Iterator[Batch]):
 
     Memory, at most, beside the batches of a step and 2 x READY_BATCHES: let S be max(8 MiB, unit_bytes), t the bytes of an id in
     rows (2, or 4 above 65,536 ids), and count a token a byte of text (mostly it is one in four). Each of lanes / dp_size lanes
-    holds for each source its present and its prepared slice, 2 x S x t; each of WORKERS slices in the making takes
-    S x (5 + 4 + t) for text, ids and rows, and up to 10 x its longest document while that is cut. A unit below S counts with
-    its own size. Where an epoch's units do not come out even for the lanes, 2 x S x t for each lane more. Raises DataError where lanes, corpus, dp_size, rows_per_step and state do not go together; what fails in the
-    background is raised by `next`.
+    holds for each source its present and its prepared slice, 2 x S x t, and as much again where lanes share units; each of WORKERS
+    slices in the making takes S x (5 + 4 + t) for text, ids and rows, and up to 10 x its longest document while that is cut. A unit
+    below S counts with its own size. Raises DataError where lanes, corpus, dp_size, rows_per_step and state do not go together; what
+    fails in the background is raised by `next`.
     """
 
     def __init__(
