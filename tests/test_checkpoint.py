@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from safetensors import safe_open
 from torch import nn
 
 from picotrain import checkpoint, optim
-from picotrain.config.schema import OptimizerConfig
+from picotrain.checkpoint.folder import describe
+from picotrain.config.schema import CheckpointConfig, OptimizerConfig
 from picotrain.errors import CheckpointError
 from picotrain.shape import Rates
 from picotrain.state import LoopState, TrainState, model_tensors, optimizer_tensors
@@ -101,7 +105,10 @@ def test_latest_names_the_newest_and_a_crash_before_the_rename_leaves_nothing_th
     assert checkpoint.find(tmp_path, "last").name == "step_00000009"
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "bad manifest"])
+DAMAGES = ["flip", "truncate", "remove", "no manifest", "bad manifest", "lists too little", "no optimizer", "file", "link", "dangling"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path: Path, damage: str):
     good = checkpoint.save(tmp_path, trained(7), 0)
     bad = checkpoint.save(tmp_path, trained(9), 0)
@@ -116,6 +123,17 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path: Path, damage: str)
         weights.unlink()
     elif damage == "no manifest":
         (bad / "manifest.json").unlink()
+    elif damage in ("lists too little", "no optimizer"):
+        manifest = json.loads((bad / "manifest.json").read_text())
+        gone = "state.json" if damage == "lists too little" else "optimizer.safetensors.index.json"
+        del manifest["files"][gone]
+        (bad / "manifest.json").write_text(json.dumps(manifest))
+    elif damage in ("file", "link", "dangling"):
+        bad.rename(tmp_path / "elsewhere")
+        if damage == "file":
+            bad.write_text("no folder")
+        else:
+            bad.symlink_to(tmp_path / ("elsewhere" if damage == "link" else "nowhere"))
     else:
         (bad / "manifest.json").write_text("[")
     said: list[str] = []
@@ -123,6 +141,90 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path: Path, damage: str)
     assert len(said) == 1 and "step_00000009" in said[0]
     with pytest.raises(CheckpointError):
         checkpoint.load(bad, trained(0))
+    what_was_there = bad.readlink() if bad.is_symlink() else bad.read_bytes() if bad.is_file() else sorted(os.listdir(bad))
+    assert checkpoint.newest(tmp_path, said.append) == good
+    assert checkpoint.save(tmp_path, trained(9), 0) == bad == checkpoint.newest(tmp_path, pytest.fail)
+    aside = tmp_path / "damaged-step_00000009"  # never deleted
+    assert what_was_there == (
+        aside.readlink() if aside.is_symlink() else aside.read_bytes() if aside.is_file() else sorted(os.listdir(aside))
+    )
+
+
+def reseal(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change state.json and make the manifest fit it."""
+    state = json.loads((path / "state.json").read_text())
+    change(state)
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = describe(path / "state.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def put(*keys: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(state: dict[str, Any]) -> None:
+        place: Any = state
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return change
+
+
+STREAM = "dataloader_state_dict"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (put("step", value=999), "step 999"),
+        (put(STREAM, value=None), STREAM),
+        (put(STREAM, "lanes", 0, 0, 0, value=-2), "lanes"),
+        (put(STREAM, "lanes", 0, 0, 0, value=-1), "has left a source"),
+        (put(STREAM, "lanes", 0, 0, 0, value=1.5), "lanes"),
+        (put(STREAM, "lanes", 0, 0, 0, value="1"), "lanes"),
+        (put(STREAM, "lanes", 0, 0, 2, value=10), "behind the last row"),
+        (put(STREAM, "lanes_count", value=3), "lanes do not fit"),
+        (put(STREAM, "row", value=-96), "row"),
+        (put("loop_state", "smoother", value={"mean": float("nan"), "count": 7}), "state.json"),
+        (put("loop_state", "smoother", value={"mean": None, "count": 7}), "mean"),
+        (put("loop_state", "smoother", value={"mean": 1.0, "count": 8}), "smoothed loss"),
+        (put("loop_state", "smoother", value={"mean": 1.0, "count": 6.5}), "smoothed loss"),
+        (put("loop_state", "smoother", value={"mean": 1.0}), "smoothed loss"),
+        (put("loop_state", "skipped", value=8), "8 updates of 7"),
+        (put("loop_state", "val_bpb_step", value=8), "validation at step 8"),
+        (put("loop_state", "total_training_time_s", value=-1.0), "no time"),
+    ],
+)
+def test_a_state_that_contradicts_itself_is_refused_by_name_though_its_hash_fits(tmp_path: Path, change, named: str):
+    path = checkpoint.save(tmp_path, trained(7), 0)
+    reseal(path, change)
+    checkpoint.verify(path)
+    with pytest.raises(CheckpointError, match=named):
+        checkpoint.load(path, trained(0))
+
+
+@pytest.mark.parametrize(
+    ("lanes", "repeat", "rows_per_step", "named"),
+    [(4, [True], 8, "2 lanes, .* 4"), (2, [True] * 2, 8, "1 sources, .* 2"), (2, [True], 16, "row 96, where 12 steps of 16 rows")],
+)
+def test_a_state_that_is_not_the_runs_is_refused_by_name(tmp_path: Path, lanes: int, repeat: list[bool], rows_per_step: int, named: str):
+    state = trained(12)
+    path = checkpoint.save(tmp_path, state, 0)
+    checkpoint.require_fits(path, state, 2, [True], 8)
+    with pytest.raises(CheckpointError, match=named):
+        checkpoint.require_fits(path, state, lanes, repeat, rows_per_step)
+
+
+def test_a_rolling_checkpoint_that_is_kept_is_permanent_and_stays(tmp_path: Path):
+    saver = checkpoint.Saver(tmp_path, CheckpointConfig(background=False))
+    saver.save(trained(3), 0, rolling=True)
+    saver.keep(3)
+    saver.keep(4)  # nothing was saved there
+    assert not checkpoint.is_rolling(tmp_path / "step_00000003")
+    checkpoint.load(tmp_path / "step_00000003", trained(0))
+    for step in (5, 6):
+        saver.save(trained(step), 0, rolling=True)
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step_00000003", "step_00000006"]
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name_or_shape(tmp_path: Path):

@@ -133,7 +133,7 @@ def put_back(original: Path, run_dir: Path) -> None:
     """Undo whatever an example and the readers have changed."""
     for name in FILES:
         shutil.copyfile(original / name, run_dir / name)
-    for kept in run_dir.glob("metrics.cut-*"):
+    for kept in run_dir.glob("metrics.cut*"):
         kept.unlink()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import signal
 import time
@@ -17,6 +18,7 @@ import torch
 from conftest import lines, losses, picotrain, start
 
 from picotrain import checkpoint, hardware, loop, worker
+from picotrain.checkpoint.folder import describe
 from picotrain.errors import ConfigError
 
 
@@ -152,6 +154,9 @@ def test_a_signal_saves_ends_as_resumable_and_the_rest_is_as_if_undisturbed(tmp_
     assert 5 <= stopped_at < 30
     if signum == signal.SIGTERM:
         assert picotrain("resume", str(run_dir)).returncode == 0
+        names = [event["name"] for event in lines(run_dir, "event")]
+        assert names == ["started", "stopped", "stopped", "resumed", "finished"]  # a clean stop cuts nothing
+        assert not list(run_dir.glob("metrics.cut*"))
         assert picotrain("train", *tiny(tmp_path / "straight", *more)).returncode == 0
         assert_same_run(tmp_path / "straight", run_dir)
 
@@ -220,3 +225,46 @@ def test_a_diverged_run_says_so_and_never_saves_the_broken_weights(tmp_path: Pat
     assert [event["name"] for event in lines(run_dir, "event")][-1] == "diverged"
     for path in checkpoint.complete(run_dir / "checkpoints"):
         assert all(tensor.isfinite().all() for tensor in checkpoint.load_tensors(path, "model").values())
+
+
+def test_a_rolling_checkpoint_where_the_run_ends_or_a_permanent_one_is_due_becomes_permanent(finished: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    (run_dir / "summary.json").unlink()
+    roots = [run_dir / "checkpoints" / name for name in ("step_00000008", "step_00000012")]
+    for path in roots:
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({**manifest, "rolling": True}))
+    shutil.rmtree(roots[1])
+    assert picotrain("resume", str(run_dir)).returncode == 0  # from step 8, where one is due
+    assert [checkpoint.is_rolling(path) for path in roots] == [False, False]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_touches_none(finished: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    (run_dir / "summary.json").unlink()
+    for path in checkpoint.complete(run_dir / "checkpoints"):
+        (path / "state.json").write_text("{")
+    before = {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
+    done = picotrain("resume", str(run_dir))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    for word in ("step_00000008 is damaged: state.json", "step_00000012 is damaged: state.json", "run.dir", "run.resume=never"):
+        assert word in done.stderr
+    assert {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()} == before
+    assert len(losses(run_dir)) == 12
+
+
+def test_a_state_of_another_step_or_of_other_rows_is_refused(finished: Path, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    (run_dir / "summary.json").unlink()
+    path = run_dir / "checkpoints" / "step_00000012"
+    state = json.loads((path / "state.json").read_text())
+    state["dataloader_state_dict"]["row"] += 8
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = describe(path / "state.json")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    done = picotrain("resume", str(run_dir), "train.max_steps=14")
+    assert done.returncode == 2 and "row 104, where 12 steps of 8 rows were trained" in done.stderr

@@ -50,7 +50,8 @@ def test_a_torn_last_line_is_passed_over_by_readers_and_moved_aside_by_the_next_
     assert list(read_metrics(path)) == [{"step": 0}]
     write(path, {"step": 1})
     assert list(read_metrics(path)) == [{"step": 0}, {"step": 1}]
-    assert path.with_name("metrics.cut-0001.jsonl").read_bytes() == b'{"step": 1, "lo'
+    (torn,) = read_metrics(path.with_name("metrics.cut.jsonl"))
+    assert torn == {"kind": "torn", "text": '{"step": 1, "lo'}
 
 
 @pytest.mark.parametrize("damage", [b"\x00\x00\x00\n", b'{"step": \n', b"[1, 2]\n", b"\xff\xfe{}\n"])
@@ -67,21 +68,51 @@ def test_a_missing_file_is_a_users_error(path: Path) -> None:
         MetricsFile(path.parent / "nowhere" / "metrics.jsonl")
 
 
-def test_cutting_back_keeps_what_is_cut_off_in_numbered_files(path: Path) -> None:
-    file = MetricsFile(path)
+def test_cutting_back_keeps_what_is_cut_off_in_one_file_that_grows(path: Path) -> None:
+    file, kept = MetricsFile(path), path.with_name("metrics.cut.jsonl")
     file.write({"step": 0})
     n_bytes = file.size_bytes()
     assert n_bytes == path.stat().st_size
-    for attempt in (1, 2):
-        file.write({"step": 1, "attempt": attempt})
+    for attempt in (1, 2, 3):
+        file.write({"step": 1, "kind": "train", "attempt": attempt})
+        before = kept.stat().st_size if kept.exists() else 0
         cut = file.truncate_to(n_bytes)
-        assert cut.kept_in == path.with_name(f"metrics.cut-{attempt:04d}.jsonl")
-        assert list(read_metrics(cut.kept_in)) == [{"step": 1, "attempt": attempt}]
-        assert cut.cut_bytes == cut.kept_in.stat().st_size
+        assert cut == Cut(kept.stat().st_size - before, kept)
+        assert [line["attempt"] for line in read_metrics(kept)] == list(range(1, attempt + 1))
     assert file.truncate_to(n_bytes) == Cut()
     file.write({"step": 1})
     file.close()
     assert list(read_metrics(path)) == [{"step": 0}, {"step": 1}]
+    assert sorted(other.name for other in path.parent.iterdir()) == ["metrics.cut.jsonl", "metrics.jsonl"]
+
+
+def test_what_only_happened_stays_and_steps_and_measurements_are_cut_with_all_that_follows(path: Path) -> None:
+    happened = [{"step": 1, "kind": "checkpoint"}, {"step": 1, "kind": "event", "name": "stopped"}]
+    repeated = [{"step": 1, "kind": "val"}, {"step": 1, "kind": "event", "name": "finished"}]
+    file = MetricsFile(path)
+    file.write({"step": 0, "kind": "train"})
+    n_bytes = file.size_bytes()
+    for record in happened:
+        file.write(record)
+    assert file.truncate_to(n_bytes) == Cut()  # as after a clean stop
+    for record in repeated:
+        file.write(record)
+    assert file.truncate_to(n_bytes).cut_bytes > 0
+    file.close()
+    assert list(read_metrics(path))[1:] == happened
+    assert list(read_metrics(path.with_name("metrics.cut.jsonl"))) == repeated
+
+
+def test_a_kill_between_keeping_and_dropping_keeps_nothing_twice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = MetricsFile(path)
+    file.write({"step": 0, "kind": "train"})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            file.truncate_to(0)
+    assert file.truncate_to(0).cut_bytes > 0
+    file.close()
+    assert len(list(read_metrics(path.with_name("metrics.cut.jsonl")))) == 1 and not path.read_bytes()
 
 
 def test_a_length_inside_a_line_is_refused_and_a_shorter_file_is_reported(path: Path) -> None:

@@ -248,6 +248,21 @@ def test_a_damaged_unit_is_passed_over_and_noted_when_asked_to(tmp_path):
         assert steps(loaders, 200) == rows
 
 
+@pytest.mark.parametrize("dp_size", [1, 2])
+def test_a_unit_damaged_while_a_lane_stands_in_it_is_passed_over_after_the_resume(tmp_path, dp_size):
+    corpus = write(tmp_path / "x", "x", 40)
+    with ranks(corpus) as loaders:
+        steps(loaders, 3)
+        state = loaders[0].state
+    damage(corpus, 0)
+    damage(corpus, 1)
+    with pytest.raises(DataError, match="cannot be read"), ranks(corpus, state=state) as loaders:
+        steps(loaders, 1)
+    with ranks(corpus, dp_size, state, on_bad_shard="skip") as loaders:
+        rows = steps(loaders, 20)
+        assert len(rows) == 80 and any(loader.skipped() for loader in loaders)
+
+
 def test_a_corpus_of_damaged_shards_alone_is_refused_even_when_skipping(tmp_path):
     corpus = write(tmp_path / "x", "x", 40, shards=1)
     (corpus.root / corpus.shards[0].name).unlink()

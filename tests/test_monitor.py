@@ -256,9 +256,9 @@ def test_a_resume_cuts_the_lines_back_and_goes_on_with_loss_and_time(make: Calla
     after.close()
     assert lines(tmp_path, "train") == expected
     assert [event["name"] for event in lines(tmp_path, "event")] == ["started", "resumed"]
-    kept = list(read_metrics(tmp_path / "metrics.cut-0001.jsonl"))
+    kept = list(read_metrics(tmp_path / "metrics.cut.jsonl"))
     assert [line["step"] for line in kept] == [10, 11, 12]
-    assert "metrics.cut-0001.jsonl" in lines(tmp_path, "event")[1]["message"]
+    assert "metrics.cut.jsonl" in lines(tmp_path, "event")[1]["message"]
 
 
 def test_a_start_without_a_checkpoint_puts_the_lines_of_an_earlier_attempt_aside(make: Callable[..., Monitor], tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_start_without_a_checkpoint_puts_the_lines_of_an_earlier_attempt_aside
     second.start(0)
     step(second, 0)
     assert len(lines(tmp_path, "train")) == 1
-    assert (tmp_path / "metrics.cut-0001.jsonl").exists()
+    assert (tmp_path / "metrics.cut.jsonl").exists()
 
 
 def test_a_checkpoint_line_names_the_folder_within_the_run_and_its_size(make: Callable[..., Monitor], tmp_path: Path) -> None:

@@ -164,11 +164,10 @@ def test_broken_json_beside_the_metrics_is_a_note_not_an_end(run: Callable[..., 
     assert "> **Note:** plan.json cannot be read" in text_of(root)
 
 
-def test_lines_that_a_resume_cut_off_still_count_as_events(run: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("name", ["metrics.cut.jsonl", "metrics.cut-0001.jsonl"])  # the latter: of runs from before
+def test_lines_that_a_resume_cut_off_still_count_as_events(run: Callable[..., Path], name: str) -> None:
     root = run(event(0, "started", "2026-01-01T00:00:00"), *train(8), event(5, "resumed", "2026-01-03T00:00:00"))
-    (root / "metrics.cut-0001.jsonl").write_text(
-        json.dumps(event(7, "stopped", "2026-01-02T00:00:00")) + "\n" + json.dumps(train(99)[98]) + "\n"
-    )
+    (root / name).write_text(json.dumps(event(7, "stopped", "2026-01-02T00:00:00")) + "\n" + json.dumps(train(99)[98]) + "\n")
     facts = read_run(root)
     assert [e["name"] for e in facts.events] == ["started", "stopped", "resumed"]
     assert summarise(facts)["steps_done"] == 8

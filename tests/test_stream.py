@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import threading
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from functools import lru_cache
 from itertools import chain, count, islice, pairwise
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from hypothesis import strategies as st
 from picotrain.data import slices, stream
 from picotrain.data.corpus import Corpus, scan
 from picotrain.data.lanes import State, check_lanes, has_full_row, merge_states
+from picotrain.data.mixture import Mixture
 from picotrain.data.packing import pack, permutation
 from picotrain.data.slices import cut, documents, utf8_bytes
 from picotrain.data.stream import Batch, Loader, validation_rows
@@ -99,21 +103,70 @@ def steps(loaders: list[Loader], num_steps: int, rows_per_step: int = 16) -> lis
     return out
 
 
-def designed_rows(corpus: Corpus, lanes: int, slice_bytes: int = 1 << 30) -> Iterator[list[int]]:
+def designed_turns(sizes: list[int], order: list[int], lanes: int, begun: int) -> list[list[tuple[int, int, int]]]:
+    """What each lane takes of an epoch, as the design words it: (unit, from, to) by size. begun: the sum of all sizes before it."""
+    targets = [sum(g % lanes == lane for g in range(begun, begun + sum(sizes))) for lane in range(lanes)]
+    turns: list[list[tuple[int, int, int]]] = [[] for _ in range(lanes)]
+    held, rest = [0] * lanes, [unit for unit in order if sizes[unit]]
+    while len(rest) >= lanes and all(held[lane] + sizes[rest[lane]] <= targets[lane] for lane in range(lanes)):
+        for lane in range(lanes):
+            unit = rest.pop(0)
+            turns[lane].append((unit, 0, sizes[unit]))
+            held[lane] += sizes[unit]
+    end_to_end = [(unit, at) for unit in rest for at in range(sizes[unit])]
+    for lane in sorted(range(lanes), key=lambda lane: [lane >> bit & 1 for bit in range(20)]):
+        mine, end_to_end = end_to_end[: targets[lane] - held[lane]], end_to_end[targets[lane] - held[lane] :]
+        for unit in dict.fromkeys(unit for unit, _ in mine):
+            places = [at for of, at in mine if of == unit]
+            turns[lane].append((unit, places[0], places[-1] + 1))
+    assert not end_to_end
+    return turns
+
+
+def designed_rows(data: Corpus | Mixture, lanes: int, slice_bytes: int = 1 << 30) -> Iterator[list[int]]:
     """The endless sequence of rows as the design words it, without threads, state or ranks."""
+    (source,) = Mixture.of(data).sources
+    corpus = source.corpus
     all_units = units(corpus.shards, UNIT_BYTES)
+    counted = source.rows
+    sizes = [sum(rows) for rows in counted] if counted else [unit.text_bytes for unit in all_units]
 
-    def lane(first: int) -> Iterator[list[int]]:
-        for position in count(first, lanes):
-            epoch, place = divmod(position, len(all_units))
-            index = int(permutation(len(all_units), SEED, epoch)[place])
-            unit = all_units[index]
-            for number, part in enumerate(cut(documents(corpus.files, corpus.shards[unit.shard], unit), slice_bytes)):
-                ids, offsets = ByteTokenizer().encode_flat(part.texts)
-                yield from pack(ids, offsets, BOS, SEQ_LEN + 1, (SEED, epoch, index, number), np.uint16).rows.tolist()
+    def bounds(index: int) -> list[int]:
+        if counted:
+            return np.cumsum([0, *counted[index]]).tolist()
+        slices = -(-sizes[index] // slice_bytes)
+        return [sizes[index] * k // slices for k in range(slices + 1)]
 
-    readers = [lane(first) for first in range(lanes)]
-    return (next(readers[g % lanes]) for g in count())
+    @lru_cache
+    def packed(epoch: int, index: int) -> list[list[list[int]]]:
+        parts = cut(documents(corpus.files, corpus.shards[all_units[index].shard], all_units[index]), slice_bytes)
+        encoded = [ByteTokenizer().encode_flat(part.texts) for part in parts]
+        keys = [(SEED, epoch, index, number) for number in range(len(encoded))]
+        return [pack(*flat, BOS, SEQ_LEN + 1, key, np.uint16).rows.tolist() for flat, key in zip(encoded, keys, strict=True)]
+
+    def of_epoch(epoch: int) -> list[list[list[int]]]:
+        """Each lane's rows."""
+        order = permutation(len(all_units), SEED, epoch).tolist()
+        rows: list[list[list[int]]] = [[] for _ in range(lanes)]
+        for lane, turns in enumerate(designed_turns(sizes, order, lanes, epoch * sum(sizes))):
+            for unit, first, last in turns:
+                edges = bounds(unit)
+                for number, part in enumerate(packed(epoch, unit)):
+                    start, end = edges[-2:] if number > len(edges) - 2 else edges[number : number + 2]
+                    a, b = (
+                        math.floor(Fraction(len(part) * (min(max(x, start), end) - start), end - start) + Fraction(1, 2))
+                        for x in (first, last)
+                    )
+                    rows[lane] += part[a:b]
+        return rows
+
+    queues: list[list[list[int]]] = [[] for _ in range(lanes)]
+    epochs = count()
+    for g in count():
+        while not queues[g % lanes]:
+            for queue, more in zip(queues, of_epoch(next(epochs)), strict=True):
+                queue += more
+        yield queues[g % lanes].pop(0)
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4, 8])

@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 from picotrain.errors import RunError
 
 METRICS = "metrics.jsonl"
+CUT = "metrics.cut.jsonl"  # what resumes have cut off, one after the other
+HAPPENED = ("event", "checkpoint")  # lines that stay true when the steps after them are trained again
 MAX_LINE_BYTES = 16 << 20  # a line of samples has some kilobytes
 # Line ends to some readers (Python's str.splitlines among them), though not to JSON: written as escapes.
 _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
@@ -93,7 +95,8 @@ class MetricsFile:
         return os.fstat(self._fd).st_size
 
     def truncate_to(self, n_bytes: int) -> Cut:
-        """Cut the file back to `n_bytes`, the length a checkpoint recorded; the rest is kept in metrics.cut-0001.jsonl, -0002, ...
+        """Cut the file back to `n_bytes`, the length a checkpoint recorded, where steps or measurements follow that will come again; they
+        are kept in metrics.cut.jsonl. Events and checkpoints that follow first stay: after a clean stop nothing is cut.
 
         A shorter file is left as it is and the lack is reported. Raises RunError where `n_bytes` is not at the end of a line.
         """
@@ -105,7 +108,7 @@ class MetricsFile:
                 f"{self.path}: byte {n_bytes:,} does not end a line, so this is not the file that the checkpoint was saved with; "
                 "restore it, or move it away to go on without the earlier lines"
             )
-        return self._cut_at(n_bytes)
+        return self._cut_at(n_bytes + _happened_bytes(self._tail(n_bytes)))
 
     def close(self) -> None:
         """Try once more to write the lines that wait, then close."""
@@ -126,20 +129,48 @@ class MetricsFile:
         os.ftruncate(self._fd, before_bytes)
         return False
 
+    def _tail(self, n_bytes: int) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(n_bytes)
+            return file.read()
+
     def _cut_at(self, n_bytes: int) -> Cut:
-        """Keep everything from `n_bytes` on in a file of its own, then drop it here: in this order, so that a kill loses nothing."""
-        tail = self.path.read_bytes()[n_bytes:]
+        """Keep everything from `n_bytes` on in the file of what was cut, then drop it here: in this order, so that a kill loses nothing."""
+        tail = self._tail(n_bytes)
         if not tail:
             return Cut()
-        number = 1
-        while (kept_in := self.path.with_name(f"{self.path.stem}.cut-{number:04d}.jsonl")).exists():
-            number += 1
-        with open(kept_in, "xb") as file:
-            file.write(tail)
-            file.flush()
-            os.fsync(file.fileno())
+        kept_in = self.path.with_name(CUT)
+        whole, newline, torn = tail.rpartition(b"\n")
+        kept = whole + newline
+        if torn:  # by a kill; as a line of its own, which is JSON like the others
+            kept += json.dumps({"kind": "torn", "text": torn.decode(errors="replace")}).encode() + b"\n"
+        try:
+            fd = os.open(kept_in, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            with open(fd, "a+b") as file:
+                size_bytes = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size_bytes - len(kept)))
+                if file.read() != kept:  # else a kill came between the keeping and the dropping
+                    file.write(kept)
+                    file.flush()
+                    os.fsync(fd)
+        except OSError as error:
+            raise RunError(f"{kept_in} cannot be written: {error.strerror}") from error
         os.ftruncate(self._fd, n_bytes)
         return Cut(cut_bytes=len(tail), kept_in=kept_in)
+
+
+def _happened_bytes(tail: bytes) -> int:
+    """The length of the lines at the beginning that tell what happened, not what was measured."""
+    length = 0
+    for line in tail.splitlines(keepends=True):
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or record.get("kind") not in HAPPENED:
+            break
+        length += len(line)
+    return length
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

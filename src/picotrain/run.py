@@ -16,6 +16,7 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,7 @@ from picotrain import plan as planning
 from picotrain.config import Config, dump, load
 from picotrain.config.identity import classify_change, diff
 from picotrain.config.saved import is_own_json, parse_json, read_plain, write_whole
-from picotrain.data import amounts, sources
+from picotrain.data import amounts, counts, sources
 from picotrain.data import recorded as recorded_data
 from picotrain.data.mixture import Mixture
 from picotrain.data.remote import is_url
@@ -84,9 +85,24 @@ def gather(config: Config, say: Say) -> Material:
     tokenizer = load_tokenizer(path, config.tokenizer.encoder)
     for change in tokenizer.changes:
         say(change)
-    plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])
+    plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])  # its problems come before any counting
     sources.check_rows(corpus, tokenizer, plan.seq_len, plan.unit_bytes, on_bad)
+    corpus = _counted(config, corpus, tokenizer, plan, say)
+    plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])
     return Material(config, plan, corpus, tokenizer)
+
+
+def _counted(config: Config, corpus: Mixture, tokenizer: Tokenizer, plan: Plan, say: Say) -> Mixture:
+    """The corpus with the rows of an epoch, where they can be counted in seconds."""
+    try:
+        return counts.count(
+            corpus, tokenizer, tokenizer.fingerprint, plan.seq_len, plan.unit_bytes, config.run.seed, cache_dir(config), say
+        )
+    except DataError as error:
+        if config.data.on_bad_shard == "stop":
+            raise DataError(counts.unreadable(error)) from error
+        say(f"WARNING: the length of an epoch is estimated, since the text cannot be counted: {error}")
+        return corpus
 
 
 def preview(config: Config) -> Plan:
@@ -104,7 +120,11 @@ def preview(config: Config) -> Plan:
         texts = list(corpus.sample(SAMPLE_BYTES)) if corpus and not _is_remote(corpus) else amounts.sample(config.data, SAMPLE_BYTES)
         per_token = sources.bytes_per_token(named[0], texts) if texts else None
     guess = () if corpus else amounts.estimate(config.data, cache)
-    return planning.make(config, name, corpus, per_token, guess)
+    plan = planning.make(config, name, corpus, per_token, guess)
+    if corpus and measured:  # as far as an earlier start has counted the rows of an epoch
+        counted = counts.known(corpus, measured["tokenizer"], plan.seq_len, plan.unit_bytes, config.run.seed, cache)
+        plan = planning.make(config, name, counted, per_token) if counted != corpus else plan
+    return plan
 
 
 def _is_remote(corpus: Mixture) -> bool:
@@ -297,7 +317,7 @@ def _reopen(run_dir: Path, config: Config, say: Say) -> Material:
     )
     corpus, tokenizer = _same_data(run_dir, pinned, config.tokenizer.path != before.tokenizer.path, say)
     plan = planning.make(pinned, config.run.name or "", corpus, old_plan.bytes_per_token)
-    kept = {} if announced else {key: getattr(old_plan, key) for key in DERIVED_ONCE}
+    kept = {"sharing": old_plan.sharing} | ({} if announced else {key: getattr(old_plan, key) for key in DERIVED_ONCE})
     if config.train.device_batch_size == "auto" and (plan.hardware_name, plan.world_size) == (old_plan.hardware_name, old_plan.world_size):
         kept |= {"device_batch_size": old_plan.device_batch_size, "grad_accum_steps": old_plan.grad_accum_steps}  # what has fitted
     if plan.hardware_name == old_plan.hardware_name:
@@ -325,7 +345,9 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     for what, now in (("corpus", corpus.fingerprint), ("tokenizer", tokenizer.fingerprint), ("tokenizer", named.fingerprint)):
         if recorded[what] != now:
             raise RunError(f"{run_dir}: the {what} is not the one this run was started with; a resume would train on something else")
-    return corpus, tokenizer
+    # How the lanes share an epoch stays as it was when the run was created.
+    kept = zip(corpus.sources, before.sources, strict=True)
+    return replace(corpus, sources=tuple(replace(source, rows=old.rows) for source, old in kept)), tokenizer
 
 
 def _write(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:

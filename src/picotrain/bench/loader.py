@@ -6,10 +6,10 @@ Without --path the text is data=pystdlib. --short cuts it into documents of 1,50
 with a freshly loaded tokenizer; nothing but the loader runs, so that its rate is what two cores can do.
 
 tokens_per_s: emitted tokens (B x T a batch) after the first batch; tokens_per_cpu_s: per second of CPU time, for a busy
-machine. first_batch_s: from the making of the loader. tokenized_per_s: tokens that came out of the tokenizer in the same
-time. dropped_percent: text tokens that are read and in no row. The usual method: tokenize 128 documents at a time, keep
-a buffer of 1,000, fill each row with the longest that fits and, where none does, crop the shortest (as nanochat's loader
-does, on the training thread).
+machine. count_s: of the rows of an epoch, which a run does once, before it begins. first_batch_s: from the making of the loader.
+tokenized_per_s: tokens that came out of the tokenizer in the same time. dropped_percent: text tokens that are read and in no row.
+The usual method: tokenize 128 documents at a time, keep a buffer of 1,000, fill each row with the longest that fits and, where none
+does, crop the shortest (as nanochat's loader does, on the training thread).
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ import pyarrow.parquet as pq
 import torch
 
 from picotrain.config.schema import DataConfig, TokenizerConfig
+from picotrain.data import counts
 from picotrain.data.corpus import Corpus, default_lanes, default_unit_bytes, read_texts, scan, units
+from picotrain.data.mixture import Mixture
 from picotrain.data.slices import slice_bytes, tokenized
 from picotrain.data.sources import obtain_tokenizer, resolve
 from picotrain.data.stream import Loader
@@ -89,11 +91,15 @@ def measure_stream(corpus: Corpus, path: Path, rows: int, seq_len: int, seconds:
     lanes = default_lanes(len(units(corpus.shards, unit_bytes)))
     tokenizer = load_tokenizer(path)
     tokenizer.encode_flat([""])  # imports what the encoder needs: a part of loading it
+    begun = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        data = counts.count(Mixture.of(corpus), tokenizer, tokenizer.fingerprint, seq_len, unit_bytes, 0, Path(folder), lambda _: None)
+    count_s = time.perf_counter() - begun
     counted = Counted(tokenizer)
 
     def start() -> Loader:
         return Loader(
-            corpus, counted, seq_len=seq_len, unit_bytes=unit_bytes, lanes=lanes, seed=0, device_batch_size=rows, rows_per_step=rows
+            data, counted, seq_len=seq_len, unit_bytes=unit_bytes, lanes=lanes, seed=0, device_batch_size=rows, rows_per_step=rows
         )
 
     waits: list[float] = []
@@ -108,7 +114,8 @@ def measure_stream(corpus: Corpus, path: Path, rows: int, seq_len: int, seconds:
             waits.append(batch.wait_ms)
         elapsed, cpu_s = time.perf_counter() - begun, time.process_time() - cpu_begun
     return {
-        "encoder": tokenizer.encoder, "lanes": lanes, "tokens_per_s": round(tokens / elapsed), "first_batch_s": round(first_batch_s, 3),
+        "encoder": tokenizer.encoder, "lanes": lanes, "count_s": round(count_s, 3), "tokens_per_s": round(tokens / elapsed),
+        "first_batch_s": round(first_batch_s, 3),
         "tokens_per_cpu_s": round(tokens / cpu_s), "dropped_percent": round(dropped_percent(corpus, tokenizer, seq_len, unit_bytes), 3),
         "tokenized_per_s": round(counted.tokens / (first_batch_s + elapsed)), "epochs": round(batch.epoch, 2),
         "wait_ms_p50_p99": [round(float(q), 2) for q in np.percentile(waits, (50, 99))],

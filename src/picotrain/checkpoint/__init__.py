@@ -20,13 +20,14 @@ from picotrain.checkpoint.folder import (
     read_metrics,
     read_state,
     record_metrics,
+    require_parts,
     step_dir,
     verify,
     write_pointer,
 )
 from picotrain.checkpoint.retain import is_rolling
 from picotrain.checkpoint.saver import Saved, Saver, save
-from picotrain.checkpoint.store import load, load_tensors
+from picotrain.checkpoint.store import load, load_tensors, require_fits
 
 __all__ = [
     "PREFIX",
@@ -42,6 +43,8 @@ __all__ = [
     "read_metrics",
     "read_state",
     "record_metrics",
+    "require_fits",
+    "require_parts",
     "save",
     "step_dir",
     "verify",

@@ -19,6 +19,8 @@ from picotrain.metrics import plain
 
 M = TypeVar("M", bound=BaseModel)
 PREFIX = "step_"
+DAMAGED = "damaged-"  # what stood in the place of a checkpoint that is saved again
+PARTS = ("model", "optimizer")
 MAX_POINTER_BYTES = 1000
 
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
@@ -46,6 +48,12 @@ class Manifest(BaseModel):
     files: Annotated[dict[FileName, FileEntry], Field(min_length=1)]
 
 
+class Index(BaseModel):
+    """The index of a part: which file holds which tensor."""
+
+    weight_map: dict[str, FileName]
+
+
 def step_dir(root: Path, step: int) -> Path:
     """Where the checkpoint of a step stands."""
     return root / f"{PREFIX}{step:08d}"
@@ -58,6 +66,8 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def verify(path: Path) -> None:
     """Raise CheckpointError unless every file of the manifest is there with its size and hash."""
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path.name} is damaged: it is no folder")
     for file in path.iterdir() if path.is_dir() else ():
         if file.is_symlink() or not file.is_file():
             raise CheckpointError(f"{path.name} is damaged: {file.name} is no plain file")
@@ -69,6 +79,16 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{path.name} is damaged: {name} has {file.stat().st_size:,} bytes, not {expected.bytes:,}")
         if hash_file(file) != expected.xxh3_64:
             raise CheckpointError(f"{path.name} is damaged: the content of {name} does not match its hash")
+
+
+def require_parts(path: Path) -> None:
+    """Raise CheckpointError unless the manifest lists all that a training goes on from, so that `verify` has looked at it."""
+    listed, needed = read_manifest(path).keys(), {"state.json"}
+    for part in PARTS:
+        index = f"{part}.safetensors.index.json"
+        needed |= {index, *(checked(Index, path / index).weight_map.values() if index in listed else ())}
+    if lacking := sorted(needed - listed):
+        raise CheckpointError(f"{path.name} is damaged: {', '.join(lacking)[:200]} is not listed in its manifest.json")
 
 
 def read_manifest(path: Path) -> dict[str, FileEntry]:
@@ -107,25 +127,36 @@ def is_checkpoint(path: Path) -> bool:
 
 def complete(root: Path) -> list[Path]:
     """All complete checkpoints below root, the oldest first."""
-    return [path for path in _folders(root) if is_whole(path)]
+    return [path for path in _named(root) if is_whole(path)]
 
 
-def _folders(root: Path) -> list[Path]:
-    """All folders below root that are named as checkpoints are, whole or not, the oldest first."""
-    named = (path for path in root.glob(f"{PREFIX}*") if re.fullmatch(PREFIX + "[0-9]{1,18}", path.name) and path.is_dir())
+def _named(root: Path) -> list[Path]:
+    """Everything below root that is named as checkpoints are, whatever it is, the oldest first."""
+    named = (path for path in root.glob(f"{PREFIX}*") if re.fullmatch(PREFIX + "[0-9]{1,18}", path.name))
     return sorted(named, key=lambda path: (int(path.name.removeprefix(PREFIX)), path.name))
 
 
 def newest(root: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose hashes match, or None. A damaged one is passed over, and said."""
-    for path in reversed(_folders(root)):
+    """The newest checkpoint that is whole and whose hashes match, or None. say: told what is wrong with each that is passed over."""
+    for path in reversed(_named(root)):
         try:
             verify(path)
+            require_parts(path)
         except CheckpointError as error:
-            say(f"WARNING: {error}; falling back to the checkpoint before it")
+            say(str(error))
             continue
         return path
     return None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged, so that its place is free and nothing is lost."""
+    aside, number = path.with_name(f"{DAMAGED}{path.name}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{DAMAGED}{path.name}-{number}")
+    os.rename(path, aside)
+    return aside
 
 
 def find(root: Path, which: str) -> Path:

@@ -7,7 +7,6 @@ rank 0 writes them all and nobody else waits for the disk. Nothing is ever writt
 from __future__ import annotations
 
 import base64
-import errno
 import os
 import shutil
 import tempfile
@@ -22,8 +21,8 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from picotrain.checkpoint.folder import describe, fsync, is_checkpoint, step_dir, write_json, write_pointer
-from picotrain.checkpoint.retain import retain, sweep
+from picotrain.checkpoint.folder import describe, fsync, is_whole, read_json, set_aside, step_dir, write_json, write_pointer
+from picotrain.checkpoint.retain import is_rolling, retain, sweep
 from picotrain.config.schema import CheckpointConfig
 from picotrain.errors import CheckpointError
 from picotrain.state import TrainState, model_tensors, optimizer_tensors
@@ -101,6 +100,14 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def keep(self, step: int) -> None:
+        """Make the rolling checkpoint of a step, if there is one, a permanent one."""
+        self.wait()
+        path = step_dir(self.root, step)
+        with suppress(OSError):  # a full disk: it stays a rolling one, and whole
+            if is_whole(path) and is_rolling(path):
+                write_json(path / "manifest.json", {**read_json(path / "manifest.json"), "rolling": False})
 
     def tidy(self) -> None:
         """Remove what the rules of retention do not keep, as every save does."""
@@ -192,9 +199,7 @@ def write(root: Path, parts: dict[str, Tensors], scalars: dict[str, Any], shard_
         write_json(tmp / "manifest.json", {"rolling": rolling, "files": files})
         fsync(tmp)
         if os.path.lexists(final):  # a damaged one of the same step: a whole one is never written twice
-            if not is_checkpoint(final):
-                raise FileExistsError(errno.EEXIST, f"{final.name} is there and is no checkpoint; move it away")
-            shutil.rmtree(final)
+            set_aside(final)
         tmp.rename(final)
     except OSError:
         shutil.rmtree(tmp, ignore_errors=True)  # a full disk has no room for halves

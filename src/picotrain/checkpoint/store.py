@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,17 +11,11 @@ from pydantic import Base64Bytes, BaseModel, Field, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from picotrain.checkpoint.folder import Count, FileName, checked, read_manifest, verify
+from picotrain.checkpoint.folder import PREFIX, Count, Index, checked, read_manifest, verify
 from picotrain.errors import CheckpointError
 from picotrain.state import LoopState, TrainState, load_model_tensors, load_optimizer_tensors
 
 Cursor = tuple[Annotated[int, Field(strict=True, ge=-1, le=2**53)], Count, Count, Count]
-
-
-class Index(BaseModel):
-    """The index of a part: which file holds which tensor."""
-
-    weight_map: dict[str, FileName]
 
 
 class StreamState(BaseModel):
@@ -36,6 +31,8 @@ class StreamState(BaseModel):
             raise ValueError("the lanes do not fit each other")
         if any(row > rows for cursors in self.lanes for _, _, row, rows in cursors):
             raise ValueError("a lane stands behind the last row of its slice")
+        if any(position < 0 and any(rest) for cursors in self.lanes for position, *rest in cursors):
+            raise ValueError("a lane that has left a source stands in it")
         return self
 
 
@@ -49,10 +46,23 @@ class SavedState(BaseModel):
     """state.json, as far as a training goes on from it."""
 
     step: Count
-    dataloader_state_dict: StreamState | None
+    dataloader_state_dict: StreamState
     loop_state: LoopState
     rng: Generators
     metrics_bytes: Count
+
+    @model_validator(mode="after")
+    def _agrees(self) -> SavedState:
+        loop, smoother = self.loop_state, self.loop_state.smoother
+        if smoother and (smoother.keys() != {"mean", "count"} or smoother["count"] not in range(self.step + 1)):
+            raise ValueError(f"the smoothed loss is of no {self.step:,} steps")
+        if loop.skipped > self.step:
+            raise ValueError(f"{loop.skipped:,} updates of {self.step:,} were left out")
+        if loop.val_bpb_step is not None and not 0 <= loop.val_bpb_step <= self.step:
+            raise ValueError(f"step {self.step:,} knows a validation at step {loop.val_bpb_step:,}")
+        if loop.total_training_time < 0:
+            raise ValueError("training took less than no time")
+        return self
 
 
 def load(path: Path, state: TrainState) -> int:
@@ -63,6 +73,8 @@ def load(path: Path, state: TrainState) -> int:
     verify(path)
     _require_listed(path, ["state.json"])
     saved = checked(SavedState, path / "state.json")
+    if path.name != f"{PREFIX}{saved.step:08d}":
+        raise CheckpointError(f"{path / 'state.json'} is that of step {saved.step:,}, and {path.name} is another one")
     load_model_tensors(state.model, load_tensors(path, "model"))
     load_optimizer_tensors(state.model, state.optimizer, load_tensors(path, "optimizer"))
     try:
@@ -70,9 +82,25 @@ def load(path: Path, state: TrainState) -> int:
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path / 'state.json'} is damaged: rng.torch is no state of the random generator") from error
     state.step = saved.step
-    state.loader = saved.dataloader_state_dict and saved.dataloader_state_dict.model_dump(mode="json")
+    state.loader = saved.dataloader_state_dict.model_dump(mode="json")
     state.loop = saved.loop_state
     return saved.metrics_bytes
+
+
+def require_fits(path: Path, state: TrainState, lanes: int, repeat: Sequence[bool], rows_per_step: int) -> None:
+    """Raise CheckpointError where the data stream of a loaded state is not that of its step and of the run. repeat: of each source."""
+    stream = state.loader or {}
+    problems = {
+        f"{stream['lanes_count']:,} lanes, where the plan has {lanes:,}": stream["lanes_count"] != lanes,
+        f"{len(stream['lanes'][0])} sources, where the data has {len(repeat)}": len(stream["lanes"][0]) != len(repeat),
+        f"row {stream['row']:,}, where {state.step:,} steps of {rows_per_step:,} rows were trained": stream["row"]
+        != state.step * rows_per_step,
+        "a lane that has left a source which is read again and again": any(
+            position < 0 and again for cursors in stream["lanes"] for (position, *_), again in zip(cursors, repeat, strict=False)
+        ),
+    }
+    if found := [text for text, is_so in problems.items() if is_so]:
+        raise CheckpointError(f"{path / 'state.json'} contradicts the run: dataloader_state_dict has {'; '.join(found)}")
 
 
 def load_tensors(path: Path, part: str) -> dict[str, torch.Tensor]:

@@ -160,7 +160,9 @@ def _check_run(run_dir: Path) -> int:
     if not folders:
         checks.out.line("", f"{run_dir} has no checkpoint yet")
     for path in folders:
-        checks.check(path.name, lambda path=path: (checkpoint.verify(path) or f"whole, {size(_bytes(path))}", None))
+        checks.check(
+            path.name, lambda path=path: (checkpoint.verify(path) or checkpoint.require_parts(path) or f"whole, {size(_bytes(path))}", None)
+        )
     return 2 if checks.failed else 0
 
 

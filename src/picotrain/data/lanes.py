@@ -1,9 +1,9 @@
 """Lanes: a fixed number of independent, resumable readers of units. Without torch.
 
 The U units of epoch e stand in the order that (seed, e) gives them; all epochs laid end to end form one endless
-sequence of positions. Lane l of L takes positions l, l + L, l + 2L, ... and row g of the run comes from lane g mod L,
-so that the order of rows depends on seed and config alone. Of the rows of a step, dp_rank r of W takes those with
-i mod W == r: where W divides L and the rows of a step, these are the rows of the lanes l with l mod W == r.
+sequence of positions. `picotrain.data.shares` says what each of the L lanes takes of an epoch: as many rows as the others, within one.
+Row g of the run comes from lane g mod L, so that the order of rows depends on seed and config alone. Of the rows of a step, dp_rank r
+of W takes those with i mod W == r: where W divides L and the rows of a step, these are the rows of the lanes l with l mod W == r.
 
 In a mixture every lane reads all sources, each with a cursor of its own; `picotrain.data.mixture` says which gives the next row.
 
@@ -16,15 +16,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
-from functools import lru_cache
-from itertools import count
+from itertools import accumulate
+from threading import Lock
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from picotrain.config.schema import LEAST_SEQ_LEN
 from picotrain.data.corpus import Corpus, OnBad, Shard
 from picotrain.data.mixture import Choice, Source
+from picotrain.data.shares import Shares, Sharing, Turn, part
 from picotrain.data.slices import Encoder, Tokens, slice_bytes, tokenized
 from picotrain.data.units import Unit, units
 from picotrain.errors import DataError
@@ -33,8 +35,8 @@ State = dict[str, Any]
 
 
 class Cursor(NamedTuple):
-    """Where a lane stands: its next row is `row` of slice `slice` of the unit at `position` or, where the slice's
-    `rows` are used up, the first one after it. rows is 0 until a slice was opened."""
+    """Where a lane stands: its next row is `row` of those that it takes of slice `slice` of the unit at `position` or, where these
+    `rows` are used up, the first one after them. rows is 0 until a slice was opened."""
 
     position: int
     slice: int = 0
@@ -46,7 +48,7 @@ OUT = Cursor(-1)  # in a lane that has seen the end of a source that is read onc
 
 
 class SliceRows(NamedTuple):
-    """The packed rows of one slice, at least one."""
+    """The packed rows of one slice that a lane takes, at least one."""
 
     position: int
     slice: int
@@ -57,69 +59,126 @@ class Stream:
     """One source as all lanes share it: corpus, order and packing, but no place in it. Safe to use from several threads.
 
     on_bad: called with the error where a unit cannot be read, which is then passed over from there on; None: the error is raised.
+    kept: how many units that lanes share are kept packed, so that those of one process make them once.
     """
 
     def __init__(
-        self, source: Source, tokenizer: Encoder, seq_len: int, unit_bytes: int, lanes: int, seed: int, on_bad: OnBad | None = None
+        self,
+        source: Source,
+        tokenizer: Encoder,
+        seq_len: int,
+        unit_bytes: int,
+        lanes: int,
+        seed: int,
+        on_bad: OnBad | None = None,
+        sharing: Sharing = "even",
+        kept: int = 0,
     ):
-        self.corpus, self.repeat = source.corpus, source.repeat
+        self.corpus, self.repeat, self._counted = source.corpus, source.repeat, source.rows
         self.tokenizer, self.seq_len, self.lanes, self.seed = tokenizer, seq_len, lanes, seed
         self.units = units(source.corpus.shards, unit_bytes)
         self.slice_bytes = slice_bytes(unit_bytes)
-        self._on_bad = on_bad
-        self._order = lru_cache(maxsize=2)(lambda epoch: self.units.order(seed, epoch))
+        if source.rows is not None and len(source.rows) != len(self.units):
+            raise DataError(f"{source.corpus.name}: the rows of {len(source.rows):,} units were counted, and there are {len(self.units):,}")
+        sizes = self.units.text_bytes if source.rows is None else np.array([sum(rows) for rows in source.rows], np.int64)
+        self.shares = Shares(self.units, sizes, lanes, seed, sharing)
+        if self.shares.empty:
+            raise DataError(too_short(self.corpus, seq_len))
+        self._on_bad, self._kept = on_bad, kept
         self._rowless: set[int] = set()  # units without a full row, in whatever order they are packed
-        self._bad: set[int] = set()  # units that could not be read to their end
-
-    def at(self, position: int) -> tuple[int, int]:
-        """(epoch, index into `units`) of a position."""
-        epoch, place = divmod(position, len(self.units))
-        return epoch, int(self._order(epoch)[place])
+        self._bad: set[int] = set()  # units that cannot be read
+        self._shared: dict[tuple[int, int], Future[list[tuple[int, NDArray]]]] = {}  # by epoch and unit: its packed slices
+        self._lock = Lock()
 
     def unit(self, position: int) -> Unit:
-        return self.units[self.at(position)[1]]
+        """The unit at a position."""
+        return self.units[self.shares.at(position)[1]]
 
-    def slices_from(self, cursor: Cursor) -> Iterator[SliceRows]:
+    def passed_over(self, position: int) -> bool:
+        """Whether the unit at a position could not be read, so that some of its rows are missing."""
+        return self.shares.at(position)[1] in self._bad
+
+    def slices_from(self, lane: int, cursor: Cursor) -> Iterator[SliceRows]:
         """A lane's slices from the first with a row left on, packed; what holds no full row is passed over. Endless, but for
         a source that is read once."""
         used_up = cursor.row == cursor.rows > 0
         first = cursor.slice + used_up
-        for position in count(cursor.position, self.lanes):
-            if position >= len(self.units) and not self.repeat:
+        for turn in self.shares.turns(lane, cursor.position):
+            if turn.position >= len(self.units) and not self.repeat:
                 return
-            yield from self._unit_slices(position, first)
-            first = 0
+            yield from self._turn_slices(turn, first if turn.position == cursor.position else 0)
 
-    def is_bad(self, position: int) -> bool:
-        """Whether the unit at a position was passed over, because it could not be read."""
-        return self.at(position)[1] in self._bad
-
-    def slice_share(self, position: int, number: int) -> tuple[float, float]:
-        """Where a slice begins and ends, as shares of its unit; estimated from the footer's bytes."""
-        num_slices = max(1, math.ceil(self.unit(position).text_bytes / self.slice_bytes))
-        return min(1.0, number / num_slices), min(1.0, (number + 1) / num_slices)
+    def used(self, lane: int, cursor: Cursor) -> tuple[float, float]:
+        """Passes over the lane's share at the beginning and at the end of its part of the slice at a cursor."""
+        turn = next(self.shares.turns(lane, cursor.position))
+        bounds = self._bounds(self.shares.at(turn.position)[1])
+        number = cursor.slice if turn.position == cursor.position else 0
+        edges = [min(max(bounds[min(k, len(bounds) - 1)], turn.first), turn.last) for k in (number, number + 1)]
+        begun, ended = ((edge - turn.first) / max(1, turn.last - turn.first) for edge in edges)
+        return self.shares.used(lane, turn, begun), self.shares.used(lane, turn, ended)
 
     def shards_from(self, position: int, most: int) -> list[Shard]:
         """The next shards that the stream will want from a position on, at most `most` of them."""
         wanted: dict[int, None] = {}
-        for place in range(position, position + len(self.units)):
-            if len(wanted) == most or (place >= len(self.units) and not self.repeat):
+        for index in self.shares.indices_from(position, self.repeat):
+            if len(wanted) == most:
                 break
-            wanted[self.unit(place).shard] = None
+            wanted[self.units[index].shard] = None
         return [self.corpus.shards[index] for index in wanted]
 
-    def _unit_slices(self, position: int, first: int) -> Iterator[SliceRows]:
-        epoch, index = self.at(position)
+    def _bounds(self, index: int) -> Sequence[int]:
+        """Where a unit's slices begin and end by its size; estimated from the footer's bytes where the rows were not counted."""
+        if self._counted is not None:
+            return [0, *accumulate(self._counted[index])]
+        size = self.shares.size(index)
+        num_slices = max(1, math.ceil(size / self.slice_bytes))
+        return [size * number // num_slices for number in range(num_slices + 1)]
+
+    def _turn_slices(self, turn: Turn, first: int) -> Iterator[SliceRows]:
+        epoch, index = self.shares.at(turn.position)
+        bounds = self._bounds(index)
         if index in self._rowless:
             return
+        if len(bounds) == 2 and turn.last - turn.first < bounds[1] and self._kept:
+            slices: Iterator[tuple[int, NDArray]] = iter([(number, rows) for number, rows in self._once(epoch, index) if number >= first])
+        else:
+            while first < len(bounds) - 2 and bounds[first + 1] <= turn.first:
+                first += 1  # another lane's, which need not be tokenized
+            slices = self._packed(epoch, index, first)
+        for number, rows in slices:
+            a, b = part(turn, bounds, number, len(rows))
+            if a < b:
+                yield SliceRows(turn.position, number, rows[a:b])
+            del rows  # while this waits for its consumer, what it takes is all that is held
+            if number + 1 < len(bounds) - 1 and turn.last <= bounds[number + 1]:
+                return
+
+    def _once(self, epoch: int, index: int) -> list[tuple[int, NDArray]]:
+        """The packed slices of a unit that neighbouring lanes share, made by the first that asks."""
+        key = (epoch, index)
+        with self._lock:
+            found = self._shared.get(key)
+            if mine := found is None:
+                found = self._shared[key] = Future()
+                if len(self._shared) > self._kept:
+                    del self._shared[next(iter(self._shared))]
+        if mine:
+            try:
+                found.set_result(list(self._packed(epoch, index, 0)))
+            except BaseException as error:
+                found.set_exception(error)
+        return found.result()
+
+    def _packed(self, epoch: int, index: int, first: int) -> Iterator[tuple[int, NDArray]]:
+        """Number and rows of a unit's slices from `first` on."""
         number, found = first, first > 0
         try:
             for tokens in self._tokens(self.units[index], first):
                 rows = tokens.pack(self.tokenizer, self.seq_len, (self.seed, epoch, index, number)).rows
                 del tokens  # while this waits for its consumer, the rows are all that is held
-                if len(rows):
-                    found = True
-                    yield SliceRows(position, number, rows)
+                found |= len(rows) > 0
+                yield number, rows
+                del rows
                 number += 1
         except DataError as error:
             if self._on_bad is None:
@@ -140,7 +199,7 @@ class Reader:
 
     def __init__(self, stream: Stream, lane: int, cursor: Cursor, pool: Executor, prefetch_at: float):
         self.stream, self._lane, self._pool, self._prefetch_at = stream, lane, pool, prefetch_at
-        self._slices = stream.slices_from(cursor)
+        self._slices = stream.slices_from(lane, cursor)
         self._rows: NDArray | None = None  # (n, seq_len + 1), of the slice at the cursor
         self._ahead: Future[SliceRows | None] | None = None
         self.cursor = cursor
@@ -149,10 +208,8 @@ class Reader:
 
     @property
     def progress(self) -> float:
-        """How many units the reader has used up, the present one counted by its share."""
-        if self.is_out:
-            return len(range(self._lane, len(self.stream.units), self.stream.lanes))
-        return self._before + self.cursor.row * self._per_row
+        """Passes over the lane's share of the source: 1.25 is a quarter of the second one."""
+        return 1.0 if self.is_out else self._before + self.cursor.row * self._per_row
 
     @property
     def is_out(self) -> bool:
@@ -180,9 +237,8 @@ class Reader:
 
     def _stand_at(self, cursor: Cursor) -> None:
         self.cursor = cursor
-        start, end = self.stream.slice_share(cursor.position, cursor.slice)
-        self._before = cursor.position // self.stream.lanes + start
-        self._per_row = (end - start) / max(1, cursor.rows)
+        self._before, end = self.stream.used(self._lane, cursor)
+        self._per_row = (end - self._before) / max(1, cursor.rows)
 
     def _request(self) -> None:
         if self._ahead is None:
@@ -198,7 +254,7 @@ class Reader:
         position, number, rows = found
         at = self.cursor
         is_there = (position, number, len(rows)) == (at.position, at.slice, at.rows)  # resumed in the middle of a slice
-        if at.row == at.rows or (not is_there and self.stream.is_bad(at.position)):
+        if at.row == at.rows or (not is_there and self.stream.passed_over(at.position)):
             self._stand_at(Cursor(position, number, 0, len(rows)))
         elif not is_there:
             raise DataError(
@@ -225,7 +281,7 @@ class Lane:
 
     @property
     def progress(self) -> tuple[float, ...]:
-        """How many units of each source the lane has used up."""
+        """Passes over the lane's share of each source."""
         return tuple(reader.progress for reader in self.readers)
 
     def open(self) -> None:
@@ -246,7 +302,7 @@ class Lane:
 
 def start_state(lanes: int, sources: int = 1) -> State:
     """The state before the first row."""
-    return {"row": 0, "lanes_count": lanes, "lanes": [[list(Cursor(lane))] * sources for lane in range(lanes)]}
+    return {"row": 0, "lanes_count": lanes, "lanes": [[list(Cursor(0))] * sources for _ in range(lanes)]}
 
 
 def merge_states(states: Sequence[State]) -> State:

@@ -11,23 +11,48 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from picotrain.data.corpus import Corpus, OnBad, hash_bytes, sample_texts
 from picotrain.data.units import Units, units
+from picotrain.errors import DataError
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / the golden ratio, odd
 _MASK = (1 << 64) - 1
+UnitRows = tuple[tuple[Annotated[int, Field(strict=True, ge=0, le=2**31)], ...], ...]  # by unit and slice
 
 
 @dataclass(frozen=True)
 class Source:
     """One corpus of a mixture. weight: its share of the rows, relative to the others'. repeat: whether it begins anew
-    when it was read once, or leaves the mixture."""
+    when it was read once, or leaves the mixture. rows: of each unit's slices in the first epoch, where they were counted; good for the
+    tokenizer, seq_len, unit_bytes and seed that they were counted with."""
 
     corpus: Corpus
     weight: float = 1.0
     repeat: bool = True
+    rows: UnitRows | None = None
+
+    @property
+    def epoch_rows(self) -> int | None:
+        """The rows of an epoch; None where they were not counted."""
+        return None if self.rows is None else sum(map(sum, self.rows))
+
+    def to_json(self) -> dict[str, Any]:
+        """The corpus, and the rows where they are known."""
+        return self.corpus.to_json() | ({} if self.rows is None else {"unit_rows": self.rows})
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], weight: float = 1.0, repeat: bool = True) -> Source:
+        """Raises DataError where `data` is none of `to_json`."""
+        rows = data.get("unit_rows")
+        try:
+            return cls(Corpus.from_json(data), weight, repeat, None if rows is None else TypeAdapter(UnitRows).validate_python(rows))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise DataError(f"the description of a corpus is damaged: unit_rows: {first['msg']}, not {first['input']!r:.60}") from None
 
 
 @dataclass(frozen=True)
@@ -56,6 +81,17 @@ class Mixture:
         """The sources' shares of the rows; they sum to 1."""
         total = sum(source.weight for source in self.sources)
         return [source.weight / total for source in self.sources]
+
+    @property
+    def epoch_rows(self) -> int | None:
+        """Rows of one pass over all sources; None while some are not counted."""
+        rows = [source.epoch_rows for source in self.sources]
+        return None if None in rows else sum(n for n in rows if n is not None)
+
+    @property
+    def sizes(self) -> list[int]:
+        """What each source counts for in an epoch of all: its rows, or its bytes of text while the rows of some are not counted."""
+        return [source.corpus.text_bytes if self.epoch_rows is None else source.epoch_rows or 0 for source in self.sources]
 
     @property
     def text_bytes(self) -> int:
@@ -94,15 +130,16 @@ class Mixture:
 
     def to_json(self) -> dict[str, Any]:
         if len(self.sources) == 1:
-            return self.sources[0].corpus.to_json()
-        sources = [{"weight": s.weight, "repeat": s.repeat, "corpus": s.corpus.to_json()} for s in self.sources]
+            return self.sources[0].to_json()
+        sources = [{"weight": s.weight, "repeat": s.repeat, "corpus": s.to_json()} for s in self.sources]
         return {"name": self.name, "fingerprint": self.fingerprint, "sources": sources}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Mixture:
         if "sources" not in data:
-            return cls.of(Corpus.from_json(data))
-        return cls(data["name"], tuple(Source(Corpus.from_json(s["corpus"]), s["weight"], s["repeat"]) for s in data["sources"]))
+            source = Source.from_json(data)
+            return cls(source.corpus.name, (source,))
+        return cls(data["name"], tuple(Source.from_json(s["corpus"], s["weight"], s["repeat"]) for s in data["sources"]))
 
 
 class Choice:

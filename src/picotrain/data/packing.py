@@ -67,8 +67,7 @@ def pack(
     permutation(rows, *key, ROWS), so that long documents do not come first; None keeps both as they are.
     """
     lengths = np.diff(offsets)  # tokens of each document
-    order = np.arange(len(lengths)) if key is None else permutation(len(lengths), *key, DOCUMENTS)
-    order = order[lengths[order] > 0]
+    order = _order(lengths, key)
     ranks, taken, left = (np.array(column, dtype=np.int64) for column in _place(lengths[order].tolist(), row_len))
 
     ends = np.cumsum(taken + 1)  # where each span ends if rows stand one after the other
@@ -87,6 +86,18 @@ def pack(
     _copy(ids, (offsets[docs] + first).tolist(), taken.tolist(), bos_id, rows.reshape(-1))
     span_ptr = np.searchsorted(row_of_span, np.arange(num_rows + 1))
     return Packed(rows, span_ptr, docs, first, taken, dropped_tokens)
+
+
+def count_rows(lengths: NDArray, row_len: int, key: tuple[int, ...] | None) -> int:
+    """How many rows `pack` makes of documents of these many tokens."""
+    _, taken, _ = _place(lengths[_order(lengths, key)].tolist(), row_len)
+    return (sum(taken) + len(taken)) // row_len
+
+
+def _order(lengths: NDArray, key: tuple[int, ...] | None) -> NDArray[np.int64]:
+    """The order in which documents are packed; those without a token are left out."""
+    order = np.arange(len(lengths)) if key is None else permutation(len(lengths), *key, DOCUMENTS)
+    return order[lengths[order] > 0]
 
 
 def concatenate(parts: list[Packed], max_rows: int | None = None) -> Packed:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from operator import mul
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from picotrain.data.corpus import Corpus
 from picotrain.data.lanes import Cursor, Lane, Reader, State, Stream, check_lanes, remedy, start_state
 from picotrain.data.mixture import Choice, Mixture
 from picotrain.data.packing import Packed, concatenate
+from picotrain.data.shares import Sharing
 from picotrain.data.slices import Encoder, slice_bytes, tokenized
 from picotrain.data.units import WINDOW_SHARDS, units
 from picotrain.errors import DataError
@@ -74,7 +76,7 @@ class Batch(NamedTuple):
     inputs: torch.Tensor  # (B, T) int64
     targets: torch.Tensor  # (B, T) int64: the token after each input
     wait_ms: float  # how long the training thread was kept waiting
-    epoch: float  # passes over the corpus: the share of the units that this rank's lanes have used up
+    epoch: float  # passes over the corpus, by what this rank's lanes have used up of their shares
     pq: int  # index of the shard that the last row comes from
     rg: int  # first row group of the last row's unit
     position: Position
@@ -120,10 +122,10 @@ class Loader(Iterator[Batch]):
 
     Memory, at most, beside the batches of a step and 2 x READY_BATCHES: let S be max(8 MiB, unit_bytes), t the bytes of an id in
     rows (2, or 4 above 65,536 ids), and count a token a byte of text (mostly it is one in four). Each of lanes / dp_size lanes
-    holds for each source its present and its prepared slice, 2 x S x t; each of WORKERS slices in the making takes
-    S x (5 + 4 + t) for text, ids and rows, and up to 10 x its longest document while that is cut. A unit below S counts with
-    its own size. Raises DataError where lanes, corpus, dp_size, rows_per_step and state do not go together; what fails in the
-    background is raised by `next`.
+    holds for each source its present and its prepared slice, 2 x S x t, and as much again where lanes share units; each of WORKERS
+    slices in the making takes S x (5 + 4 + t) for text, ids and rows, and up to 10 x its longest document while that is cut. A unit
+    below S counts with its own size. Raises DataError where lanes, corpus, dp_size, rows_per_step and state do not go together; what
+    fails in the background is raised by `next`.
     """
 
     def __init__(
@@ -142,13 +144,16 @@ class Loader(Iterator[Batch]):
         device: torch.device | str = "cpu",
         state: State | None = None,
         on_bad_shard: Literal["stop", "skip"] = "stop",
+        sharing: Sharing = "even",
     ):
         self._data = mixture = Mixture.of(data)
         self._skipped: deque[str] = deque()
         on_bad = self._note_skipped if on_bad_shard == "skip" else None
         # Sources of the same shape must not stand in the same order, so each has a seed of its own.
+        kept = 2 * len(range(dp_rank, lanes, dp_size))  # what the lanes of this rank may share, of this epoch and the next
         self._streams = [
-            Stream(source, tokenizer, seq_len, unit_bytes, lanes, seed + index, on_bad) for index, source in enumerate(mixture.sources)
+            Stream(source, tokenizer, seq_len, unit_bytes, lanes, seed + index, on_bad, sharing, kept)
+            for index, source in enumerate(mixture.sources)
         ]
         check_lanes(lanes, max(len(stream.units) for stream in self._streams), dp_size, rows_per_step)
         sources = len(self._streams)
@@ -299,10 +304,10 @@ class Loader(Iterator[Batch]):
             yield _Drawn(rows, epoch, unit.shard, unit.rg_start, position, tuple(source_rows), source_epochs)
 
     def _epochs(self, progress: list[tuple[float, ...]]) -> tuple[float, tuple[float, ...]]:
-        """Passes over all sources' units together, and over each source, from the units that each lane has used up."""
-        used = [self._position.dp_size * sum(source) for source in zip(*progress, strict=True)]
-        units = [len(stream.units) for stream in self._streams]
-        return sum(used) / sum(units), tuple(u / n for u, n in zip(used, units, strict=True))
+        """Passes over all sources together, and over each source: what the lanes have used up, each of a share as large as the others'."""
+        passes = tuple(sum(source) / len(progress) for source in zip(*progress, strict=True))
+        sizes = self._data.sizes
+        return sum(map(mul, passes, sizes)) / sum(sizes), passes
 
     def _prefetch(self) -> None:
         """Tell where shards come from which ones this rank will want next, whenever the lanes have gone on."""

@@ -19,6 +19,8 @@ MAX_LANES = 64
 MIN_UNIT_BYTES = 1 << 20
 UNIT_ROWS = 400  # a unit holds text for at least this many rows, so that packing has a choice
 
+COUNT_BYTES = 512 << 20  # text up to which the rows of an epoch are counted first: measured at 60 MB a second on two cores
+
 # Shards whose units are mixed with each other: few enough that a cache far smaller than the corpus reads every remote shard
 # once an epoch, many enough that neighbours in the stream come from all over the corpus.
 WINDOW_SHARDS = 16
@@ -39,13 +41,13 @@ class Units(Sequence[Unit]):
 
     def __init__(self, columns: NDArray[np.int64]):
         self._shard, self._rg_start, self._rg_end = (columns[:, i].astype("int32") for i in range(3))
-        self._text_bytes = columns[:, 3].copy()
+        self.text_bytes = columns[:, 3].copy()  # (U,)
 
     def __len__(self) -> int:
         return len(self._shard)
 
     def __getitem__(self, index):  # type: ignore[override]  # slices are not needed
-        return Unit(int(self._shard[index]), int(self._rg_start[index]), int(self._rg_end[index]), int(self._text_bytes[index]))
+        return Unit(int(self._shard[index]), int(self._rg_start[index]), int(self._rg_end[index]), int(self.text_bytes[index]))
 
     def __iter__(self) -> Iterator[Unit]:
         return (self[index] for index in range(len(self)))

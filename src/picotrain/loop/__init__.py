@@ -41,6 +41,8 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             if step != saved_step and (permanent or rolling):
                 run.save(rolling=not permanent)
                 saved_step = step
+            elif permanent:
+                run.keep()
             if stopping:
                 return run.end("stopped")
             # An evaluation that a stop interrupts is given up: the next turn sees the stop and ends.

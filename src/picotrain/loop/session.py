@@ -8,7 +8,7 @@ import shlex
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,8 +23,9 @@ from picotrain.checkpoint.archive import Archive
 from picotrain.config import Config
 from picotrain.data.lanes import merge_states
 from picotrain.data.stream import Batch, Loader, validation_rows
-from picotrain.errors import DataError, Diverged, LaunchError, RunError
+from picotrain.errors import CheckpointError, DataError, Diverged, LaunchError, RunError
 from picotrain.evaluation.suite import core_of_model
+from picotrain.metrics import METRICS, read_metrics
 from picotrain.model import Names, build
 from picotrain.monitor import Monitor, profiler
 from picotrain.parallel import Parallel, StopSignal, Watchdog, peak_memory
@@ -93,13 +94,11 @@ class Session:
             on_bad_shard=self.config.data.on_bad_shard,
         )
         self.state.loader = self.state.loader or self.loader.state  # a first step that is given up half-way saves the start
-        self._skipped: set[str] = set()  # what was passed over and told
-        if self.config.data.on_bad_shard == "skip":
-            self._skipped.update(text for corpus in self.corpus.corpora for text in corpus.files.missing(corpus.shards))
-            for text in sorted(self._skipped):
-                self.monitor.event(self.state.step, "skipped_data", text)
         self._failure: DataError | None = None  # what ends the run, the same on every rank
         self._stopping_s = 0.0  # when a stop was agreed on
+        self._told: set[str] | None = None  # what was passed over and is recorded; None: not looked up yet
+        if self.config.data.on_bad_shard == "skip":
+            self._tell_skipped({text for corpus in self.corpus.corpora for text in corpus.files.missing(corpus.shards)})
         self._val_rows = None  # tokenized when the first evaluation wants them
 
     def __enter__(self) -> Session:
@@ -166,10 +165,7 @@ class Session:
         """Begin a checkpoint of this step: rank 0 copies the tensors and writes them in the background."""
         self.monitor.flush()  # no line of a step that the checkpoint holds may be missing from metrics.jsonl
         self.state.loader = merge_states(self.parallel.gather(self.state.loader))
-        skipped = set(chain.from_iterable(self.parallel.gather(self.loader.skipped()))) - self._skipped
-        for text in sorted(skipped):  # once, and not at every unit of a shard
-            self.monitor.event(self.state.step, "skipped_data", text)
-        self._skipped |= skipped
+        self._tell_skipped(set(chain.from_iterable(self.parallel.gather(self.loader.skipped()))))
         loop = self.state.loop
         loop.smoother, loop.smooth_train_loss = self.monitor.smoother_state(), self.monitor.smooth_loss
         loop.total_training_time = self.monitor.total_training_time_s
@@ -180,6 +176,24 @@ class Session:
             except RunError as error:  # metrics.jsonl cannot be written: the disk is full
                 self.saver.put_off()
                 self.monitor.event(self.state.step, "save_failed", str(error))
+
+    def keep(self) -> None:
+        """Make this step's checkpoint, which may be a rolling one, permanent: it is due, or the run ends here."""
+        if self.saver:
+            self.saver.keep(self.state.step)
+
+    def _tell_skipped(self, texts: set[str]) -> None:
+        """Record data that was passed over, once: every epoch and every resume meets it again."""
+        if not texts or not self.parallel.is_main:
+            return
+        if self._told is None:
+            self._told = set()
+            with suppress(RunError):  # a damaged line costs at most an event that is there twice
+                events = (line for line in read_metrics(self.dir / METRICS) if line.get("name") == "skipped_data")
+                self._told.update(str(line.get("message")) for line in events)
+        for text in sorted(texts - self._told):
+            self.monitor.event(self.state.step, "skipped_data", text)
+        self._told |= texts
 
     def _report_saves(self) -> None:
         for saved in self.saver.poll() if self.saver else []:
@@ -347,19 +361,37 @@ class Session:
             stopped_s = self.config.launch.grace_s / 2 if status == "stopped" else math.inf
             self.archive.close(min(self.config.archive.close_s, stopped_s))
         if self._failure:
+            self.parallel.barrier()  # the first rank that raises ends the others, and one of them writes the report
             raise self._failure
         return Outcome(status, self.state.step)
 
     def _restore(self) -> int | None:
         """Go on from the newest whole checkpoint, if there is one; the step it was saved at."""
-        path = checkpoint.newest(self.checkpoints, self.monitor.warn)
+        damaged: list[str] = []
+        path = checkpoint.newest(self.checkpoints, damaged.append)
+        if path is None and damaged:
+            raise CheckpointError(_all_damaged(self.dir, damaged))
+        for text in damaged:
+            self.monitor.warn(f"WARNING: {text}; falling back to the checkpoint before it")
         if path is None:
             torch.manual_seed(self.config.run.seed)  # nothing draws from it yet; what will, goes on from its checkpoints
             self.model.init_weights(self.config.run.seed)
             self.monitor.start(0)
             return None
         metrics_bytes = checkpoint.load(path, self.state)
+        repeat = [source.repeat for source in self.corpus.sources]
+        checkpoint.require_fits(path, self.state, self.plan.lanes or 0, repeat, self.plan.rows_per_step)
         loop = self.state.loop
         self.guard.load_state_dict(loop.recent_losses)
         self.monitor.start(self.state.step, metrics_bytes, loop.smoother, loop.total_training_time, loop.skipped)
         return self.state.step
+
+
+def _all_damaged(run_dir: Path, damaged: list[str]) -> str:
+    """What to tell a user whose run has checkpoints, of which none can be used."""
+    reasons = "\n".join(f"  - {text}" for text in damaged)
+    return (
+        f"{run_dir} has checkpoints, and all of them are damaged:\n{reasons}\n"
+        "none was touched. Put one back from an archive or a copy; or begin anew with another run.dir (run.resume=never refuses whatever "
+        "is a run already); or move the folder checkpoints away to begin anew here"
+    )

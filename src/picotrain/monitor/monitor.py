@@ -72,7 +72,7 @@ class Monitor:
     ) -> None:
         """Begin at `step`, with what the checkpoint remembers.
 
-        Lines of metrics.jsonl beyond `metrics_bytes` are cut off and kept in a file beside it.
+        Steps and measurements in metrics.jsonl beyond `metrics_bytes` are cut off and kept in a file beside it.
         """
         self._first_step = step
         self.total_training_time_s = total_training_time_s

@@ -23,7 +23,8 @@ from picotrain.data.amounts import Amount
 from picotrain.data.corpus import Corpus
 from picotrain.data.mixture import Mixture
 from picotrain.data.prepare.shards import VAL_FRACTION
-from picotrain.data.units import WINDOW_SHARDS, default_lanes, default_unit_bytes
+from picotrain.data.shares import Sharing
+from picotrain.data.units import COUNT_BYTES, WINDOW_SHARDS, default_lanes, default_unit_bytes
 from picotrain.errors import ConfigError, DataError
 from picotrain.plan import fp8, pace, repeats
 from picotrain.plan.memory import (
@@ -89,12 +90,14 @@ class Plan(BaseModel):
     num_steps: int
     total_tokens: int
     horizon: str  # the config key that set num_steps
-    epochs: float | None  # passes over the corpus, estimated from its bytes; None: corpus unknown
+    epochs: float | None  # passes over the corpus, by epoch_rows or estimated from its bytes; None: corpus unknown
+    epoch_rows: int | None = None  # rows of the first pass; None: not counted
     text_bytes: int | None = None  # of training text, of all sources; None: not known
     text_estimate: str = ""  # what that, the epochs and a horizon in epochs were estimated from; "": the corpus is there
     licences: dict[str, str] = {}  # of the text, by source, where the config says one
     lanes: int | None
     unit_bytes: int
+    sharing: Sharing = "dealt"  # of an epoch among the lanes (picotrain.data.shares); plans of before it was written down lack it
     num_units: int | None  # of all sources
     sources: dict[str, float] = {}  # of a mixture: expected passes over each source, by its name
     bytes_per_token: float  # measured on the corpus, or estimated from the vocabulary size
@@ -128,6 +131,7 @@ class Plan(BaseModel):
             "seq_len": self.seq_len,
             "unit_bytes": self.unit_bytes,
             "lanes": self.lanes,
+            "sharing": self.sharing,
             "device_batch_size": self.device_batch_size,
             "rows_per_step": self.rows_per_step,
         }
@@ -158,7 +162,8 @@ def make(
     per_token = bytes_per_token or estimate_bytes_per_token(config.tokenizer.vocab_size)
     text = amounts.of_mixture(corpus) if corpus else guess
     text_bytes = None if not text or None in (n := [amount.text_bytes for amount in text]) else sum(filter(None, n))
-    corpus_tokens = text_bytes / per_token if text_bytes else None
+    epoch_rows = corpus.epoch_rows if corpus else None
+    corpus_tokens = epoch_rows * train.seq_len if epoch_rows else text_bytes / per_token if text_bytes else None
     world_size = hw.nproc_per_node * config.launch.nnodes
     problems = attention_problems(config)
 
@@ -196,10 +201,12 @@ def make(
         num_steps=num_steps,
         total_tokens=total_tokens,
         horizon=horizon,
-        epochs=repeats.epochs(text, total_tokens, per_token),
+        epochs=total_tokens / corpus_tokens if epoch_rows and corpus_tokens else repeats.epochs(text, total_tokens, per_token),
+        epoch_rows=epoch_rows,
         text_bytes=None if text_bytes is None else round(text_bytes),
         text_estimate="; ".join(f"{a.name}: {a.estimated}" if len(text) > 1 else a.estimated for a in text if a.estimated),
         licences={part.name: part.licence for part in sources.parts_of(config.data) if part.licence},
+        sharing="even",
         **stream,
         sources=repeats.passes(text, total_tokens, per_token),
         bytes_per_token=per_token,
@@ -318,6 +325,8 @@ def _estimates(config: Config, plan: Plan, corpus: Mixture | None) -> list[str]:
 
 def _notes(config: Config, corpus: Mixture | None, bytes_per_token: float | None) -> list[str]:
     notes = []
+    if corpus and config.train.num_train_epochs and corpus.epoch_rows is None:
+        notes.append(f"the length of an epoch is estimated from the bytes of the text: {_why_uncounted(corpus)}")
     for source in corpus.corpora if corpus else ():
         working_set = 2 * WINDOW_SHARDS * sum(shard.bytes for shard in source.shards) // max(1, len(source.shards))
         if (
@@ -345,3 +354,11 @@ def _memory_notes(plan: Plan, config: Config) -> list[str]:
         return []
     lighter = "; ".join(lighter_settings(plan, config)) or "a smaller model, or a machine with more memory"
     return [f"warning: predicted memory {size(memory)} of {size(room)}; what would take less: {lighter}"]
+
+
+def _why_uncounted(corpus: Mixture) -> str:
+    if any(source.remote for source in corpus.corpora):
+        return "its rows are not counted, since shards are elsewhere"
+    if max(source.text_bytes for source in corpus.corpora) > COUNT_BYTES:
+        return f"its rows are not counted above {COUNT_BYTES / 1e6:,.0f} MB of text"
+    return "its rows are counted when the run is created"

@@ -71,7 +71,7 @@ def read_run(run_dir: Path) -> Run:
     config_text = _read_text(run_dir / "config.yaml", problems)
     lines = _read_lines(run_dir / METRICS, problems)
     # A resume moves the lines after its checkpoint into a file beside; what happened there happened all the same.
-    cut = [line for path in sorted(run_dir.glob("metrics.cut-*.jsonl")) for line in _read_lines(path, problems)]
+    cut = [line for path in sorted(run_dir.glob("metrics.cut*.jsonl")) for line in _read_lines(path, problems)]
     own_events = _of_kind(lines, "event")
     seconds = {line.get("path"): line.get("seconds") for line in _of_kind(cut + lines, "checkpoint")}
     checkpoints = _read_checkpoints(run_dir / "checkpoints", seconds, problems)
