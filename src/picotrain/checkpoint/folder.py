@@ -19,6 +19,7 @@ from picotrain.metrics import plain
 
 M = TypeVar("M", bound=BaseModel)
 PREFIX = "step_"
+DAMAGED = "damaged-"  # what stood in the place of a checkpoint that is saved again
 MAX_POINTER_BYTES = 1000
 
 Count = Annotated[int, Field(strict=True, ge=0, le=2**53)]
@@ -120,6 +121,16 @@ def newest(root: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
+def set_aside(path: Path) -> Path:
+    """Rename what is damaged, so that its place is free and nothing is lost."""
+    aside, number = path.with_name(f"{DAMAGED}{path.name}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{DAMAGED}{path.name}-{number}")
+    os.rename(path, aside)
+    return aside
+
+
 def find(root: Path, which: str) -> Path:
     """A checkpoint by name: "last", "best" or a step. Raises CheckpointError naming the steps there are."""
     there = complete(root)
@@ -179,7 +190,7 @@ def write_pointer(root: Path, name: str, target: Path) -> None:
     """Replace a one-line pointer file at once."""
     tmp = root / f".{name}.tmp"
     tmp.write_text(target.name + "\n")
-    os.replace(tmp, root / name)
+    _put(tmp, root / name)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -212,7 +223,16 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     tmp = path.with_name(f".{path.name}.tmp")
     tmp.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
     fsync(tmp)
-    os.replace(tmp, path)
+    _put(tmp, path)
+
+
+def _put(tmp: Path, path: Path) -> None:
+    """Give a file its name. A folder that somebody has put there is set aside: neither may the run fail for it, nor what is in it go."""
+    try:
+        os.replace(tmp, path)
+    except IsADirectoryError:
+        set_aside(path)
+        os.replace(tmp, path)
 
 
 def fsync(path: Path) -> None:
