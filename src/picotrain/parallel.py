@@ -53,8 +53,8 @@ _DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "forward_sync_b
 
 class Watchdog:
     """Ends a process that makes no progress while it is entered: `limit_s` after the last `beat` (None: never) torch's record of the latest
-    collectives goes to `record_path`, the stacks of all threads go to standard error, and it ends with Hung's exit code. The launcher then asks
-    the other ranks for their stacks (`STACKS_SIGNAL`) and ends them. Where the interpreter itself is stuck, Python's own timer,
+    collectives goes to `record_path`, the stacks of all threads go to standard error, and it ends with Hung's exit code. The launcher then
+    asks the other ranks for their stacks (`STACKS_SIGNAL`) and ends them. Where the interpreter itself is stuck, Python's own timer,
     which is in C, prints the stacks and ends the process STUCK_S later."""
 
     STUCK_S = 10.0
@@ -199,9 +199,12 @@ class Parallel:
 
         def watch() -> None:
             with suppress(RuntimeError):  # the store is gone, and with it the others
-                while not left.wait(PASS_ON_S / 2):
+                while True:
+                    over = left.wait(PASS_ON_S / 2)
                     if stop.sent.is_set():
                         return self.store.set("stop", "1")
+                    if over:
+                        return None
                     if self.store.check(["stop"]):
                         return os.kill(os.getpid(), signal.SIGUSR1)
 
@@ -211,6 +214,7 @@ class Parallel:
             yield
         finally:
             left.set()
+            thread.join(PASS_ON_S)  # a store that does not answer is left
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to train through. Its weights become rank 0's; its gradients are means over the ranks."""

@@ -181,6 +181,7 @@ def _too_little_memory(run_dir: Path, config: Config, error: Exception, in_use: 
 
 def set_up_process(section: HardwareConfig) -> None:
     """Threads, allocator and first calls, before anything large is allocated or computed."""
+    os.environ.setdefault("PATH", os.defpath)  # env -i: a C++ compiler is found without it, but does not find its own parts
     if section.device == "cpu":
         keep_freed_memory()
     import torch

@@ -24,6 +24,7 @@ from picotrain.config.saved import parse_json, read_plain
 from picotrain.data.files import Files, LocalFiles
 from picotrain.data.units import Unit, Units, default_lanes, default_unit_bytes, units  # noqa: F401
 from picotrain.errors import DataError
+from picotrain.places import expanded
 from picotrain.terminal import say
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def scan(root: Path, name: str, val_shard: str | None = None, *, cache: Path | N
     written; a shard whose size or modification time changed is read again. `only` limits the corpus to these names.
     Raises DataError when folder, shards, `text` column or validation shard are missing or unusable.
     """
-    root = Path(root).expanduser().absolute()
+    root = expanded(root).absolute()
     if not root.is_dir():
         raise DataError(f"there is no corpus folder {root}{hint_for(root)}")
     wanted = None if only is None else set(only)

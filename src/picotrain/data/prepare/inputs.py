@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from picotrain.data.corpus import hint_for
 from picotrain.errors import DataError
+from picotrain.places import expanded
 
 PLAIN = (".txt", ".md", ".rst")  # running text: cut when long
 CODE = (
@@ -59,7 +60,7 @@ def expand(inputs: str | Path | Iterable[str | Path | Input]) -> list[Input]:
     """The files that are meant by files, folders and globs, sorted within each. Raises DataError when there are none."""
     found: list[Input] = []
     for item in [inputs] if isinstance(inputs, str | Path) else list(inputs):
-        found += [item] if isinstance(item, Input) else _expand_one(Path(item).expanduser())
+        found += [item] if isinstance(item, Input) else _expand_one(expanded(item))
     unique = list({entry.path.absolute(): entry for entry in found}.values())
     if not unique:
         raise DataError("no input files were given")
