@@ -208,6 +208,17 @@ def test_a_repeat_right_after_the_first_signal_is_the_same_request_and_a_later_o
         assert ended == [signal.SIGINT]
 
 
+def test_what_a_closing_terminal_sends_is_no_second_signal_and_makes_none() -> None:
+    ended: list[int] = []
+    with StopSignal(on_second=ended.append) as stop:
+        for signum in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(signum)
+            time.sleep(REPEAT_S + 0.05)
+        assert stop.requested and ended == []
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [signal.SIGTERM]
+
+
 def test_the_second_signal_ends_the_process_with_the_signals_code() -> None:
     script = """
 import os, signal, time
