@@ -239,7 +239,7 @@ def test_a_process_that_makes_no_progress_prints_its_stacks_and_ends(tmp_path):
     code = (
         "import time\nfrom picotrain.parallel import Watchdog\n"
         "def stuck_in_a_collective():\n    time.sleep(60)\n"
-        "watchdog = Watchdog(1.0)\nfor _ in range(5):\n    time.sleep(0.4); watchdog.beat()\n"
+        "watchdog = Watchdog(1.0).__enter__()\nfor _ in range(5):\n    time.sleep(0.4); watchdog.beat()\n"
         "print('alive', flush=True)\nstuck_in_a_collective()"
     )
     begun = time.monotonic()
@@ -250,7 +250,7 @@ def test_a_process_that_makes_no_progress_prints_its_stacks_and_ends(tmp_path):
 
 def test_a_process_whose_interpreter_is_stuck_is_ended_too(tmp_path):
     code = (
-        "import ctypes\nfrom picotrain.parallel import Watchdog\nWatchdog.STUCK_S = 0.5\nwatchdog = Watchdog(1.0)\n"
+        "import ctypes\nfrom picotrain.parallel import Watchdog\nWatchdog.STUCK_S = 0.5\nwatchdog = Watchdog(1.0).__enter__()\n"
         "def stuck_in_native_code():\n    ctypes.PyDLL(None).sleep(60)\nstuck_in_native_code()"  # PyDLL keeps the GIL
     )
     begun = time.monotonic()

@@ -26,6 +26,7 @@ from picotrain.model import GPT, KVCache, build, float8
 from picotrain.model.layers import Linear
 from picotrain.plan import fp8
 from picotrain.shape import Rates
+from picotrain.signals import StopSignal
 from picotrain.state import load_model_tensors
 
 WIDTH, SEQ_LEN = 64, 32
@@ -167,7 +168,7 @@ def test_a_run_learns_as_in_bf16_and_is_evaluated_in_bf16(tmp_path: Path, tiny, 
     common = ("train.max_steps=6", "train.sample_every=6", "train.eval_tokens=1000000")  # eval, too, takes all of the validation shard
     overrides = tiny(run_dir, *common, "train.precision=fp8")
     runs.open_run(runs.resolve(compose(overrides)), overrides, print)
-    with parallel.StopSignal() as stop:
+    with StopSignal() as stop:
         assert loop.train(run_dir, parallel.Parallel.single(), stop).status == "finished"
     done = picotrain("train", *tiny(tmp_path / "bf16", *common, "train.precision=bf16"))
     assert done.returncode == 0, done.stderr

@@ -200,12 +200,12 @@ def stop(signum, frame):
     time.sleep(rank)  # ranks need not end together
     note("saved", signum)
     sys.exit(75)
-for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(signum, stop)
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_reaches_the_workers_which_save_and_the_exit_code_says_resumable(
     start: Callable[..., Launched], signum: signal.Signals
 ) -> None:

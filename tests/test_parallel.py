@@ -20,8 +20,9 @@ from torch import nn
 
 from picotrain import parallel
 from picotrain.errors import LaunchError
-from picotrain.parallel import Parallel, StopSignal
+from picotrain.parallel import Parallel
 from picotrain.ranks import Ranks
+from picotrain.signals import REPEAT_S, StopSignal
 
 # Run by each of two ranks: what it finds is printed as JSON and judged by the tests below.
 RANK_SCRIPT = """
@@ -184,7 +185,7 @@ def test_devices_that_are_not_there_are_refused_in_words(monkeypatch: pytest.Mon
     meeting.fail.assert_called_once()  # the others do not wait for this rank
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_sets_the_flag_and_the_handlers_before_come_back(signum: signal.Signals) -> None:
     before = signal.getsignal(signum)
     with StopSignal() as stop:
@@ -200,17 +201,28 @@ def test_a_repeat_right_after_the_first_signal_is_the_same_request_and_a_later_o
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         assert ended == []
-        time.sleep(parallel.REPEAT_S + 0.05)
+        time.sleep(REPEAT_S + 0.05)
         signal.raise_signal(signal.SIGUSR1)
         assert ended == []
         signal.raise_signal(signal.SIGINT)
         assert ended == [signal.SIGINT]
 
 
+def test_what_a_closing_terminal_sends_is_no_second_signal_and_makes_none() -> None:
+    ended: list[int] = []
+    with StopSignal(on_second=ended.append) as stop:
+        for signum in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(signum)
+            time.sleep(REPEAT_S + 0.05)
+        assert stop.requested and ended == []
+        signal.raise_signal(signal.SIGTERM)
+        assert ended == [signal.SIGTERM]
+
+
 def test_the_second_signal_ends_the_process_with_the_signals_code() -> None:
     script = """
 import os, signal, time
-from picotrain.parallel import REPEAT_S, StopSignal
+from picotrain.signals import REPEAT_S, StopSignal
 with StopSignal():
     os.kill(os.getpid(), signal.SIGUSR1)
     time.sleep(REPEAT_S + 0.05)

@@ -403,6 +403,8 @@ def test_a_bug_in_the_background_keeps_its_type_and_traceback(corpus):
 def test_no_thread_outlives_close(corpus, taken):
     before = set(threading.enumerate())
     batches = loader(corpus)
+    assert set(threading.enumerate()) - before == set()
+    batches.__enter__()
     for _ in range(taken):
         next(batches)
     assert set(threading.enumerate()) - before

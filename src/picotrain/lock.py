@@ -62,11 +62,14 @@ class RunLock:
                 file.close()
                 raise RunError(_refusal(self.path.parent, holder))
             time.sleep(0.1)
-        file.seek(0)
-        file.truncate()
         me = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
-        file.write(json.dumps(me) + "\n")
-        file.flush()
+        try:
+            os.ftruncate(file.fileno(), 0)
+            os.pwrite(file.fileno(), (json.dumps(me) + "\n").encode(), 0)  # unbuffered: nothing is left that closing would write again
+        except OSError as error:  # a full disk
+            self._remove_what_was_made()
+            file.close()
+            raise RunError(f"{self.path} cannot be written: {error.strerror or error}") from error
         self._keep(file)
         return self
 

@@ -1,4 +1,4 @@
-"""Ranks, process groups, DDP and signals: the only module that knows of them."""
+"""Ranks, process groups and DDP: the only module that knows of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,19 +28,17 @@ from picotrain import first_calls, ranks
 from picotrain.errors import Hung, LaunchError
 from picotrain.meeting import Meeting, PeerFailed
 from picotrain.ranks import Ranks
-from picotrain.signals import STOP_SIGNALS
+from picotrain.signals import StopSignal
 
 first_calls.settle()
-
-# A signal to a whole process group reaches a worker twice: directly, and forwarded by its launcher (or by `timeout`).
-# What follows the first within this time is the same request.
-REPEAT_S = 0.3
 
 # How long a rank waits for the others in a collective. Longer than anything one rank does alone while the others wait
 # (compiling, writing a checkpoint to a slow disk), short enough that a hang is noticed within the hour.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
 
 RECORDER = "TORCH_FR_BUFFER_SIZE", "500"  # torch keeps so many of the latest collectives, for the watchdog to write down
+
+PASS_ON_S = 1.0
 
 STACKS_SIGNAL = signal.SIGUSR2  # a worker answers it with the stacks of its threads
 
@@ -54,49 +51,10 @@ _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).
 _DDP_OPTIONS: dict[str, Any] = {"gradient_as_bucket_view": True, "forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
-def exit_at_once(signum: int) -> None:
-    """End this process without saving, with the exit code a shell gives to death by this signal."""
-    os._exit(128 + signum)
-
-
-class StopSignal:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag while it is entered; a second SIGTERM or SIGINT ends at once.
-
-    Python lets only the main thread install handlers; in any other one nothing is installed and nothing requested.
-    `on_first` and `on_second` run inside the handler, with the signal's number.
-    """
-
-    def __init__(self, on_first: Callable[[int], None] | None = None, on_second: Callable[[int], None] = exit_at_once):
-        self.requested = False
-        self.signum: int | None = None  # the first one
-        self.requested_s: float | None = None  # when, by time.monotonic
-        self._on_first, self._on_second = on_first, on_second
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {signum: signal.signal(signum, self._handle) for signum in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
-        self._previous = {}
-
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.requested:
-            self.requested, self.signum, self.requested_s = True, signum, now
-            if self._on_first is not None:
-                self._on_first(signum)
-        elif signum != signal.SIGUSR1 and now - (self.requested_s or 0.0) > REPEAT_S:
-            self._on_second(signum)
-
-
 class Watchdog:
-    """Ends a process that makes no progress: `limit_s` after the last `beat` (None: never) torch's record of the latest collectives
-    goes to `record_path`, the stacks of all threads go to standard error, and it ends with Hung's exit code. The launcher then asks
-    the other ranks for their stacks (`STACKS_SIGNAL`) and ends them. Where the interpreter itself is stuck, Python's own timer,
+    """Ends a process that makes no progress while it is entered: `limit_s` after the last `beat` (None: never) torch's record of the latest
+    collectives goes to `record_path`, the stacks of all threads go to standard error, and it ends with Hung's exit code. The launcher then
+    asks the other ranks for their stacks (`STACKS_SIGNAL`) and ends them. Where the interpreter itself is stuck, Python's own timer,
     which is in C, prints the stacks and ends the process STUCK_S later."""
 
     STUCK_S = 10.0
@@ -105,9 +63,15 @@ class Watchdog:
         self._limit_s, self._record_path = limit_s, record_path
         self._armed_s = self._beat_s = float("-inf")
         self._closed = threading.Event()
+
+    def __enter__(self) -> Watchdog:
         self.beat()
-        if limit_s is not None:
-            threading.Thread(target=self._watch, args=(limit_s,), name="picotrain-watchdog", daemon=True).start()
+        if self._limit_s is not None:
+            threading.Thread(target=self._watch, args=(self._limit_s,), name="picotrain-watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def beat(self) -> None:
         """Say that there is progress. Arming the timer takes a quarter of a millisecond, so it is done now and then only."""
@@ -163,6 +127,7 @@ class Parallel:
     local_rank: int
     device: torch.device
     control: Any = None  # a gloo process group: what is agreed on over it never waits for a device
+    store: Any = None  # of this start's ranks, over a connection of its own
 
     @classmethod
     def single(cls, device: str = "cpu") -> Parallel:
@@ -200,7 +165,7 @@ class Parallel:
             device_id=place if on_gpu else None,
         )
         control = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
-        return cls(rank, world_size, local_rank, place, control)
+        return cls(rank, world_size, local_rank, place, control, store.clone())  # pyright: ignore[reportAttributeAccessIssue]  (the stub lacks it)
 
     def teardown(self) -> None:
         """Leave together, so that no rank loses a peer it still talks to. Not after an error: that could hang."""
@@ -220,6 +185,36 @@ class Parallel:
     def is_main(self) -> bool:
         """Whether this rank writes and prints."""
         return self.rank == 0
+
+    @contextmanager
+    def passing_on(self, stop: StopSignal) -> Iterator[None]:
+        """While entered, a stop that one rank is asked for is known to all within PASS_ON_S, wherever they are: the others get SIGUSR1.
+
+        A node may be taken away alone. Ranks that are in an evaluation or compile meet seldom, and would hear of it too late.
+        """
+        if self.store is None:
+            yield
+            return
+        left = threading.Event()
+
+        def watch() -> None:
+            with suppress(RuntimeError):  # the store is gone, and with it the others
+                while True:
+                    over = left.wait(PASS_ON_S / 2)
+                    if stop.sent.is_set():
+                        return self.store.set("stop", "1")
+                    if over:
+                        return None
+                    if self.store.check(["stop"]):
+                        return os.kill(os.getpid(), signal.SIGUSR1)
+
+        thread = threading.Thread(target=watch, name="picotrain-stop", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            left.set()
+            thread.join(PASS_ON_S)  # a store that does not answer is left
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The module to train through. Its weights become rank 0's; its gradients are means over the ranks."""

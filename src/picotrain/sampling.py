@@ -6,7 +6,7 @@ Generation never touches the random state of training: each call has its own gen
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,22 +25,37 @@ class Sample:
     text: str
 
 
-def complete(model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingConfig, seed: int) -> list[Sample]:
-    """One continuation of each prompt; prompt i is drawn with seed + i, so that it does not depend on the others."""
-    return [Sample(prompt, "".join(stream_text(model, tokenizer, prompt, sampling, seed + i))) for i, prompt in enumerate(prompts)]
+def complete(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: SamplingConfig,
+    seed: int,
+    given_up: Callable[[], bool] = lambda: False,
+) -> list[Sample]:
+    """One continuation of each prompt; prompt i is drawn with seed + i, so that it does not depend on the others.
+
+    given_up: asked before each token; once it says so, nothing more is written.
+    """
+    return [
+        Sample(prompt, "".join(stream_text(model, tokenizer, prompt, sampling, seed + i, given_up))) for i, prompt in enumerate(prompts)
+    ]
 
 
-def stream_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig, seed: int) -> Iterator[str]:
+def stream_text(
+    model: GPT, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig, seed: int, given_up: Callable[[], bool] = lambda: False
+) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, as text; an empty prompt starts a document from nothing.
 
     The model reads `<|bos|>` and the prompt, and ends when it writes `<|bos|>`, the start of another document. A token
     may hold part of a character: a piece comes out when its characters are whole. Bytes that never become a character
-    show as U+FFFD.
+    show as U+FFFD. It ends, too, before a token when `given_up()`.
     """
     prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     options = (sampling.max_tokens, sampling.temperature, sampling.top_k)
-    for id in generate(model, prompt_ids, *options, seed=seed, stop_id=tokenizer.bos_id):
+    ids = generate(model, prompt_ids, *options, seed=seed, stop_id=tokenizer.bos_id)
+    while not given_up() and (id := next(ids, None)) is not None:
         if piece := utf8.decode(tokenizer.decode_bytes([id])):
             yield piece
     if rest := utf8.decode(b"", final=True):

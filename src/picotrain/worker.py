@@ -29,7 +29,7 @@ from picotrain.lock import RunLock
 from picotrain.meeting import Meeting
 from picotrain.plan import lighter_settings
 from picotrain.run import read_plan
-from picotrain.signals import ending
+from picotrain.signals import StopSignal, ending
 from picotrain.terminal import say
 from picotrain.text import size
 
@@ -146,16 +146,15 @@ def run(run_dir: Path, meeting: Meeting | None = None) -> int:
     """
     terminal.keep_going()
     config = load(run_dir / "config.yaml")
-    with ending("starting"):
-        set_up_process(config.hardware)
-        from picotrain import parallel
+    with StopSignal() as stop:
+        with stop.ending("starting"):
+            set_up_process(config.hardware)
+            from picotrain import loop, parallel
 
-        group = parallel.build(config.parallel.kind, config.hardware.device, meeting)
-    with parallel.StopSignal() as stop:
-        from picotrain import loop
-
+            group = parallel.build(config.parallel.kind, config.hardware.device, meeting)
         try:
-            outcome = loop.train(run_dir, group, stop)
+            with group.passing_on(stop):
+                outcome = loop.train(run_dir, group, stop)
         except Exception as error:
             if not parallel.out_of_memory(error):
                 raise
@@ -182,6 +181,7 @@ def _too_little_memory(run_dir: Path, config: Config, error: Exception, in_use: 
 
 def set_up_process(section: HardwareConfig) -> None:
     """Threads, allocator and first calls, before anything large is allocated or computed."""
+    os.environ.setdefault("PATH", os.defpath)  # env -i: a C++ compiler is found without it, but does not find its own parts
     if section.device == "cpu":
         keep_freed_memory()
     import torch

@@ -35,6 +35,7 @@ from picotrain.data.mixture import Mixture
 from picotrain.data.slices import slice_bytes, tokenized
 from picotrain.data.sources import obtain_tokenizer, resolve
 from picotrain.data.stream import Loader
+from picotrain.places import expanded
 from picotrain.tokenizer import BOS, SPLIT_PATTERN, Tokenizer, load_tokenizer
 
 SETTINGS = ((32, 2048), (8, 512))  # rows and tokens of a batch
@@ -61,7 +62,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10, help="measured time per setting and method")
     parser.add_argument("--no-baseline", action="store_true")
     parser.add_argument("--vocab", type=int, default=TokenizerConfig().vocab_size)
-    parser.add_argument("--cache", type=Path, default=Path(os.environ.get("PICOTRAIN_CACHE", "~/.cache/picotrain")).expanduser())
+    parser.add_argument("--cache", type=Path, default=expanded(os.environ.get("PICOTRAIN_CACHE", "~/.cache/picotrain")))
 
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -218,7 +218,7 @@ def write_pointer(root: Path, name: str, target: Path) -> None:
     """Replace a one-line pointer file at once."""
     tmp = root / f".{name}.tmp"
     tmp.write_text(target.name + "\n")
-    os.replace(tmp, root / name)
+    _put(tmp, root / name)
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -251,7 +251,16 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     tmp = path.with_name(f".{path.name}.tmp")
     tmp.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
     fsync(tmp)
-    os.replace(tmp, path)
+    _put(tmp, path)
+
+
+def _put(tmp: Path, path: Path) -> None:
+    """Give a file its name. A folder that somebody has put there is set aside: neither may the run fail for it, nor what is in it go."""
+    try:
+        os.replace(tmp, path)
+    except IsADirectoryError:
+        set_aside(path)
+        os.replace(tmp, path)
 
 
 def fsync(path: Path) -> None:

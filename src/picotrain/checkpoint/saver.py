@@ -13,7 +13,8 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,13 @@ class Saver:
 
     def rescue(self, state: TrainState, metrics_bytes: int) -> Path:
         """Write the checkpoint into the system's temporary folder, as nothing else works. Raises OSError where that fails, too."""
-        place = Path(tempfile.mkdtemp(prefix=f"picotrain-{self.root.parent.name}-"))
         self._stage(state)
-        return write(place, self._staged, describe_state(state, metrics_bytes), self._section.shard_bytes)
+        place = Path(tempfile.mkdtemp(prefix=f"picotrain-{self.root.parent.name}-"))
+        try:
+            return write(place, self._staged, describe_state(state, metrics_bytes), self._section.shard_bytes)
+        except OSError:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
 
     def _stage(self, state: TrainState) -> None:
         """Copy every tensor to host memory, the same blocks at every save (pinned for CUDA, so that copies overlap)."""
@@ -147,7 +152,8 @@ class Saver:
             return
         seconds = time.perf_counter() - started
         if error is None:
-            retain(self.root, self._section)
+            with suppress(OSError, CheckpointError):  # somebody removes them, too
+                retain(self.root, self._section)
         self._done.append(Saved(scalars["step"], path, seconds if stall_s is None else stall_s, seconds, error))
 
 
@@ -186,30 +192,46 @@ def write(root: Path, parts: dict[str, Tensors], scalars: dict[str, Any], shard_
     final = step_dir(root, scalars["step"])
     if not root.parent.is_dir():
         raise FileNotFoundError(2, "the run directory is gone", str(root.parent))
-    root.mkdir(exist_ok=True)
-    sweep(root)
-    tmp = root / f".tmp-{final.name}"
-    tmp.mkdir()
-    try:
-        write_json(tmp / "state.json", scalars)
-        _write_tensors(tmp, parts, shard_bytes)
-        if not (tmp / "state.json").is_file():  # torch's writer makes a folder that is gone anew, wherever that leads
-            raise FileNotFoundError(2, "the run directory is gone", str(root.parent))
-        files = {path.name: describe(path) for path in sorted(tmp.iterdir())}
-        write_json(tmp / "manifest.json", {"rolling": rolling, "files": files})
-        fsync(tmp)
-        if os.path.lexists(final):  # a damaged one of the same step: a whole one is never written twice
-            set_aside(final)
-        tmp.rename(final)
-    except OSError:
-        shutil.rmtree(tmp, ignore_errors=True)  # a full disk has no room for halves
-        with suppress(OSError):  # they are empty only when torch's writer has made them
-            root.rmdir()
-            root.parent.rmdir()
-        raise
+    with _unmade(root, root.parent):
+        root.mkdir(exist_ok=True)
+        sweep(root)
+        tmp = root / f".tmp-{final.name}"
+        tmp.mkdir()
+        try:
+            write_json(tmp / "state.json", scalars)
+            _write_tensors(tmp, parts, shard_bytes)
+            if not (tmp / "state.json").is_file():  # torch's writer makes a folder that is gone anew, wherever that leads
+                raise FileNotFoundError(2, "the run directory is gone", str(root.parent))
+            files = {path.name: describe(path) for path in sorted(tmp.iterdir())}
+            write_json(tmp / "manifest.json", {"rolling": rolling, "files": files})
+            fsync(tmp)
+            if os.path.lexists(final):  # a damaged one of the same step: a whole one is never written twice
+                set_aside(final)
+            tmp.rename(final)
+        except OSError:
+            shutil.rmtree(tmp, ignore_errors=True)  # a full disk has no room for halves
+            raise
     fsync(root)
     write_pointer(root, "latest", final)
     return final
+
+
+@contextmanager
+def _unmade(*folders: Path) -> Iterator[None]:
+    """Where the body fails, remove those of the folders that came into being meanwhile, if they are empty: torch's writer makes anew what
+    somebody removes. One that was there before stays; it is held open, so that no new folder gets its number."""
+    held = {folder: os.open(folder, os.O_RDONLY | os.O_DIRECTORY) for folder in folders if folder.is_dir()}
+    try:
+        yield
+    except OSError:
+        for folder in folders:
+            with suppress(OSError):
+                if folder not in held or not os.path.samestat(os.fstat(held[folder]), os.stat(folder)):
+                    folder.rmdir()
+        raise
+    finally:
+        for fd in held.values():
+            os.close(fd)
 
 
 def _write_tensors(folder: Path, parts: dict[str, Tensors], shard_bytes: int) -> None:

@@ -13,6 +13,7 @@ from picotrain import run as runs
 from picotrain.cli import say
 from picotrain.errors import ConfigError, DataError, PicotrainError, Problem, RunError
 from picotrain.evaluation.bundle import Bundle
+from picotrain.places import expanded
 
 
 class Options(NamedTuple):
@@ -83,7 +84,7 @@ def _chosen(config: Any, options: Options) -> Any:
     if options.bundle:
         if "://" in options.bundle:
             raise ConfigError([Problem("--bundle", "is a URL", "a folder; a URL with its SHA-256 goes into evaluation.core of the run")])
-        changes["bundle"] = str(Path(options.bundle).expanduser().absolute())
+        changes["bundle"] = str(expanded(options.bundle).absolute())
     if options.baseline_table:
         changes["baseline_table"] = options.baseline_table
     if options.max_per_task is not None:

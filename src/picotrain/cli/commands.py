@@ -19,6 +19,7 @@ from picotrain.config.overrides import parse
 from picotrain.data import sources
 from picotrain.data.remote import is_url
 from picotrain.errors import ConfigError, Problem
+from picotrain.places import expanded
 from picotrain.text import as_typed, printable
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
     from picotrain.launch import RunLock
 
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("run.dir=")]
-    folder = Path(chosen[-1] if chosen else f"runs/{url.rstrip('/').rpartition('/')[2]}").expanduser()
+    folder = expanded(chosen[-1] if chosen else f"runs/{url.rstrip('/').rpartition('/')[2]}")
     with RunLock(folder):
         restore(url, folder, say)
     rest = [text for text in overrides if not text.startswith("run.dir=")]

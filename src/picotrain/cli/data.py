@@ -21,6 +21,7 @@ from picotrain.data.inspect import Inspection, Verification
 from picotrain.data.prepare import HARMLESS, KINDS, SKIPPED, Options
 from picotrain.data.prepare import prepare as prepare_corpus
 from picotrain.errors import ConfigError, DataError
+from picotrain.places import expanded
 from picotrain.terminal import LABEL_WIDTH, Printer, is_terminal, rich_console, say
 from picotrain.text import printable, short, size
 
@@ -156,7 +157,7 @@ def corpus_folder(corpus: str) -> Path:
     """The folder of shards that is meant: CORPUS itself, or what `data=files data.path=CORPUS` was prepared into. Raises DataError."""
     if "://" in corpus:
         raise DataError(f"{corpus} is remote; fetch the shards into a folder first, and name that")
-    path = Path(corpus).expanduser().absolute()
+    path = expanded(corpus).absolute()
     if has_shards(path):
         return path
     from pydantic import ValidationError

@@ -14,6 +14,7 @@ from picotrain import checkpoint
 from picotrain import run as runs
 from picotrain.checkpoint.folder import read_manifest
 from picotrain.errors import PicotrainError, RunError
+from picotrain.places import expanded
 from picotrain.report import read_run, summarise
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def find_all(texts: Sequence[str], *others: Callable[[], object]) -> list[Given]
 
 
 def _found(text: str) -> Given:
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_dir():
         if (path / "config.yaml").is_file():
             return _of_run(text, path, "last")
@@ -81,7 +82,7 @@ def _found(text: str) -> Given:
             return Given(text, path.resolve(), None)
     head, at, which = text.rpartition("@")
     if at and head and not path.exists():
-        return _of_run(text, Path(head).expanduser(), which)
+        return _of_run(text, expanded(head), which)
     runs.require_run(path)  # names the runs beside it
     raise RunError(f"{text} holds neither a run nor a Hugging Face model; right would be {FORMS}")
 

@@ -39,6 +39,7 @@ from picotrain.data.footers import (  # noqa: F401
 )
 from picotrain.data.units import Unit, Units, default_lanes, default_unit_bytes, units  # noqa: F401
 from picotrain.errors import DataError
+from picotrain.places import expanded
 from picotrain.terminal import say
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def scan(
     validates. `say` is told what is left out. `on_bad` is told of a shard that cannot be read, which is then left out.
     Raises DataError when folder, shards, `text` column or validation shard are missing or unusable.
     """
-    root = Path(root).expanduser().absolute()
+    root = expanded(root).absolute()
     if not root.is_dir():
         raise DataError(f"there is no corpus folder {root}{hint_for(root)}")
     names, words = found_in(root)

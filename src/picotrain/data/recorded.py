@@ -14,6 +14,7 @@ from picotrain.data.folder import choose, has_shards
 from picotrain.data.mixture import Mixture
 from picotrain.data.sources import is_remote, mixture_of, parts_of, resolve, url_root
 from picotrain.errors import DataError
+from picotrain.places import expanded
 
 Say = Callable[[str], None]
 
@@ -80,7 +81,7 @@ def reopen(data: DataConfig, recorded: Mixture, cache: Path, say: Say) -> Mixtur
         raise DataError(f"the run draws from {len(recorded.sources)} sources, and its config from {len(parts)}")
     corpora = []
     for part, corpus in zip(parts, recorded.corpora, strict=True):
-        now = _now(part, corpus, Path(cache).expanduser().absolute(), say)
+        now = _now(part, corpus, expanded(cache).absolute(), say)
         corpora.append(reopened(corpus, part.name, now, part.on_bad_shard == "skip", say))
     return mixture_of(data, corpora)
 
@@ -97,7 +98,7 @@ def _now(data: DataConfig, recorded: Corpus, cache: Path, say: Say) -> Now:
         shards = read_shards(data.path, [file for file in files if file.name in names], cache, say, bad.append)
         new = _in_use([file.name for file in files], data)
         return Now(redacted(data.path), url_root(data, cache), shards, bad, new, Remote(data.path, data.cache_bytes))
-    folder = Path(data.path or "").expanduser().absolute()
+    folder = expanded(data.path or "").absolute()
     if data.kind == "hub":
         root, new = recorded.root, []
         try:

@@ -39,6 +39,8 @@ from picotrain.data.folder import RULE, choose, has_shards
 from picotrain.data.mixture import Mixture, Source
 from picotrain.data.prepare import Input, Progress, Say, Undecodable, identify, locked, look, prepare, silent
 from picotrain.errors import ConfigError, DataError, Problem, TokenizerError
+from picotrain.places import expanded
+from picotrain.signals import ending
 from picotrain.text import clock, size
 from picotrain.ticker import ticking
 
@@ -69,7 +71,7 @@ def known_mixture(data: DataConfig, cache: Path, say: Say = silent) -> Mixture |
 def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
     """The corpus of this config, made or downloaded into `cache` when it is not there yet; `say` is told what is left out of it.
     Raises DataError."""
-    cache = Path(cache).expanduser().absolute()
+    cache = expanded(cache).absolute()
     if data.kind == "hub":
         return _download(data, cache, say)
     if is_remote(data):
@@ -97,7 +99,7 @@ def known(data: DataConfig, cache: Path, say: Say = silent) -> Corpus | None:
 
     Raises DataError for what can never be a corpus, such as a path that does not exist.
     """
-    cache = Path(cache).expanduser().absolute()
+    cache = expanded(cache).absolute()
     if data.kind == "hub":
         root, names = _hub_shards(data, cache)
         return _hub_corpus(data, root, names) if all((root / name).is_file() for name in names) else None
@@ -136,7 +138,8 @@ def obtain_tokenizer(
             used = min(section.train_bytes, corpus.text_bytes)
             say(f"training a tokenizer of {section.vocab_size:,} tokens on {used / 1e6:,.1f} MB of {corpus.name}")
             started = time.monotonic()
-            with _telling_how_far(Mixture.of(corpus).sample(section.train_bytes, on_bad), used, say) as texts:
+            sample = Mixture.of(corpus).sample(section.train_bytes, on_bad)
+            with ending("training a tokenizer"), _telling_how_far(sample, used, say) as texts:  # most of it is in native code
                 train_tokenizer(texts, section.vocab_size, path)
             say(f"trained it in {time.monotonic() - started:.1f} s: {path}")
         tokenizer = load_tokenizer(path, section.encoder)
@@ -264,13 +267,13 @@ def _tokenizer_home(section: TokenizerConfig, corpus: Text, cache: Path) -> Path
         except OSError:  # whoever loads it says what is wrong
             content = str(file)
         identity = [corpus.fingerprint, section.vocab_size, content, "whole texts"]  # older ones were measured on texts that a file cut
-    return Path(cache).expanduser().absolute() / "tokenizers" / _hash(identity)
+    return expanded(cache).absolute() / "tokenizers" / _hash(identity)
 
 
 def _tokenizer_path(section: TokenizerConfig, home: Path) -> Path:
     if section.path is None:
         return home / "tokenizer.json"
-    path = Path(section.path).expanduser().absolute()
+    path = expanded(section.path).absolute()
     return path / "tokenizer.json" if path.is_dir() else path
 
 
@@ -313,7 +316,7 @@ def _shard_folder(data: DataConfig) -> Path | None:
     """The user's folder when it holds Parquet shards itself: then it is the corpus as it is."""
     if data.kind != "files" or data.path is None:
         return None
-    folder = Path(data.path).expanduser()
+    folder = expanded(data.path)
     return folder if has_shards(folder) else None
 
 

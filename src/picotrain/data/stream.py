@@ -114,7 +114,7 @@ class _Prepared(NamedTuple):
 
 
 class Loader(Iterator[Batch]):
-    """An endless iterator over this rank's micro-batches; a context manager, or call `close`.
+    """An endless iterator over this rank's micro-batches, while it is entered: its threads start and end with the context.
 
     state: None for the start, else a state merged of all ranks'; any dp_size that divides lanes and rows_per_step goes
     on exactly. The rows of a step are the same for any device_batch_size.
@@ -172,7 +172,6 @@ class Loader(Iterator[Batch]):
         self._failed: BaseException | None = None
         self._closing = threading.Event()
         self._producer = threading.Thread(target=self._produce, name="picotrain-batches", daemon=True)
-        self._producer.start()
 
     def _lane(self, number: int, seed: int) -> Lane:
         index = (number - self._position.dp_rank) // self._position.dp_size
@@ -233,6 +232,7 @@ class Loader(Iterator[Batch]):
         self._skipped.append(str(error))
 
     def __enter__(self) -> Loader:
+        self._producer.start()
         return self
 
     def __exit__(self, *exc: object) -> None:

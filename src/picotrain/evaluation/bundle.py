@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 
 from picotrain.config.saved import parse_yaml, read_plain, yaml_reason
 from picotrain.errors import DataError
+from picotrain.places import expanded
 
 MAX_TASKS_BYTES = 1 << 20  # of core.yaml, and of a table of baselines
 MAX_EXAMPLES_BYTES = 1 << 30
@@ -132,7 +133,7 @@ def read_bundle(path: Path, baseline_table: str = DEFAULT_TABLE) -> Bundle:
     baseline_table: the file in it with the random baselines. Raises DataError where core.yaml or that table are missing or
     unreadable.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_dir():
         raise DataError(f"there is no folder {path}; a bundle is a folder with core.yaml, {DEFAULT_TABLE} and eval_data")
     baselines, table, tree, wrong = {}, "", [], []

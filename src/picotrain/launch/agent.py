@@ -28,9 +28,9 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from picotrain import hardware, invocation
 from picotrain.config.schema import LaunchConfig
 from picotrain.errors import Diverged, Hung, LaunchError, OutOfMemory, PicotrainError, Stopped
-from picotrain.parallel import STACKS_SIGNAL, StopSignal
+from picotrain.parallel import STACKS_SIGNAL
 from picotrain.ranks import LAUNCHER_PID
-from picotrain.signals import PATIENCE_S, STOP_SIGNALS, ending, noticed
+from picotrain.signals import PATIENCE_S, STOP_SIGNALS, StopSignal, ending, noticed
 from picotrain.terminal import say
 
 POLL_S = 0.1  # how often the agent looks at its workers

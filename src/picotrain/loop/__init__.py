@@ -15,7 +15,8 @@ import torch
 
 from picotrain import optim
 from picotrain.loop.session import Outcome, Session
-from picotrain.parallel import Parallel, StopSignal
+from picotrain.parallel import Parallel
+from picotrain.signals import StopSignal
 
 __all__ = ["Outcome", "train"]
 

@@ -8,7 +8,7 @@ import shlex
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,12 +23,14 @@ from picotrain.checkpoint.archive import Archive
 from picotrain.config import Config
 from picotrain.data.lanes import merge_states
 from picotrain.data.stream import Batch, Loader, validation_rows
-from picotrain.errors import CheckpointError, DataError, Diverged, LaunchError, RunError
+from picotrain.errors import CheckpointError, DataError, Diverged, LaunchError, RunError, Stopped
 from picotrain.evaluation.suite import core_of_model
+from picotrain.evaluation.together import together
 from picotrain.metrics import METRICS, read_metrics
 from picotrain.model import Names, build
 from picotrain.monitor import Monitor, profiler
-from picotrain.parallel import Parallel, StopSignal, Watchdog, peak_memory
+from picotrain.parallel import Parallel, Watchdog, peak_memory
+from picotrain.signals import StopSignal
 from picotrain.state import TrainState
 from picotrain.terminal import say
 
@@ -45,17 +47,40 @@ class Outcome:
 
 
 class Session:
-    """Everything one training holds: built from the run directory, restored from its newest checkpoint."""
+    """Everything one training holds, while it is entered: built from the run directory, restored from its newest checkpoint.
+
+    What it starts ends with it, also where building it fails or a signal ends the building.
+    """
 
     def __init__(self, run_dir: Path, parallel: Parallel, stop: StopSignal):
         self.dir, self.parallel, self.stop = run_dir, parallel, stop
-        self.config: Config
-        self.config, self.plan, self.corpus, self.tokenizer = runs.read_material(run_dir)
         self.checkpoints = run_dir / "checkpoints"
+        self._stack = ExitStack()
+        self._failure: DataError | None = None  # what ends the run, the same on every rank
+        self._stopping_s = 0.0  # when a stop was agreed on
+        self._told: set[str] | None = None  # what was passed over and is recorded; None: not looked up yet
+        self._val_rows = None  # tokenized when the first evaluation wants them
+
+    def __enter__(self) -> Session:
+        with ExitStack() as stack:
+            with self.stop.ending("starting"):
+                self._build(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _build(self, stack: ExitStack) -> None:
+        """Fill in all that the loop works with. `stack` closes what needs it, in this order: loader, profiler (which waits for the
+        device while the watchdog still watches), watchdog, saver, monitor, and the archive last."""
+        parallel = self.parallel
+        self.config: Config
+        self.config, self.plan, self.corpus, self.tokenizer = runs.read_material(self.dir)
         # Compiled code is kept there, not in the system's temporary folder; torch looks when its compiler is imported.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runs.cache_dir(self.config) / "compiled"))
 
-        self.archive = self._start_archive() if parallel.is_main else None
+        self.archive = self._start_archive(stack) if parallel.is_main else None
 
         if self.config.train.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -65,24 +90,28 @@ class Session:
         optimizer = optim.build(self.config.optimizer, self.model, self.plan.rates, parallel)
         self.state = TrainState(self.model, optimizer)
         self.guard = optim.Guard(self.config.train.skip_loss_z, parallel.device)
-        self.watchdog = Watchdog(self.config.launch.hang_s, run_dir / "flight_recorder" / f"rank_{parallel.rank}.json")
-        self.saver = checkpoint.Saver(self.checkpoints, self.config.checkpoint) if parallel.is_main else None
         self.schedule = schedule.build(self.config.schedule, self.plan.num_steps)
         self.monitor = Monitor(
-            run_dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank, peak_memory=lambda: peak_memory(parallel.device)
+            self.dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank, peak_memory=lambda: peak_memory(parallel.device)
         )
+        stack.callback(self.monitor.close)
+        self.saver = checkpoint.Saver(self.checkpoints, self.config.checkpoint) if parallel.is_main else None
         if self.saver:
             saver = self.saver
+            stack.callback(saver.wait)
             self.monitor.saving = lambda: saver.busy
+        record_path = self.dir / "flight_recorder" / f"rank_{parallel.rank}.json"
+        self.watchdog = stack.enter_context(Watchdog(self.config.launch.hang_s, record_path))
         self.resumed_step = self._restore()
         if chosen:
             self.monitor.event(self.state.step, "attention", chosen)
         self.profiler = profiler.build(self.monitor, parallel.device, self.state.step)
+        stack.callback(self.profiler.close)
 
         if self.plan.compile:
             self.model.compile_blocks()
         self.wrapped: nn.Module = parallel.wrap(self.model)
-        self.loader = Loader(
+        loader = Loader(
             self.corpus,
             self.tokenizer,
             **self.plan.stream,
@@ -93,36 +122,31 @@ class Session:
             state=self.state.loader,
             on_bad_shard=self.config.data.on_bad_shard,
         )
+        self.loader = stack.enter_context(loader)
         self.state.loader = self.state.loader or self.loader.state  # a first step that is given up half-way saves the start
-        self._failure: DataError | None = None  # what ends the run, the same on every rank
-        self._stopping_s = 0.0  # when a stop was agreed on
-        self._told: set[str] | None = None  # what was passed over and is recorded; None: not looked up yet
         if self.config.data.on_bad_shard == "skip":
             self._tell_skipped({text for corpus in self.corpus.corpora for text in corpus.files.missing(corpus.shards)})
-        self._val_rows = None  # tokenized when the first evaluation wants them
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.profiler.close()  # while the watchdog still watches: it waits for the device
-        self.watchdog.close()
-        self.loader.close()
-        if self.saver:
-            self.saver.wait()
-        if self.archive:
-            self.archive.close(min(self.config.archive.close_s, FAILED_CLOSE_S))  # does nothing after `end`
-        self.monitor.close()
 
     def warm_up(self) -> None:
         """Pass a batch of zeros through a model that is to be compiled, and back: then the first step takes as long as any other, and
         training time does not hold the compiler's. Weights, moments and random states stay as they are.
+
+        A stop ends it with Stopped: a compiler takes a minute or two, and nothing was trained since the checkpoint that is on disk.
         """
         if not self.plan.compile or self.state.step >= self.plan.num_steps:
             return
         started_s = time.perf_counter()
         ids = torch.zeros(self.plan.device_batch_size, self.plan.seq_len, dtype=torch.int64, device=self.parallel.device)
-        self.wrapped(ids, ids).backward()
+
+        def record() -> None:
+            self.monitor.event(self.state.step, "stopped", "asked to by a signal, while compiling")
+
+        try:
+            with self.stop.ending("compiling", record):
+                self.wrapped(ids, ids).backward()
+        except Stopped:
+            record()
+            raise
         self.state.optimizer.zero_grad(set_to_none=True)
         self.monitor.event(self.state.step, "compiled", f"in {time.perf_counter() - started_s:.1f} s, which is no training time")
 
@@ -143,7 +167,7 @@ class Session:
             self.plan.save(self.dir / "plan.json")
         return f"by {full}" + (f"; in windows by {windowed}" if in_windows else "")
 
-    def _start_archive(self) -> Archive | None:
+    def _start_archive(self, stack: ExitStack) -> Archive | None:
         section = self.config.archive
         if section.url is None:
             return None
@@ -152,6 +176,7 @@ class Session:
             section.url, self.dir, interval_s=section.interval_s, min_age_s=section.min_age_s, keep_last=section.keep_last,
             say=say,
         )  # fmt: skip
+        stack.callback(lambda: archive.close(min(self.config.archive.close_s, FAILED_CLOSE_S)))  # does nothing after `end`
         archive.start()
         return archive
 
@@ -210,20 +235,33 @@ class Session:
             return
         self.saver.wait()
         self._report_saves()
-        whole = checkpoint.step_dir(self.checkpoints, self.state.step)
-        if checkpoint.is_whole(whole):
+        if self._is_saved():
             return self.saver.tidy()  # an earlier process may have been killed before it did
-        metrics_bytes = 0 if self.monitor.disk_full else self.monitor.metrics_bytes()
-        self.saver.save(self.state, metrics_bytes)
+        self.saver.save(self.state, self._whole_metrics_bytes())
         self.saver.wait()
         self._report_saves()
-        if checkpoint.is_whole(whole):
+        self._require_saved()
+
+    def _is_saved(self) -> bool:
+        return checkpoint.is_whole(checkpoint.step_dir(self.checkpoints, self.state.step))
+
+    def _whole_metrics_bytes(self) -> int:
+        return 0 if self.monitor.disk_full else self.monitor.metrics_bytes()
+
+    def _require_saved(self) -> None:
+        """Where this step's checkpoint is not there, or no longer, save it elsewhere and raise RunError, which says where it is."""
+        if not self.saver or self._is_saved():
             return
+        whole = checkpoint.step_dir(self.checkpoints, self.state.step)
+        why = f"{whole} cannot be written" if self.dir.is_dir() else f"{self.dir} is gone"
         try:
-            elsewhere = self.saver.rescue(self.state, metrics_bytes)
+            elsewhere = self.saver.rescue(self.state, self._whole_metrics_bytes())
         except OSError as error:
-            raise RunError(f"{whole} cannot be written, nor can the temporary folder ({error}); the last whole one stays") from error
-        raise RunError(f"{whole} cannot be written; it was saved as {elsewhere} instead: free space, move it there and resume")
+            there = checkpoint.complete(self.checkpoints)
+            left = f"{there[-1].name} is the last whole checkpoint" if there else "no checkpoint of the run is left"
+            raise RunError(f"{why}, nor can the temporary folder ({error}): step {self.state.step:,} is lost, {left}") from error
+        how = "free space, move it there" if self.dir.is_dir() else "move it into the checkpoints of a run of the same config.yaml"
+        raise RunError(f"{why}; step {self.state.step:,} was saved as {elsewhere} instead: {how} and resume")
 
     def say_why(self, failed: BaseException | None) -> None:
         """Record why the run stops here: a signal, or what some rank could not read. A bug in the loader is raised at once."""
@@ -302,13 +340,18 @@ class Session:
         return True
 
     def sample(self) -> bool:
-        """Generate from the configured prompts, the same on every rank; False when a stop was asked for before."""
-        if self.parallel.agree(self.stop.requested):
-            return False
-        seed = self.config.run.seed + self.state.step
+        """Generate from the configured prompts, the same on every rank; False when a stop was asked for meanwhile."""
+        seed, section = self.config.run.seed + self.state.step, self.config.sampling
+
+        def samples() -> list[dict[str, str]] | None:
+            found = sampling.complete(self.model, self.tokenizer, section.prompts, section, seed, self._given_up)
+            return None if self.stop.requested else [asdict(sample) for sample in found]
+
         with self._at_no_cost("samples"):
-            samples = sampling.complete(self.model, self.tokenizer, self.config.sampling.prompts, self.config.sampling, seed)
-            self.monitor.sample(self.state.step, [asdict(sample) for sample in samples])
+            found = together(self.parallel, samples)
+            if None in found:
+                return False
+            self.monitor.sample(self.state.step, found[0])
         return True
 
     def _validation_rows(self) -> evaluation.Rows:
@@ -353,7 +396,10 @@ class Session:
             self.monitor.event(self.state.step, "stopped", f"whole on disk {took_s:.2f} s after the signal")
         self.monitor.close()
         if self.parallel.is_main:
-            summary = report.write_report(self.dir)
+            try:
+                summary = report.write_report(self.dir)
+            finally:
+                self._require_saved()  # somebody may have removed the folder since it was saved
             report.console_summary(summary)
         self.watchdog.close()
         if self.archive:

@@ -21,6 +21,7 @@ from picotrain.data.folder import is_text
 from picotrain.data.prepare import Say, silent
 from picotrain.data.remote import is_url
 from picotrain.errors import ConfigError, Problem
+from picotrain.places import expanded
 from picotrain.plan.memory import facts, total_batch
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
@@ -58,7 +59,7 @@ def _check_paths_are_text(config: Config) -> None:
 def cache_dir(config: Config) -> Path:
     """Where corpora and tokenizers are kept: run.cache_dir, else $PICOTRAIN_CACHE, else ~/.cache/picotrain."""
     place = config.run.cache_dir or os.environ.get("PICOTRAIN_CACHE") or "~/.cache/picotrain"
-    return Path(place).expanduser().absolute()
+    return expanded(place).absolute()
 
 
 def _set(config: Config, section: str, data: DataConfig | None = None, **values: object) -> Config:
@@ -80,7 +81,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(path: str | None) -> str | None:
-    return str(Path(path).expanduser().absolute()) if path and not is_url(path) else path
+    return str(expanded(path).absolute()) if path and not is_url(path) else path
 
 
 def _absolute_source(source: str) -> str:
@@ -88,7 +89,7 @@ def _absolute_source(source: str) -> str:
 
 
 def _run_dir(config: Config, name: str) -> Path:
-    return Path(config.run.dir or Path("runs") / name).expanduser().absolute()
+    return expanded(config.run.dir or Path("runs") / name).absolute()
 
 
 def _existing(config: Config) -> DataConfig | None:

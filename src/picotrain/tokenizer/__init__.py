@@ -19,6 +19,7 @@ import numpy as np
 
 from picotrain.config.saved import read_plain
 from picotrain.errors import TokenizerError
+from picotrain.places import expanded
 from picotrain.tokenizer import artifact, proof
 from picotrain.tokenizer.artifact import BOS, byte_alphabet, without_bom
 from picotrain.tokenizer.proof import SAMPLE
@@ -193,7 +194,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
 def load_tokenizer(path: Path, encoder: Encoder = "auto") -> Tokenizer:
     """Load a `tokenizer.json`. Raises TokenizerError when it is missing, damaged, not byte-level or without `<|bos|>`,
     or when `encoder="gigatoken"` is asked for and gigatoken is missing or gives other ids than `tokenizers`."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     path = path / "tokenizer.json" if path.is_dir() else path
     try:
         data = read_plain(path)

@@ -15,6 +15,7 @@ from picotrain.config.saved import parse_json
 from picotrain.data.remote.errors import Missing, Transient, reason_of, redacted
 from picotrain.data.remote.store import Store, is_url
 from picotrain.errors import CheckpointError, DataError, RunError
+from picotrain.places import expanded
 
 OWNER, CONFIG, METRICS = "archive.json", "config.yaml", "metrics.jsonl"
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
@@ -37,7 +38,7 @@ def open_remote(url: str, stop: threading.Event) -> Remote:
     """
     scheme, separator, _ = url.partition("://")
     if not separator:
-        url, scheme = f"file://{Path(url).expanduser().absolute()}", "file"
+        url, scheme = f"file://{expanded(url).absolute()}", "file"
     if scheme in ("http", "https"):
         raise RunError(f"archive {redacted(url)}: a web server cannot be written; s3://, gs://, hf://datasets/... or a folder can")
     try:

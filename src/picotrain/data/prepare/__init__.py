@@ -60,6 +60,7 @@ from picotrain.data.prepare.walk import Left, expand, look
 from picotrain.data.prepare.workers import WorkerLost, run
 from picotrain.errors import DataError
 from picotrain.hardware import cores
+from picotrain.places import expanded
 
 __all__ = [
     "CUT_ABOVE",
@@ -129,7 +130,7 @@ def prepare(
     Beside the shards stand origin.json (counts, options, and the size and XXH3 hash of each shard), inputs.json and
     skipped.jsonl. Raises DataError for what cannot be used and is not tolerated, naming it.
     """
-    out = Path(out).expanduser().absolute()
+    out = expanded(out).absolute()
     name = out.name if name is None else name
     looked = look(inputs)
     files = [file for file in looked.files if not file.path.absolute().is_relative_to(out)]  # e.g. `prepare . --out corpus` again

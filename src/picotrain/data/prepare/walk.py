@@ -13,6 +13,7 @@ from picotrain.data.corpus import hint_for
 from picotrain.data.folder import kind_of_mode, suffix_of
 from picotrain.data.prepare.inputs import KNOWN, SUFFIXES, Input, kind_of
 from picotrain.errors import DataError
+from picotrain.places import expanded
 
 NOT_READ, HIDDEN, LINK, NO_FILE, UNREADABLE = "not read", "hidden", "link", "no file", "unreadable"
 SHOWN = 12  # kinds of files that a line names
@@ -53,7 +54,7 @@ def look(inputs: str | Path | Iterable[str | Path | Input]) -> Looked:
     """What is meant by files, folders and globs, sorted within each. Raises DataError when no file is."""
     found, left = [], []
     for item in [inputs] if isinstance(inputs, str | Path) else list(inputs):
-        looked = Looked([item], []) if isinstance(item, Input) else _look(Path(item).expanduser())
+        looked = Looked([item], []) if isinstance(item, Input) else _look(expanded(item))
         found += looked.files
         left += looked.left
     unique = {entry.path.absolute(): entry for entry in found}

@@ -83,8 +83,8 @@ def _run_in_processes(function: Callable[[Job], None], jobs: Sequence[Job], work
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C waits. Processes that are started here never see it, not even before their first line."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """What a terminal sends waits. Processes that are started here never see it, not even before their first line: they end with us."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
         yield
     finally:
