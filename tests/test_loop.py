@@ -17,7 +17,10 @@ import torch
 from conftest import lines, losses, picotrain, start
 
 from picotrain import checkpoint, hardware, loop, worker
+from picotrain.cli import commands
 from picotrain.errors import ConfigError
+from picotrain.monitor import events
+from picotrain.run import open_run
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -64,6 +67,29 @@ def test_a_train_line_has_what_the_design_promises(finished: Path):
     assert set(promised.split()) <= line.keys()
     assert line["mfu"] is None  # no peak is known for a CPU
     assert line["tokens"] == 256  # of this step
+
+
+def test_a_device_that_computes_behind_the_hosts_back_gives_the_same_lines(finished: Path, tmp_path: Path, tiny, monkeypatch):
+    """Every value by one late copy, times by events, with flushes for evaluations, samples and saves in between."""
+
+    class Event:
+        def record(self) -> None:
+            self.at_s = time.perf_counter()
+
+        def synchronize(self) -> None:
+            assert self.at_s
+
+        def elapsed_time(self, end: Any) -> float:
+            return (end.at_s - self.at_s) * 1000
+
+    monkeypatch.setattr(events, "build", lambda device: events.EventTimer(Event, pin_memory=False))
+    config = commands.resolved(tiny(tmp_path / "run", "train.sample_every=6", "train.save_every=8"), None, None)
+    assert open_run(config, [], lambda message: None)
+    assert worker.run(tmp_path / "run") == 0
+    assert losses(tmp_path / "run") == losses(finished)
+    ours, theirs = ([(r["step"], r["grad_norm"], r["skipped"]) for r in lines(run, "train")] for run in (tmp_path / "run", finished))
+    assert ours == theirs
+    assert all(0 < line["dt_ms"] < 60_000 for line in lines(tmp_path / "run", "train"))
 
 
 def test_validation_comes_at_the_first_step_by_cadence_and_at_the_last(finished: Path):
