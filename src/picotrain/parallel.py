@@ -7,6 +7,7 @@ import gc
 import inspect
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -317,11 +318,24 @@ def _meet(here: Ranks) -> Meeting:
     return meeting
 
 
+# How memory that has run out is told where it is no torch.OutOfMemoryError: by torch's allocators for the CPU and MPS, by the CUDA
+# runtime and driver, by libraries (cuBLAS, cuDNN, cuSPARSE, ...: a handle or a workspace of their own), by NCCL, and by C++.
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|\b(CUDA|HIP|MPS|XPU)\b[^\n]{0,40}\bout of memory|cuda runtime error \(2\)"
+    r"|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|hipErrorOutOfMemory|(cu|hip|roc|mi)\w*_(STATUS_)?ALLOC_FAILED"
+    r"|Failed to CUDA (host )?(c|m)?alloc|std::bad_alloc",
+    re.IGNORECASE,
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the CPU's allocator, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
+    """Whether an error, or what it was raised from, says that a device or the host had no memory left."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, torch.OutOfMemoryError | MemoryError) or (isinstance(cause, RuntimeError) and _NO_MEMORY.search(str(cause))):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def memory_in_use(device: torch.device) -> str:
