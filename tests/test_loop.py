@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import shutil
 import signal
@@ -16,11 +17,12 @@ import pytest
 import torch
 from conftest import lines, losses, picotrain, start
 
-from picotrain import checkpoint, hardware, loop, worker
+from picotrain import checkpoint, hardware, loop, model, ranks, worker
+from picotrain import run as runs
 from picotrain.cli import commands
 from picotrain.errors import ConfigError
 from picotrain.monitor import events
-from picotrain.run import open_run
+from picotrain.run import open_run, read_material, read_plan
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -90,6 +92,23 @@ def test_a_device_that_computes_behind_the_hosts_back_gives_the_same_lines(finis
     ours, theirs = ([(r["step"], r["grad_norm"], r["skipped"]) for r in lines(run, "train")] for run in (tmp_path / "run", finished))
     assert ours == theirs
     assert all(0 < line["dt_ms"] < 60_000 for line in lines(tmp_path / "run", "train"))
+
+
+def test_a_rank_of_an_evaluation_puts_the_weights_on_its_own_gpu_and_on_no_other(finished: Path, monkeypatch):
+    """Two GPUs, of which there are none: where the model is sent and what is made the current device is only written down."""
+    sent: list[str] = []
+    gpu = dataclasses.replace(hardware.cpu(), device="cuda", name="a GPU", count=2)
+    monkeypatch.setattr(hardware, "detect", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: sent.append(f"cuda:{torch.device('cuda', device).index}"))
+    monkeypatch.setattr(model.GPT, "to", lambda self, device, *rest: sent.append(str(device)) or self)
+    monkeypatch.setattr(ranks, "here", lambda: ranks.Ranks(rank=1, world_size=2, local_rank=1, local_world_size=2, launched=True))
+    made_on_a_gpu = SimpleNamespace(
+        **{**read_material(finished)._asdict(), "plan": read_plan(finished).model_copy(update={"device": "cuda"})}
+    )
+    monkeypatch.setattr(runs, "read_material", lambda run: made_on_a_gpu)
+    commands.load_model(finished, "last")
+    assert set(sent) == {"cuda:1"}
 
 
 def test_validation_comes_at_the_first_step_by_cadence_and_at_the_last(finished: Path):

@@ -368,6 +368,12 @@ def lost_a_peer(error: BaseException) -> bool:
     return isinstance(error, dist.DistError | PeerFailed) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
+def place(device: str) -> torch.device:
+    """The device of this kind that is this rank's; for CUDA it is the current one from then on. Raises LaunchError without one."""
+    here = ranks.here()
+    return _device(device, here.local_rank, here.world_size)
+
+
 def _device(device: str, local_rank: int, world_size: int) -> torch.device:
     """This rank's device, checked and, for CUDA, made the current one."""
     if device == "mps" and world_size > 1:
