@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from picotrain import first_calls, ranks
+from picotrain import first_calls, hardware, ranks
 from picotrain.errors import Hung, LaunchError
 from picotrain.meeting import Meeting, PeerFailed
 from picotrain.ranks import Ranks
@@ -336,6 +337,44 @@ def out_of_memory(error: BaseException) -> bool:
             return True
         cause = cause.__cause__
     return False
+
+
+def unusable_gpus(name: str, capability: float) -> tuple[str, str]:
+    """Why this torch cannot use the GPUs that the driver lists, and what would be right; ("", "") where it can.
+
+    name, capability: what the driver says of them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said below
+        usable = torch.cuda.is_available()
+        codes = torch.cuda.get_arch_list() if usable and torch.version.hip is None else []
+    wanted = round(capability * 10)
+    known = [int(found[1]) for code in codes if (found := re.fullmatch(r"(?:sm|compute)_(\d+)[af]?", code))]
+    # Code runs on later GPUs of the same generation, and where it is kept as PTX ("compute") on all later ones.
+    runs = any(code <= wanted and code // 10 == wanted // 10 for code in known)
+    runs = runs or any(code.startswith("compute") and int(code[8:].rstrip("af")) <= wanted for code in codes)
+    if usable and (runs or not known or not wanted):
+        return "", ""
+    version, cuda = hardware.driver()
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    driver = f"the driver is {version or 'of an unknown version'}" + (f", for CUDA up to {cuda}" if cuda else "")
+    message = f"torch {torch.__version__}, {built}, {'has no code for' if usable else 'cannot use'} {name}; {driver}"
+    builds = hardware.torch_builds(cuda, capability)
+    if torch.version.cuda and not usable and f"cu{torch.version.cuda.replace('.', '')}" in builds:
+        return f"{message}: {_reason()}", "that torch fits this driver: see what nvidia-smi says, and CUDA_VISIBLE_DEVICES; or hardware=cpu"
+    if not builds:
+        return message, "a driver of version 525 or later, or hardware=cpu"
+    index = f"{hardware.TORCH_WHEELS}/{builds[0]}"
+    return message, f"pip install --force-reinstall torch --index-url {index}, in a checkout PICOTRAIN_INDEX_URL={index} scripts/setup.sh"
+
+
+def _reason() -> str:
+    """What torch says when it is to use a GPU."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().splitlines()[0][:200]
+    return "it finds none"
 
 
 def memory_in_use(device: torch.device) -> str:

@@ -372,6 +372,14 @@ def check_machine(config: Config) -> None:
             problems.append(
                 Problem("train.precision", "fp8 needs the package torchao, which is not installed", "pip install 'picotrain[fp8]'")
             )
+    if hw.device == "cuda" and not problems:
+        from picotrain import parallel  # torch itself, before anything is downloaded or prepared for it
+
+        message, hint = parallel.unusable_gpus(machine.name, machine.compute_capability)
+        if message:
+            problems.append(Problem("hardware.device", message, hint))
+        if hw.compile and (lacks := hardware.compiler_for_gpus()):
+            problems.append(Problem("hardware.compile", f"torch.compile needs {lacks} for a GPU", "false"))
     if hw.device == "cpu" and hw.compile and not hardware.has_compiler():
         problems.append(Problem("hardware.compile", "torch.compile needs a C++ compiler on a CPU and none was found", "false"))
     if problems:
