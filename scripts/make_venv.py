@@ -108,9 +108,7 @@ def torch_builds() -> list[str]:
         return ["cpu"]
     version, cuda = hardware.driver()
     if not (builds := hardware.torch_builds(cuda, machine.compute_capability)):
-        say(
-            f"the NVIDIA driver {version or 'does not tell its version, and'} is too old for any torch that picotrain knows; 525 is the first"
-        )
+        say(f"the NVIDIA driver (version {version or 'unknown'}) is too old for any torch that will do; 525 is the first that is not")
     return builds
 
 

@@ -159,7 +159,7 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
         for task in open_bundle(config, say).tasks:  # what is wrong with it is said now and not after hours
             if task.problem:
                 say(f"WARNING: CORE will lack a task: {task.problem}")
-    _write(run_dir, material, overrides)
+    create(run_dir, material, overrides)
     repeated = repeats.warnings(material.plan) if warned else []
     for note in material.plan.notes:
         if note not in repeated:
@@ -328,7 +328,7 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     return corpus, tokenizer
 
 
-def _write(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
+def create(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
     """Everything the workers and a later reader need; config.yaml last, since it is what makes the folder a run."""
     from picotrain.tokenizer import without_bom
 
