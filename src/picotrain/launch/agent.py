@@ -90,8 +90,8 @@ def _wait_for_node_0(endpoint: str) -> None:
             why = error.strerror or str(error)
         if waited_s > limit_s:
             raise LaunchError(
-                f"node 0 was not to be reached at launch.rdzv_endpoint={endpoint} within {limit_s / 60:g} min ({why}): is it started, and is "
-                "this its address, with a port that no firewall closes?"
+                f"node 0 was not to be reached at launch.rdzv_endpoint={endpoint} within {limit_s / 60:g} min ({why}): is it "
+                "started, and is this its address, with a port that no firewall closes?"
             )
         if said_s == began_s or time.monotonic() - said_s > SAY_S:
             said_s = time.monotonic()
