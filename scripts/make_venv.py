@@ -25,7 +25,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "picotrain-setup.json"
 INPUTS = ("pyproject.toml", "constraints.txt")
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+TORCH_WHEELS = "https://download.pytorch.org/whl"
+SOURCE = ROOT / "src"
 THIS_PYTHON = "{}.{}".format(*sys.version_info)
 
 Stamp = dict[str, Any]
@@ -98,25 +99,37 @@ def why_refresh(stamp: Stamp | None, wanted: Stamp) -> str | None:
     return None
 
 
-def has_nvidia_gpu() -> bool:
-    try:
-        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.startswith("GPU ")
-    except OSError:
-        return False
+def torch_builds() -> list[str]:
+    """PyTorch's builds that this machine can use, the best first: by its NVIDIA driver's version and its GPU, else that for a CPU."""
+    sys.path.insert(0, str(SOURCE))
+    from picotrain import hardware  # standard library only
+
+    if (machine := hardware.detect()).device != "cuda":
+        return ["cpu"]
+    version, cuda = hardware.driver()
+    if not (builds := hardware.torch_builds(cuda, machine.compute_capability)):
+        say(f"the NVIDIA driver (version {version or 'unknown'}) is too old for any torch that will do; 525 is the first that is not")
+    return builds
 
 
 def extra_index(wanted: Stamp) -> list[str]:
-    """pip's arguments for the index with the right build of torch. One that cannot be reached is left out: pip would retry for minutes."""
+    """pip's arguments for the index with the right build of torch. One that cannot be reached, or does not have this version, is left
+    out: pip would retry for minutes, or take another build."""
     if wanted["index_url"]:
         return ["--extra-index-url", wanted["index_url"]]
     user_named_one = any(os.environ.get(name) for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"))
-    if sys.platform != "linux" or user_named_one or has_nvidia_gpu():
+    if sys.platform != "linux" or user_named_one:
         return []
-    try:
-        urlopen(f"{TORCH_CPU_INDEX}/torch/", timeout=3).close()
-    except OSError:
-        return []
-    return ["--extra-index-url", TORCH_CPU_INDEX]
+    pinned = re.search(r"(?m)^torch==(\S+)", f"{wanted['torch']}\n{(ROOT / 'constraints.txt').read_text()}")
+    for build in torch_builds():
+        try:
+            with urlopen(f"{TORCH_WHEELS}/{build}/torch/", timeout=3) as page:
+                there = page.read().decode()
+        except OSError:
+            continue
+        if not pinned or f"torch-{pinned[1]}" in there:
+            return ["--extra-index-url", f"{TORCH_WHEELS}/{build}"]
+    return []
 
 
 def requirements(extras: list[str]) -> list[str]:

@@ -7,8 +7,8 @@
 #   PICOTRAIN_TORCH      another torch than that of constraints.txt, as a requirement: PICOTRAIN_TORCH="torch==2.11.0"
 #   PICOTRAIN_INDEX_URL  one more package index, for another build of torch: PICOTRAIN_INDEX_URL=https://download.pytorch.org/whl/cu126
 # pip's own variables (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS, ...) work as always.
-# With none of them, Linux without an NVIDIA GPU gets PyTorch's CPU build where its index can be reached, and everything else the build
-# on the package index (Linux: CUDA; macOS: CPU and MPS).
+# With none of them, Linux gets PyTorch's build for the CUDA version of its NVIDIA driver, or for a CPU without one, where PyTorch's index
+# can be reached, and everything else the build on the package index (Linux: CUDA; macOS: CPU and MPS).
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 candidates=(python3 python3.13 python3.12 python3.11)

@@ -20,9 +20,10 @@ import pytest
 import typer
 from conftest import lines
 from conftest import picotrain as in_a_process
+from test_hardships import patched
 
 from picotrain import __version__, checkout, hardware
-from picotrain.cli import app, main
+from picotrain.cli import app, main, rehearsal
 from picotrain.cli.about import GROUP_CHOICES, KEYS
 from picotrain.config import elsewhere
 from picotrain.config.groups import GROUPS, choices
@@ -358,7 +359,31 @@ def test_doctor_runs_two_steps_and_says_what_is_fine(command, tiny, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+def test_doctor_trains_and_saves_by_as_many_processes_as_the_run_and_leaves_nothing(command, tiny, tmp_path: Path):
+    left = tmp_path / ".picotrain-doctor-killed"  # by a doctor that was killed
+    left.mkdir()
+    nodes = ["launch.nnodes=2", "launch.rdzv_endpoint=node0:29400", f"archive.url={tmp_path / 'archive'}"]
+    result = command("doctor", *tiny(tmp_path / "run", "hardware.nproc_per_node=2", *nodes))
+    assert result.code == 0, result.out
+    (line,) = [line for line in result.out.splitlines() if "two steps" in line]
+    told = result.out[result.out.index(line) :]
+    assert "2 processes" in told and "s a step" in told and "of memory a rank" in told and "a save of" in told
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_says_what_the_run_would_die_of_and_leaves_nothing(tiny, tmp_path: Path):
+    small = "def small(self, ids, *rest, **more): raise RuntimeError('CUDA error: out of memory')\nmodel.GPT.forward = small\n"
+    place = tmp_path / "runs"
+    place.mkdir()
+    words = tiny(place / "run", "train.device_batch_size=8")
+    done = in_a_process("doctor", *words, env=patched(tmp_path / "patch", small))
+    assert done.returncode == 2, done.stderr
+    assert "FAIL" in done.stdout and "out of memory with micro-batches of 8 rows of 32 tokens" in done.stdout
+    assert list(place.iterdir()) == []
+
+
 def test_doctor_says_when_others_compute(command, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rehearsal, "two_steps", lambda material: ("not tried", None))
     for load, said in ((0.1, False), (50.0 * hardware.cores(), True)):
         monkeypatch.setattr(hardware, "load", lambda load=load: load)
         assert ("other processes compute" in command("doctor", *tiny(tmp_path / "run")).out) == said, load

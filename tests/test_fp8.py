@@ -263,6 +263,8 @@ def test_a_missing_torchao_is_said_where_it_would_train_and_not_where_it_is_plan
         runs.check_machine(config)
     monkeypatch.undo()
     here(monkeypatch, "NVIDIA H100 80GB HBM3", 9.0)
+    monkeypatch.setattr(parallel, "unusable_gpus", lambda *_: ("", ""))
+    monkeypatch.setattr(hardware, "compiler_for_gpus", lambda: "")
     runs.check_machine(config)
 
 

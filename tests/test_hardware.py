@@ -9,9 +9,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import yaml
 
-from picotrain import hardware
+from picotrain import hardware, parallel, plan
+from picotrain import run as runs
+from picotrain.config import compose
+from picotrain.errors import ConfigError
 
 # Names as drivers report them; peak in TFLOPs of dense bf16 (None: not known, or a part of a card), compute capability.
 GPUS = {
@@ -149,3 +153,89 @@ def test_a_load_counts_where_it_leaves_too_few_cores(monkeypatch: pytest.MonkeyP
         assert bool(hardware.others_compute(threads)) == busy, (load, threads)
     monkeypatch.delattr(os, "getloadavg")
     assert hardware.load() is None and hardware.others_compute() == ""
+
+
+# -- the driver, and the torch that fits it
+
+
+def nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, cuda: str = "12.8", gpu: str = "NVIDIA H100 80GB HBM3, 81559, 9.0") -> None:
+    """A driver with one GPU, as far as its tool tells."""
+    head = f"| NVIDIA-SMI 570.86.15    Driver Version: 570.86.15    CUDA Version: {cuda} |"
+    (folder / "nvidia-smi").write_text(f'#!/bin/sh\ncase "$*" in *query-gpu*) echo "{gpu}";; *) echo "{head}";; esac\n')
+    (folder / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(hardware, "detect", lambda: hardware._cuda() or hardware.cpu())
+
+
+@pytest.mark.parametrize(
+    ("cuda", "capability", "builds"),
+    [
+        ("13.1", 9.0, ["cu130", "cu128", "cu126"]),
+        ("12.9", 9.0, ["cu128", "cu126"]),
+        ("12.2", 8.0, ["cu126"]),
+        ("13.0", 7.0, ["cu126"]),  # a V100: newer builds have no code for it
+        ("11.8", 8.0, []),
+        ("", 8.0, []),
+        ("N/A", 8.0, []),
+    ],
+)
+def test_the_driver_decides_which_builds_of_torch_can_be_used(cuda, capability, builds):
+    assert hardware.torch_builds(cuda, capability) == builds
+
+
+@pytest.mark.parametrize(("cuda", "index"), [("12.2", "cu126"), ("12.8", "cu128"), ("13.0", "cu130")])
+def test_a_torch_that_cannot_use_the_gpu_is_refused_before_anything_is_prepared(tmp_path, monkeypatch, tiny, cuda, index):
+    (tmp_path / "bin").mkdir()
+    nvidia_smi(tmp_path / "bin", monkeypatch, cuda)
+    monkeypatch.setattr(hardware, "compiler_for_gpus", lambda: "")
+    words = [word for word in tiny(tmp_path / "run") if not word.startswith("hardware")]
+    config = plan.resolve(compose([*words, "hardware=1xh100"]), lambda message: None)
+    monkeypatch.setattr(runs, "gather", lambda *_: pytest.fail("data were prepared"))
+    with pytest.raises(ConfigError) as refused:
+        runs.open_run(config, [], lambda message: None)
+    message = str(refused.value)
+    assert f"torch {torch.__version__}" in message and "570.86.15" in message and f"CUDA up to {cuda}" in message
+    assert f"/whl/{index}" in message
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("codes", "capability", "usable"),
+    [
+        (["sm_80", "sm_90"], 9.0, True),
+        (["sm_80"], 8.6, True),  # later ones of a generation run what was made for earlier ones
+        (["sm_80", "sm_90"], 10.0, False),
+        (["sm_80", "compute_90"], 12.0, True),
+        (["sm_75", "sm_80"], 7.0, False),
+        ([], 9.0, True),
+    ],
+)
+def test_a_torch_without_code_for_the_gpu_is_found_too(monkeypatch, codes, capability, usable):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: codes)
+    monkeypatch.setattr(hardware, "driver", lambda: ("570.86.15", "12.8"))
+    message, hint = parallel.unusable_gpus("a GPU", capability)
+    assert (message == hint == "") == usable
+    assert usable or "has no code for a GPU" in message
+
+
+def test_without_a_c_compiler_or_pythons_header_a_gpu_s_code_is_not_compiled_and_that_is_said(tmp_path, monkeypatch, tiny):
+    (tmp_path / "bin").mkdir()
+    nvidia_smi(tmp_path / "bin", monkeypatch)
+    words = tiny(tmp_path / "run", "hardware=auto")
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: None if name in ("gcc", "clang", "cc", os.environ.get("CC")) else name)
+    monkeypatch.setattr(hardware.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "a C compiler and Python.h" in hardware.compiler_for_gpus()
+    said: list[str] = []
+    assert plan.resolve(compose(words), said.append).hardware.compile is False
+    assert any("a C compiler and Python.h" in line and "apt install gcc" in line for line in said)
+    monkeypatch.setattr(parallel, "unusable_gpus", lambda *_: ("", ""))
+    asked_for = plan.resolve(compose([*words, "hardware.compile=true"]), lambda message: None)
+    with pytest.raises(ConfigError, match=r"hardware.compile: torch.compile needs a C compiler and Python.h .*apt install"):
+        runs.check_machine(asked_for)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.undo()
+    nvidia_smi(tmp_path / "bin", monkeypatch)
+    monkeypatch.setattr(hardware, "compiler_for_gpus", lambda: "")
+    assert plan.resolve(compose(words), said.append).hardware.compile is True

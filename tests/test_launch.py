@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -311,7 +312,49 @@ def test_one_signal_ends_a_node_that_waits_for_another(start: Callable[..., Laun
         probe.bind(("localhost", 0))
         endpoint = f"localhost:{probe.getsockname()[1]}"
     launched = start(WORKER + READY, nproc=1, nnodes=2, node_rank=node_rank, rdzv_endpoint=endpoint)
-    time.sleep(2)  # into torch's waiting, of node 1 for a store that is not there: in native code
+    time.sleep(2)  # into the waiting: torch's in native code, or ours for node 0
     os.kill(launched.pid, signal.SIGINT)
     code, out, err = launched.end(timeout_s=10)
-    assert (code, out) == (75, "") and "Traceback" not in err
+    assert code == 75 and "Traceback" not in err
+    assert out == ("" if node_rank == 0 else "told: stopped while waiting for node 0; the same command goes on from here\n")
+
+
+# -- nodes that wait for node 0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_the_other_nodes_wait_for_node_0_and_say_so_until_it_listens(monkeypatch, capsys):
+    from picotrain.launch import agent
+
+    monkeypatch.setattr(agent, "NODE_0_POLL_S", 0.05)
+    monkeypatch.setattr(agent, "SAY_S", 0.2)
+    port, listening = free_port(), threading.Event()
+
+    def prepare() -> None:
+        time.sleep(0.7)
+        with socket.create_server(("localhost", port)) as server:
+            listening.set()
+            server.accept()[0].close()
+
+    node_0 = threading.Thread(target=prepare)
+    node_0.start()
+    agent._wait_for_node_0(f"localhost:{port}")
+    assert listening.is_set()
+    node_0.join()
+    assert 2 <= capsys.readouterr().err.count(f"waiting for node 0 at localhost:{port}, which prepares the run") <= 5
+
+
+@pytest.mark.parametrize(("host", "limit"), [("localhost", "NODE_0_S"), ("no-such-node.invalid", "NAME_S")])
+def test_a_node_that_never_finds_node_0_ends_with_the_key_to_look_at(tmp_path, monkeypatch, host, limit):
+    from picotrain.launch import agent
+
+    monkeypatch.setattr(agent, "NODE_0_POLL_S", 0.05)
+    monkeypatch.setattr(agent, limit, 0.1)
+    section = LaunchConfig(nnodes=2, node_rank=1, rdzv_endpoint=f"{host}:{free_port()}")
+    with pytest.raises(LaunchError, match=rf"launch.rdzv_endpoint={host}"):
+        agent.run_workers([sys.executable, "-c", "pass"], 1, section, "run")

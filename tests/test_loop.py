@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import shutil
@@ -17,9 +18,13 @@ import pytest
 import torch
 from conftest import lines, losses, picotrain, start
 
-from picotrain import checkpoint, hardware, loop, worker
+from picotrain import checkpoint, hardware, loop, model, ranks, worker
+from picotrain import run as runs
 from picotrain.checkpoint.folder import describe
+from picotrain.cli import commands
 from picotrain.errors import ConfigError
+from picotrain.monitor import events
+from picotrain.run import open_run, read_material, read_plan
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -66,6 +71,46 @@ def test_a_train_line_has_what_the_design_promises(finished: Path):
     assert set(promised.split()) <= line.keys()
     assert line["mfu"] is None  # no peak is known for a CPU
     assert line["tokens"] == 256  # of this step
+
+
+def test_a_device_that_computes_behind_the_hosts_back_gives_the_same_lines(finished: Path, tmp_path: Path, tiny, monkeypatch):
+    """Every value by one late copy, times by events, with flushes for evaluations, samples and saves in between."""
+
+    class Event:
+        def record(self) -> None:
+            self.at_s = time.perf_counter()
+
+        def synchronize(self) -> None:
+            assert self.at_s
+
+        def elapsed_time(self, end: Any) -> float:
+            return (end.at_s - self.at_s) * 1000
+
+    monkeypatch.setattr(events, "build", lambda device: events.EventTimer(Event, pin_memory=False))
+    config = commands.resolved(tiny(tmp_path / "run", "train.sample_every=6", "train.save_every=8"), None, None)
+    assert open_run(config, [], lambda message: None)
+    assert worker.run(tmp_path / "run") == 0
+    assert losses(tmp_path / "run") == losses(finished)
+    ours, theirs = ([(r["step"], r["grad_norm"], r["skipped"]) for r in lines(run, "train")] for run in (tmp_path / "run", finished))
+    assert ours == theirs
+    assert all(0 < line["dt_ms"] < 60_000 for line in lines(tmp_path / "run", "train"))
+
+
+def test_a_rank_of_an_evaluation_puts_the_weights_on_its_own_gpu_and_on_no_other(finished: Path, monkeypatch):
+    """Two GPUs, of which there are none: where the model is sent and what is made the current device is only written down."""
+    sent: list[str] = []
+    gpu = dataclasses.replace(hardware.cpu(), device="cuda", name="a GPU", count=2)
+    monkeypatch.setattr(hardware, "detect", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: sent.append(f"cuda:{torch.device('cuda', device).index}"))
+    monkeypatch.setattr(model.GPT, "to", lambda self, device, *rest: sent.append(str(device)) or self)
+    monkeypatch.setattr(ranks, "here", lambda: ranks.Ranks(rank=1, world_size=2, local_rank=1, local_world_size=2, launched=True))
+    made_on_a_gpu = SimpleNamespace(
+        **{**read_material(finished)._asdict(), "plan": read_plan(finished).model_copy(update={"device": "cuda"})}
+    )
+    monkeypatch.setattr(runs, "read_material", lambda run: made_on_a_gpu)
+    commands.load_model(finished, "last")
+    assert set(sent) == {"cuda:1"}
 
 
 def test_validation_comes_at_the_first_step_by_cadence_and_at_the_last(finished: Path):

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import BaseModel, ConfigDict
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from picotrain.config.schema import Config
 from picotrain.config.validate import with_values
@@ -23,6 +25,7 @@ from picotrain.errors import ConfigError, Diverged
 from picotrain.metrics import read_metrics
 from picotrain.monitor import TRACKERS, Console, Monitor, Pace, Smoother, build_trackers, mfu, slow
 from picotrain.monitor.console import fit, train_fields
+from picotrain.monitor.events import EventTimer
 
 PLAN = {
     "name": "d2-tiny", "parameters": {"embedding": 1_000, "matrices": 2_000, "head": 1_000, "total": 4_000}, "flops_per_token": 1_000,
@@ -60,6 +63,43 @@ class Scalar:
     __float__ = item
 
 
+class FakeGpu:
+    """A device that computes behind the host's back, on a clock of its own making."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.free_s = 0.0  # when it will have done all that is queued
+
+    def compute(self, seconds: float) -> None:
+        self.free_s = max(self.free_s, self.clock.now_s) + seconds
+
+    def wait(self) -> None:
+        self.clock.now_s = max(self.clock.now_s, self.free_s)
+
+    def scalar(self, value: float) -> torch.Tensor:
+        return torch.tensor(float(value))
+
+    def timer(self) -> EventTimer:
+        return EventTimer(lambda: FakeEvent(self), pin_memory=False)
+
+
+class FakeEvent:
+    """As torch.cuda.Event: stamped by the device, asked for only when it has come."""
+
+    def __init__(self, gpu: FakeGpu):
+        self.gpu, self.at_s = gpu, -1.0
+
+    def record(self) -> None:
+        self.at_s = self.gpu.free_s = max(self.gpu.free_s, self.gpu.clock.now_s)
+
+    def synchronize(self) -> None:
+        self.gpu.clock.now_s = max(self.gpu.clock.now_s, self.at_s)
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        assert 0 <= self.at_s <= end.at_s <= self.gpu.clock.now_s
+        return (end.at_s - self.at_s) * 1000
+
+
 class Terminal(io.StringIO):
     encoding = "utf-8"
 
@@ -88,9 +128,9 @@ def make(tmp_path: Path) -> Callable[..., Monitor]:
     return build
 
 
-def step(monitor: Monitor, s: int, loss: Any = 2.0, started_s: float = 100.0, **more: Any) -> None:
+def step(monitor: Monitor, s: int, loss: Any = 2.0, started_s: Any = 100.0, **more: Any) -> None:
     values = {"grad_norm": 1.0, "lr": 0.01, "lr_factor": 0.5, "data_wait_ms": 0.5, "epoch": 0.1, "pq": 1, "rg": 2} | more
-    monitor.train_step(step=s, started_s=started_s, loss=loss, **values)
+    monitor.train_step(step=s, began=started_s, loss=loss, **values)
 
 
 def lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -148,53 +188,109 @@ def test_a_train_line_holds_every_field(make: Callable[..., Monitor], tmp_path: 
 
 
 def test_on_a_device_a_loss_is_fetched_one_step_late(make: Callable[..., Monitor], tmp_path: Path) -> None:
-    monitor = make({"device": "cuda"})
+    gpu = FakeGpu()
+    monitor = make({"device": "cuda"}, timer=gpu.timer())
     monitor.start(0)
-    losses = [Scalar(float(s)) for s in range(3)]
-    for s, loss in enumerate(losses):
-        step(monitor, s, loss)
-        assert [x.fetched for x in losses] == [i < s for i in range(3)]
+    for s in range(3):
+        step(monitor, s, gpu.scalar(s), monitor.timer.mark())
+        assert [line["step"] for line in lines(tmp_path, "train")] == list(range(s))
     monitor.flush()
     assert [line["loss"] for line in lines(tmp_path, "train")] == [0.0, 1.0, 2.0]
 
 
 def test_anything_else_that_is_recorded_comes_after_the_pending_step(make: Callable[..., Monitor], tmp_path: Path) -> None:
-    monitor = make({"device": "cuda"})
+    gpu = FakeGpu()
+    monitor = make({"device": "cuda"}, timer=gpu.timer())
     monitor.start(0)
-    step(monitor, 0)
+    step(monitor, 0, started_s=monitor.timer.mark())
     monitor.val(1, val_bpb=1.5, val_loss=4.0, tokens=99)
     assert [line["kind"] for line in read_metrics(tmp_path / "metrics.jsonl")] == ["event", "train", "val"]
 
 
 def test_the_times_of_late_fetched_steps_add_up_to_the_time_spent(make: Callable[..., Monitor], tmp_path: Path) -> None:
     """The host needs 0.1 s to launch a step, the device 1 s to compute it; an evaluation of 50 s counts for nothing."""
-    clock = Clock()
-    monitor = make({"device": "cuda"}, now_s=clock)
+    gpu = FakeGpu()
+    monitor = make({"device": "cuda"}, now_s=gpu.clock, timer=gpu.timer())
     monitor.start(0)
-    free_s = 0.0  # when the device will have done all it was given
-
-    class OnDevice(Scalar):
-        def __init__(self, ready_s: float):
-            super().__init__(2.0)
-            self.ready_s = ready_s
-
-        def item(self) -> float:
-            clock.now_s = max(clock.now_s, self.ready_s)
-            return self.value
-
-        __float__ = item
-
     for s in range(6):
         if s == 3:
             monitor.flush()
-            clock.now_s += 50.0
-        started_s = clock.now_s
-        clock.now_s += 0.1
-        free_s = max(free_s, clock.now_s) + 1.0
-        step(monitor, s, OnDevice(free_s), started_s)
+            gpu.compute(50.0)
+            gpu.wait()
+        began = monitor.timer.mark()
+        gpu.clock.now_s += 0.1
+        gpu.compute(1.0)
+        step(monitor, s, gpu.scalar(2.0), began)
     monitor.flush()
     assert [line["dt_ms"] for line in lines(tmp_path, "train")] == pytest.approx([1100, 1000, 1000, 1100, 1000, 1000])
     assert monitor.total_training_time_s == pytest.approx(6.2)
+
+
+def test_a_flush_before_every_evaluation_changes_no_time_and_no_step_is_waited_for_but_the_one_before(
+    make: Callable[..., Monitor], tmp_path: Path
+) -> None:
+    """The host launches a step in a millisecond, the device takes 1 s for it, and 3 s for an evaluation that is queued just so."""
+    gpu = FakeGpu()
+    monitor = make({"device": "cuda"}, now_s=gpu.clock, timer=gpu.timer())
+    monitor.start(0)
+    done_s = []
+    for s in range(12):
+        if s % 4 == 0:
+            gpu.compute(3.0)
+            monitor.val(s, val_bpb=1.5, val_loss=4.0, tokens=99)
+        began = monitor.timer.mark()
+        gpu.clock.now_s += 0.001
+        gpu.compute(1.0)
+        done_s.append(gpu.free_s)
+        step(monitor, s, gpu.scalar(2.0), began, skipped=gpu.scalar(0.0), source_tokens={"web": gpu.scalar(256).long()})
+        if s:
+            assert gpu.clock.now_s <= done_s[s - 1] + 0.01  # what is queued after it goes on meanwhile
+    monitor.flush()
+    found = lines(tmp_path, "train")
+    assert [line["dt_ms"] for line in found] == pytest.approx([1000] * 12, abs=2)
+    assert [line["tok_per_sec"] for line in found] == pytest.approx([256] * 12, rel=0.01)
+    assert sum(line["dt_ms"] for line in found) / 1000 == pytest.approx(12, abs=0.02)
+    assert {(line["loss"], line["skipped"], line["source_tokens"]["web"]) for line in found} == {(2.0, 0, 256)}
+
+
+def test_what_a_device_waits_for_its_rows_is_time_of_the_step_and_what_it_computes_meanwhile_is_not_counted_twice(
+    make: Callable[..., Monitor], tmp_path: Path
+) -> None:
+    gpu = FakeGpu()
+    monitor = make({"device": "cuda"}, now_s=gpu.clock, timer=gpu.timer())
+    monitor.start(0)
+    for s in range(4):
+        before = monitor.timer.mark()
+        gpu.clock.now_s += 1.5  # of which the device computes the step before for 1 s
+        waited = before, monitor.timer.mark()
+        began = monitor.timer.mark()
+        gpu.compute(1.0)
+        step(monitor, s, gpu.scalar(2.0), began, waited=waited)
+    monitor.flush()
+    assert [line["dt_ms"] for line in lines(tmp_path, "train")] == pytest.approx([2500, 1500, 1500, 1500])
+
+
+def test_a_step_s_values_reach_the_host_in_one_copy(make: Callable[..., Monitor], tmp_path: Path) -> None:
+    """On a device every value that is asked for by itself would stop the host until all that is queued is done."""
+    asked: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    gpu = FakeGpu()
+    monitor = make({"device": "cuda"}, now_s=gpu.clock, timer=gpu.timer())
+    monitor.start(0)
+    tokens = 2**24 + 1  # fp32 has no such number
+    with Watch():
+        for s in range(2):
+            more = {"grad_norm": gpu.scalar(0.5), "skipped": gpu.scalar(s), "source_tokens": {"a": torch.tensor(tokens)}}
+            step(monitor, s, gpu.scalar(1.5), monitor.timer.mark(), **more)
+        monitor.flush()
+    assert "_local_scalar_dense" not in asked and asked.count("copy_") == 2
+    found = [(line["loss"], line["grad_norm"], line["skipped"], line["source_tokens"]["a"]) for line in lines(tmp_path, "train")]
+    assert found == [(1.5, 0.5, 0, tokens), (1.5, 0.5, 1, tokens)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -202,13 +298,14 @@ def test_the_times_of_late_fetched_steps_add_up_to_the_time_spent(make: Callable
 def test_a_loss_that_is_not_finite_ends_the_run_on_every_rank(
     make: Callable[..., Monitor], tmp_path: Path, bad: float, is_main: bool
 ) -> None:
-    monitor = make({"device": "cuda"}, is_main=is_main)
+    gpu = FakeGpu()
+    monitor = make({"device": "cuda"}, is_main=is_main, timer=gpu.timer())
     monitor.config = with_values(monitor.config, {"train.max_skipped": 0})
     monitor.start(0)
-    step(monitor, 0, 2.0)
-    step(monitor, 1, Scalar(bad), skipped=Scalar(1.0))
+    step(monitor, 0, 2.0, gpu.timer().mark())
+    step(monitor, 1, gpu.scalar(bad), gpu.timer().mark(), skipped=gpu.scalar(1.0))
     with pytest.raises(Diverged, match=rf"the loss is {bad} and the gradient norm 1.0 at step 1: .*optimizer\.matrix_lr"):
-        step(monitor, 2, 2.0)
+        step(monitor, 2, 2.0, gpu.timer().mark())
     monitor.close()
     if is_main:
         assert [line["loss"] for line in lines(tmp_path, "train")] == [2.0, None]

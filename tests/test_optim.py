@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
 from picotrain import optim
 from picotrain.config.schema import ModelConfig, OptimizerConfig
 from picotrain.model import GPT
+from picotrain.parallel import Parallel
 from picotrain.shape import Rates
+from picotrain.state import load_optimizer_tensors
 
 RATES = Rates(matrix_lr=0.01, embed_lr=0.2, head_lr=0.004, weight_decay=0.1)
 SECTION = OptimizerConfig(matrix_lr=1, embed_lr=1, head_lr=1, eps=1e-8)
@@ -65,3 +70,68 @@ def test_the_schedule_scales_every_group_from_its_own_peak():
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.002, 0.005]
     optim.set_lr(optimizer, 1.0)
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.004, 0.01]
+
+
+UNLIKE = {
+    "sgd": lambda groups: torch.optim.SGD(groups, momentum=0.9, weight_decay=0.1),
+    "nadam": torch.optim.NAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "adam": lambda groups: torch.optim.Adam(groups, foreach=True),
+}
+
+
+def on_mps(kind: str) -> tuple[GPT, torch.optim.Optimizer]:
+    gpt = model()
+    section = SECTION.model_copy(update={"kind": kind, "momentum": 0.9, "ns_steps": 2})
+    return gpt, optim.build(section, gpt, RATES, Parallel.single("mps"))  # its tensors stay here, its kernels are chosen for MPS
+
+
+@pytest.mark.parametrize("kind", [*UNLIKE, "adamw on mps", "muon on mps"])
+def test_an_update_is_skipped_whatever_the_optimizer_and_the_device(kind):
+    """Neither weights nor what it keeps of them change, as if there had been no such step."""
+    pairs = []
+    for _ in range(2):
+        if kind in UNLIKE:
+            gpt = model()
+            pairs.append((gpt, UNLIKE[kind](optim.param_groups(gpt, RATES))))
+        else:
+            pairs.append(on_mps(kind.split()[0]))
+    ids = torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(0))
+    for gpt, optimizer in pairs:
+        guard = optim.Guard(None, torch.device("cpu"))
+        for loss in (2.0, math.nan, 2.0) if gpt is pairs[0][0] else (2.0, 2.0):
+            gpt(ids, ids).backward()
+            if math.isnan(loss):
+                for parameter in gpt.parameters():
+                    parameter.grad = torch.full_like(parameter, math.nan)
+            assert bool(guard.skip(optimizer, torch.tensor(loss), torch.tensor(1.0))) == math.isnan(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    (ours, first), (theirs, second) = pairs
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(ours.blocks.parameters(), model().blocks.parameters(), strict=True))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        kept, expected = first.state[a], second.state[b]
+        assert kept.keys() == expected.keys() and all(torch.equal(torch.as_tensor(kept[k]), torch.as_tensor(expected[k])) for k in kept)
+
+
+def test_on_mps_adamw_is_not_the_fused_one_which_takes_no_decision_there():
+    for kind in ("adamw", "muon"):
+        optimizer = on_mps(kind)[1]
+        assert not any(group.get("fused") for group in optimizer.param_groups)
+
+
+def test_the_counters_of_an_unfused_adamw_stay_on_the_host_when_they_are_loaded():
+    gpt = model()
+    name, parameter = next(iter(gpt.named_parameters()))
+    saved = {
+        f"step.{name}": torch.tensor(3.0),
+        f"exp_avg.{name}": torch.zeros_like(parameter),
+        f"exp_avg_sq.{name}": torch.ones_like(parameter),
+    }
+    elsewhere = gpt.to("meta")  # any other device than the tensors'
+    moved = optim.build(SECTION, elsewhere, RATES, Parallel.single("mps"))
+    load_optimizer_tensors(elsewhere, moved, saved)
+    state = moved.state[dict(elsewhere.named_parameters())[name]]
+    assert (state["step"].device.type, state["exp_avg"].device.type) == ("cpu", "meta")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import re
@@ -18,6 +19,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from picotrain import hardware
 
 REPO = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
@@ -185,6 +188,52 @@ def test_set_up_remembers_the_choice_of_torch_until_another_is_named(setup: Modu
     assert setup.why_refresh(stamp, setup.wanted_stamp(stamp, [])) is None
     monkeypatch.setenv("PICOTRAIN_TORCH", "torch==2.12.0")
     assert setup.why_refresh(stamp, setup.wanted_stamp(stamp, []))
+
+
+@pytest.mark.parametrize(
+    ("cuda", "index"), [(None, "cpu"), ("12.4", "cu126"), ("12.8", "cu128"), ("13.1", "cu130"), ("11.4", None)], ids=str
+)
+def test_set_up_takes_the_build_of_torch_that_fits_the_driver(
+    setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: str | None, index: str | None
+) -> None:
+    asked: list[str] = []
+
+    def page(url: str, timeout: float) -> io.BytesIO:
+        asked.append(url)
+        return io.BytesIO(b"<a>torch-2.13.0%2Bx-cp312.whl</a>")
+
+    monkeypatch.setattr(setup, "urlopen", page)
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "bin").mkdir()
+    smi = tmp_path / "bin" / "nvidia-smi"
+    head = f"Driver Version: 550.54.14   CUDA Version: {cuda}"
+    answer = f'case "$*" in *query-gpu*) echo "NVIDIA A10, 23028, 8.6";; *) echo "{head}";; esac' if cuda else "exit 9"
+    smi.write_text(f"#!/bin/sh\n{answer}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+    hardware.detect.cache_clear()
+    found = setup.extra_index(setup.wanted_stamp(None, []))
+    hardware.detect.cache_clear()
+    assert found == (["--extra-index-url", f"https://download.pytorch.org/whl/{index}"] if index else [])
+    assert asked == ([f"https://download.pytorch.org/whl/{index}/torch/"] if index else [])
+    monkeypatch.setenv("PICOTRAIN_INDEX_URL", "https://chosen")
+    assert setup.extra_index(setup.wanted_stamp(None, [])) == ["--extra-index-url", "https://chosen"]
+
+
+def test_set_up_passes_over_an_index_that_does_not_have_this_torch(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {"cu130": b"torch-2.12.0%2Bcu130", "cu128": None, "cu126": b"torch-2.13.0%2Bcu126"}
+
+    def page(url: str, timeout: float) -> io.BytesIO:
+        if (text := pages[url.split("/")[-3]]) is None:
+            raise OSError("not reached")
+        return io.BytesIO(text)
+
+    for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(setup, "urlopen", page)
+    monkeypatch.setattr(setup, "torch_builds", lambda: list(pages))
+    assert setup.extra_index(setup.wanted_stamp(None, []))[1].endswith("/cu126")
 
 
 def failing(error: BaseException) -> Callable[[dict, int], None]:

@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from picotrain import parallel
@@ -63,6 +64,27 @@ for step in range(2):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 found["trained"] = [parameter.flatten().tolist() for parameter in model.parameters()]
+
+# The real model, its graphs counted and not compiled: each is run as it is.
+import warnings
+from functools import partial
+from picotrain.config.schema import ModelConfig
+from picotrain.model import GPT
+warnings.simplefilter("default")  # the compiler has some of its own
+graphs = []
+def count(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+torch.compile = partial(torch.compile, backend=count)
+def compile_in_place(self, **how):
+    self._compiled_call_impl = torch.compile(self._call_impl, **how)
+nn.Module.compile = compile_in_place
+model = GPT(ModelConfig(depth=2, head_dim=64, width=384), 128, 16)  # a block holds more than DDP's first bucket
+model.init_weights(0)
+model.compile_blocks()
+ids = torch.randint(128, (2, 16))
+ranks.wrap(model)(ids, ids).backward()
+found["graphs"] = len(graphs)
 ranks.teardown()
 print(json.dumps(found), flush=True)
 os._exit(0)  # as a worker does, see picotrain.worker
@@ -128,6 +150,10 @@ def test_wrapping_gives_every_rank_the_weights_of_rank_0_under_their_plain_names
     model = net()
     assert ranks[0]["weights"] == ranks[1]["weights"] == [p.flatten().tolist() for p in model.parameters()]
     assert ranks[0]["names"] == list(model.state_dict())
+
+
+def test_ddp_does_not_cut_the_compiled_blocks_into_pieces(ranks: list[dict[str, Any]]) -> None:
+    assert [found["graphs"] for found in ranks] == [2, 2]  # all blocks share one, the loss has the other
 
 
 def test_gradients_differ_between_ranks_until_the_last_micro_batch_and_are_equal_after_it(ranks: list[dict[str, Any]]) -> None:
@@ -247,3 +273,48 @@ def test_outside_the_main_thread_no_handler_is_installed() -> None:
     thread.start()
     thread.join()
     assert seen == [before, False]
+
+
+# -- memory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call"),
+        torch.AcceleratorError("CUDA error: out of memory") if hasattr(torch, "AcceleratorError") else MemoryError(),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA driver error: out of memory"),
+        dist.DistBackendError("NCCL error: unhandled cuda error\nLast error:\nFailed to CUDA calloc async 4194304 bytes"),
+        dist.DistBackendError("NCCL error: unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+        RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("HIP error: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, other allocations: 1.00 GB, max allowed: 18.13 GB)."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+        RuntimeError("std::bad_alloc"),
+    ],
+    ids=lambda error: str(error).splitlines()[-1][:30] if str(error) else "MemoryError",
+)
+def test_memory_that_ran_out_is_known_however_it_is_told_and_wrapped(error: BaseException) -> None:
+    assert parallel.out_of_memory(error)
+    wrapped = RuntimeError("backend='inductor' raised:")
+    wrapped.__cause__ = error
+    assert parallel.out_of_memory(wrapped)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"),
+        dist.DistBackendError("NCCL error: remote process exited or there was a network error"),
+        ValueError("the text says: CUDA error: out of memory"),
+    ],
+    ids=lambda error: str(error)[:30],
+)
+def test_other_errors_are_not_taken_for_memory_that_ran_out(error: BaseException) -> None:
+    assert not parallel.out_of_memory(error)

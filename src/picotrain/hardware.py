@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -215,6 +216,47 @@ def others_compute(threads: int = 0) -> str:
 def has_compiler() -> bool:
     """Whether torch.compile can build CPU code here: it calls a C++ compiler."""
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def compiler_for_gpus() -> str:
+    """What torch.compile lacks here to build code for a GPU, in words, with what brings it; "" for nothing.
+
+    Triton compiles the calls of its kernels with a C compiler against Python's own header.
+    """
+    lacks = []
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang", "cc")):
+        lacks.append("a C compiler")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        lacks.append("Python.h")
+    if not lacks:
+        return ""
+    version = "{}.{}".format(*sys.version_info)
+    return f"{' and '.join(lacks)} (Debian, Ubuntu: apt install gcc python{version}-dev; Fedora: dnf install gcc python3-devel)"
+
+
+# Where PyTorch's builds for a CUDA version are. A driver runs what was built for its own CUDA version or an older one, and for any 12.x
+# from its first 12.x on (NVIDIA's minor version compatibility).
+TORCH_WHEELS = "https://download.pytorch.org/whl"
+_BUILDS = (("cu130", (13, 0)), ("cu128", (12, 8)), ("cu126", (12, 0)))
+_BUILDS_FOR_OLD_GPUS = ("cu126",)  # the only ones with code for what is older than Turing (V100, P100)
+_TURING = 7.5
+
+
+def driver() -> tuple[str, str]:
+    """The NVIDIA driver's version and the newest CUDA version it runs, as nvidia-smi heads its table; "" where it does not say."""
+    text = _run(["nvidia-smi"])
+    found = [re.search(rf"(?:{words}) Version:\s*([\d.]+)", text) for words in ("Driver|KMD", "CUDA|CUDA UMD")]
+    version, cuda = (match[1] if match else "" for match in found)
+    return version, cuda
+
+
+def torch_builds(cuda: str, capability: float | None = None) -> list[str]:
+    """PyTorch's builds, newest first, that a driver of this CUDA version and a GPU of this compute capability can use."""
+    if not (match := re.match(r"(\d+)(?:\.(\d+))?", cuda)):
+        return []
+    version = int(match[1]), int(match[2] or 0)
+    old = capability is not None and 0 < capability < _TURING
+    return [name for name, least in _BUILDS if least <= version and (name in _BUILDS_FOR_OLD_GPUS or not old)]
 
 
 def _cuda() -> Machine | None:

@@ -7,11 +7,13 @@ import gc
 import inspect
 import json
 import os
+import re
 import resource
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from picotrain import first_calls, ranks
+from picotrain import first_calls, hardware, ranks
 from picotrain.errors import Hung, LaunchError
 from picotrain.meeting import Meeting, PeerFailed
 from picotrain.ranks import Ranks
@@ -312,11 +314,62 @@ def _meet(here: Ranks) -> Meeting:
     return meeting
 
 
+# How memory that has run out is told where it is no torch.OutOfMemoryError: by torch's allocators for the CPU and MPS, by the CUDA
+# runtime and driver, by libraries (cuBLAS, cuDNN, cuSPARSE, ...: a handle or a workspace of their own), by NCCL, and by C++.
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator: can't allocate memory|\b(CUDA|HIP|MPS|XPU)\b[^\n]{0,40}\bout of memory|cuda runtime error \(2\)"
+    r"|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|hipErrorOutOfMemory|(cu|hip|roc|mi)\w*_(STATUS_)?ALLOC_FAILED"
+    r"|Failed to CUDA (host )?(c|m)?alloc|std::bad_alloc",
+    re.IGNORECASE,
+)
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device, or the CPU's allocator, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
+    """Whether an error, or what it was raised from, says that a device or the host had no memory left."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, torch.OutOfMemoryError | MemoryError) or (isinstance(cause, RuntimeError) and _NO_MEMORY.search(str(cause))):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def unusable_gpus(name: str, capability: float) -> tuple[str, str]:
+    """Why this torch cannot use the GPUs that the driver lists, and what would be right; ("", "") where it can.
+
+    name, capability: what the driver says of them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said below
+        usable = torch.cuda.is_available()
+        codes = torch.cuda.get_arch_list() if usable and torch.version.hip is None else []
+    wanted = round(capability * 10)
+    known = [int(found[1]) for code in codes if (found := re.fullmatch(r"(?:sm|compute)_(\d+)[af]?", code))]
+    # Code runs on later GPUs of the same generation, and where it is kept as PTX ("compute") on all later ones.
+    runs = any(code <= wanted and code // 10 == wanted // 10 for code in known)
+    runs = runs or any(code.startswith("compute") and int(code[8:].rstrip("af")) <= wanted for code in codes)
+    if usable and (runs or not known or not wanted):
+        return "", ""
+    version, cuda = hardware.driver()
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    driver = f"the driver is {version or 'of an unknown version'}" + (f", for CUDA up to {cuda}" if cuda else "")
+    message = f"torch {torch.__version__}, {built}, {'has no code for' if usable else 'cannot use'} {name}; {driver}"
+    builds = hardware.torch_builds(cuda, capability)
+    if torch.version.cuda and not usable and f"cu{torch.version.cuda.replace('.', '')}" in builds:
+        return f"{message}: {_reason()}", "that torch fits this driver: see what nvidia-smi says, and CUDA_VISIBLE_DEVICES; or hardware=cpu"
+    if not builds:
+        return message, "a driver of version 525 or later, or hardware=cpu"
+    index = f"{hardware.TORCH_WHEELS}/{builds[0]}"
+    return message, f"pip install --force-reinstall torch --index-url {index}, in a checkout PICOTRAIN_INDEX_URL={index} scripts/setup.sh"
+
+
+def _reason() -> str:
+    """What torch says when it is to use a GPU."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().splitlines()[0][:200]
+    return "it finds none"
 
 
 def memory_in_use(device: torch.device) -> str:
@@ -347,6 +400,12 @@ def free_memory() -> None:
 def lost_a_peer(error: BaseException) -> bool:
     """Whether an error only says that another rank is gone: its own error is the one to read."""
     return isinstance(error, dist.DistError | PeerFailed) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def place(device: str) -> torch.device:
+    """The device of this kind that is this rank's; for CUDA it is the current one from then on. Raises LaunchError without one."""
+    here = ranks.here()
+    return _device(device, here.local_rank, here.world_size)
 
 
 def _device(device: str, local_rank: int, world_size: int) -> torch.device:

@@ -179,7 +179,7 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
         for task in open_bundle(config, say).tasks:  # what is wrong with it is said now and not after hours
             if task.problem:
                 say(f"WARNING: CORE will lack a task: {task.problem}")
-    _write(run_dir, material, overrides)
+    create(run_dir, material, overrides)
     repeated = repeats.warnings(material.plan) if warned else []
     for note in material.plan.notes:
         if note not in repeated:
@@ -350,7 +350,7 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     return replace(corpus, sources=tuple(replace(source, rows=old.rows) for source, old in kept)), tokenizer
 
 
-def _write(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
+def create(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
     """Everything the workers and a later reader need; config.yaml last, since it is what makes the folder a run."""
     from picotrain.tokenizer import without_bom
 
@@ -394,6 +394,14 @@ def check_machine(config: Config) -> None:
             problems.append(
                 Problem("train.precision", "fp8 needs the package torchao, which is not installed", "pip install 'picotrain[fp8]'")
             )
+    if hw.device == "cuda" and not problems:
+        from picotrain import parallel  # torch itself, before anything is downloaded or prepared for it
+
+        message, hint = parallel.unusable_gpus(machine.name, machine.compute_capability)
+        if message:
+            problems.append(Problem("hardware.device", message, hint))
+        if hw.compile and (lacks := hardware.compiler_for_gpus()):
+            problems.append(Problem("hardware.compile", f"torch.compile needs {lacks} for a GPU", "false"))
     if hw.device == "cpu" and hw.compile and not hardware.has_compiler():
         problems.append(Problem("hardware.compile", "torch.compile needs a C++ compiler on a CPU and none was found", "false"))
     if problems:

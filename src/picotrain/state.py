@@ -76,6 +76,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
     none, and a parameter that has less than the others of its group."""
     parameters = dict(model.named_parameters())
     found: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}
+    unfused = [group for group in optimizer.param_groups if group.get("fused") is False]
+    counted_here = {id(parameter) for group in unfused for parameter in group["params"]}
     for flat, tensor in tensors.items():
         key, _, name = flat.partition(".")
         if name not in parameters:
@@ -85,8 +87,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
             raise CheckpointError(
                 f"the checkpoint's optimizer state {flat!r} does not fit its parameter: {tensor.dtype} {tuple(tensor.shape)}"
             )
-        # The step counter of fused AdamW is an fp32 scalar; it lives where the parameter does.
-        found[name][key] = tensor.to(parameters[name].device)
+        # AdamW's step counter is an fp32 scalar. That of the fused one lives where the parameter does, else it is read by the host.
+        found[name][key] = tensor if key == "step" and id(parameters[name]) in counted_here else tensor.to(parameters[name].device)
     names = {parameter: name for name, parameter in parameters.items()}
     for group in optimizer.param_groups:
         of_group = [names[parameter] for parameter in group["params"]]

@@ -184,10 +184,9 @@ def evaluate(run: Path, which: str, hf: Path | None, **options: Any) -> int:
 
 
 def load_model(run: Path, which: str) -> tuple[runs.Material, GPT, Path]:
-    """A run's material and its model with a checkpoint's weights, verified, in evaluation mode on the run's device."""
-    import torch
-
-    from picotrain import checkpoint, hardware
+    """A run's material and its model with a checkpoint's weights, verified, in evaluation mode on the run's device; on that of this
+    rank where torchrun has started several, and nothing on another's."""
+    from picotrain import checkpoint, hardware, parallel
     from picotrain.model import GPT, compute_dtype
     from picotrain.state import load_model_tensors
     from picotrain.worker import set_up_process
@@ -201,7 +200,7 @@ def load_model(run: Path, which: str) -> tuple[runs.Material, GPT, Path]:
     checkpoint.verify(path)
     model = GPT(material.config.model, plan.vocab_size, plan.seq_len, compute_dtype(plan.precision if here else "fp32"))
     load_model_tensors(model, checkpoint.load_tensors(path, "model"))
-    return material, model.to(torch.device(device)).eval(), path
+    return material, model.to(parallel.place(device)).eval(), path
 
 
 def sample(run: Path, prompt: str, which: str, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,15 +13,14 @@ from rich.text import Text
 from picotrain import hardware
 from picotrain import plan as planning
 from picotrain import run as runs
+from picotrain.cli import rehearsal
 from picotrain.cli.commands import resolved
 from picotrain.config import Config
 from picotrain.errors import CheckpointError, PicotrainError
-from picotrain.ranks import Ranks
 from picotrain.terminal import Printer
 from picotrain.text import size
 
 T = TypeVar("T")
-PROBE_STEPS = 2
 CHECKPOINTS_KEPT = 3  # how many checkpoints the disk check wants room for
 
 
@@ -67,7 +65,7 @@ def run(overrides: Sequence[str], config_file: Path | None, config_dir: Path | N
         )
         for note in material.plan.notes:
             checks.out.line("note  ", note, "yellow")
-        checks.check("two steps", lambda: _two_steps(material))
+        checks.check("two steps", lambda: rehearsal.two_steps(material))
     return 2 if checks.failed else 0
 
 
@@ -111,43 +109,6 @@ def _data(config: Config, out: Printer) -> tuple[str, runs.Material]:
     material = runs.gather(config, lambda message: out.line(" " * 6, message, "dim"))
     corpus = material.corpus
     return f"{corpus.name}: {corpus.documents:,} documents, {size(corpus.text_bytes)} of text, {material.plan.lanes} lanes", material
-
-
-def _two_steps(material: runs.Material) -> tuple[str, None]:
-    """Two real steps of one rank, in this process."""
-    import torch
-
-    from picotrain import optim
-    from picotrain.data.stream import Loader
-    from picotrain.model import Names, build
-    from picotrain.parallel import Parallel
-
-    plan, config = material.plan, material.config
-    torch.set_num_threads(config.hardware.threads or 1)
-    parallel = Parallel.setup(plan.device, Ranks())  # alone, under torchrun too
-    model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to(parallel.device)
-    hw = config.hardware
-    full, windowed = model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())
-    model.init_weights(config.run.seed)
-    optimizer = optim.build(config.optimizer, model, plan.rates)
-    losses, times = [], []
-    with Loader(material.corpus, material.tokenizer, **plan.stream, seed=config.run.seed, device=parallel.device) as loader:
-        for _ in range(PROBE_STEPS):
-            start = time.perf_counter()
-            for _ in range(plan.grad_accum_steps):
-                batch = next(loader)
-                loss = model(batch.inputs, batch.targets) / plan.grad_accum_steps
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item() * plan.grad_accum_steps)
-            times.append(time.perf_counter() - start)
-    if not all(map(torch.isfinite, torch.tensor(losses))):
-        calmer = "lower rates (optimizer.matrix_lr, ...)" + ("" if plan.precision == "fp32" else " or train.precision=fp32")
-        raise CheckpointError(f"the loss is not finite: {losses}; try {calmer}")
-    hours = times[-1] * plan.num_steps / plan.dp_size / 3600
-    attention = f"attention by {full}" + (f", in windows by {windowed}" if plan.window_attention else "")
-    return f"{attention}; loss {losses[0]:.2f}, {losses[1]:.2f}; {times[-1]:.2f} s a step, so about {hours:.2f} h of training here", None
 
 
 def _check_run(run_dir: Path) -> int:

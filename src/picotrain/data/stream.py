@@ -209,11 +209,6 @@ class Loader(Iterator[Batch]):
         self._position = drawn.position
         return Batch(inputs, targets, wait_ms, *drawn[1:])
 
-    @property
-    def waited_ms(self) -> float:
-        """How long the training thread has waited since the last batch it got."""
-        return self._waited_ms
-
     def skipped(self) -> list[str]:
         """What was passed over since the last call (on_bad_shard="skip"): shard, row group, document, reason."""
         return [self._skipped.popleft() for _ in range(len(self._skipped))]

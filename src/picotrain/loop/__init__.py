@@ -8,7 +8,6 @@ could cost the weights, and an evaluation that fails costs neither.
 from __future__ import annotations
 
 import gc
-import time
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             run.watchdog.beat()
             step = state.step
             last = step >= plan.num_steps
-            failed = None if last else run.loader.look_ahead(plan.grad_accum_steps, lambda: stop.requested)
+            failed = None if last else run.look_ahead()
             stopping, rolling = parallel.agree_each(stop.requested or failed is not None, run.rolling_due)
 
             if stopping:
@@ -56,8 +55,7 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             if last:
                 return run.end("finished")
 
-            run.profiler.begin(step)  # records a few steps, if it was asked to
-            started_s = time.perf_counter() - run.loader.waited_ms / 1000
+            run.begin(step)
             loss = torch.zeros((), device=parallel.device)
             wait_ms, source_rows = 0.0, torch.zeros(len(run.corpus.sources))
             for micro in range(plan.grad_accum_steps):
@@ -85,7 +83,7 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             state.loader = batch.state  # the last row trained on, never one that was prefetched
 
             values = {"loss": loss, "grad_norm": grad_norm, "skipped": skipped, "lr_factor": lr_factor, "data_wait_ms": wait_ms}
-            run.log(step, started_s, batch, source_rows, **values)
+            run.log(step, batch, source_rows, **values)
 
 
 def _every(interval: int, step: int, first: bool) -> bool:

@@ -28,7 +28,7 @@ from picotrain.evaluation.suite import core_of_model
 from picotrain.evaluation.together import together
 from picotrain.metrics import METRICS, read_metrics
 from picotrain.model import Names, build
-from picotrain.monitor import Monitor, profiler
+from picotrain.monitor import Monitor, events, profiler
 from picotrain.parallel import Parallel, Watchdog, peak_memory
 from picotrain.signals import StopSignal
 from picotrain.state import TrainState
@@ -60,6 +60,8 @@ class Session:
         self._stopping_s = 0.0  # when a stop was agreed on
         self._told: set[str] | None = None  # what was passed over and is recorded; None: not looked up yet
         self._val_rows = None  # tokenized when the first evaluation wants them
+        self._waited: Any = None  # from when to when the next step's rows were waited for
+        self._began: Any = None  # when the step began that is being computed
 
     def __enter__(self) -> Session:
         with ExitStack() as stack:
@@ -92,8 +94,9 @@ class Session:
         self.guard = optim.Guard(self.config.train.skip_loss_z, parallel.device)
         self.schedule = schedule.build(self.config.schedule, self.plan.num_steps)
         self.monitor = Monitor(
-            self.dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank, peak_memory=lambda: peak_memory(parallel.device)
-        )
+            self.dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank, timer=events.build(parallel.device),
+            peak_memory=lambda: peak_memory(parallel.device),
+        )  # fmt: skip
         stack.callback(self.monitor.close)
         self.saver = checkpoint.Saver(self.checkpoints, self.config.checkpoint) if parallel.is_main else None
         if self.saver:
@@ -279,12 +282,25 @@ class Session:
         skip = f", or pass over it: picotrain resume {shlex.quote(invocation.shown(self.dir))} data.on_bad_shard=skip"
         return AFTER_BAD_DATA + ("" if passed_over else skip)
 
-    def log(self, step: int, started_s: float, batch: Batch, source_rows: torch.Tensor, **values: Any) -> None:
+    def look_ahead(self) -> BaseException | None:
+        """Wait for the rows of a step; what went wrong with them."""
+        timer = self.monitor.timer
+        from_ = timer.mark()
+        failed = self.loader.look_ahead(self.plan.grad_accum_steps, lambda: self.stop.requested)
+        self._waited = from_, timer.mark()
+        return failed
+
+    def begin(self, step: int) -> None:
+        """Look at the clock, and record a few steps if that was asked for."""
+        self.profiler.begin(step)
+        self._began = self.monitor.timer.mark()
+
+    def log(self, step: int, batch: Batch, source_rows: torch.Tensor, **values: Any) -> None:
         """Record a step whose last micro-batch was `batch`; source_rows: of this rank, by source."""
         if self.profiler.on:
             values["profiled"] = True
         self.monitor.train_step(
-            step=step, started_s=started_s, lr=self.plan.matrix_lr * values["lr_factor"],
+            step=step, began=self._began, waited=self._waited, lr=self.plan.matrix_lr * values["lr_factor"],
             epoch=batch.epoch, pq=batch.pq, rg=batch.rg, **values, **self._by_source(source_rows, batch.source_epochs),
         )  # fmt: skip
         self.profiler.end(step)

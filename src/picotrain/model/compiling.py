@@ -10,9 +10,13 @@ from typing import Any
 
 def set_up_compiler() -> None:
     """Switch on what torch (2.11 to 2.13) leaves off, unless the environment decides it, or this torch does not know it."""
+    import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
+    # Under DDP a graph is cut where a bucket of gradients ends, so that one of a whole model can send while its backward runs. Blocks
+    # are compiled one by one, which gives that anyway: each would only be cut into pieces (5 graphs for 2, on two ranks).
+    dynamo.optimize_ddp = False  # type: ignore[assignment]
     # Graphs with an autograd.Function in them are kept, too: without it every start traces the block anew, for 1.2 s. Their key holds
     # forward and backward as they were traced.
     _set(functorch, "autograd_cache_allow_custom_autograd_functions", "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD")

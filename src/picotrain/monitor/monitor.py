@@ -18,6 +18,7 @@ from picotrain.metrics import METRICS, MetricsFile, plain
 from picotrain.monitor.console import Console, banner
 from picotrain.monitor.meters import Pace, Smoother, mfu
 from picotrain.monitor.slow import SlowSteps
+from picotrain.monitor.timing import HostTimer, Timer
 from picotrain.monitor.trackers import Sink, build_trackers
 
 SILENT_S = 30.0  # without a log line at most, as far as steps end
@@ -28,7 +29,8 @@ class Monitor:
     """Measures and records one run. Every rank has one and sees the same losses; only the main one writes and prints.
 
     On a device that computes behind the host's back, the values of a step are fetched when the next step is handed in: by
-    then the device is busy with that one, so that waiting for the value leaves no gap. On a CPU they are fetched at once.
+    then the device is busy with that one, so that waiting for the values leaves no gap, and it is waited for no longer than until the
+    step before is done. On a CPU they are fetched at once.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Monitor:
         rank: int = 0,
         stream: TextIO | None = None,
         now_s: Callable[[], float] = time.perf_counter,
+        timer: Timer | None = None,  # of the device; None: by `now_s`
         peak_memory: Callable[[], int | None] = lambda: None,
     ):
         self.run_dir, self.config, self.rank = run_dir, config, rank
@@ -48,12 +51,11 @@ class Monitor:
         self.skipped = self._skipped_in_row = 0  # updates that were left out
         self.total_training_time_s = 0.0  # of steps alone, without evaluations, samples and saves
         self._smoother, self._pace, self._now_s, self._peak_memory = Smoother(), Pace(), now_s, peak_memory
-        self._late = self.plan["device"] != "cpu"
-        self._slow = SlowSteps(on_cpu=not self._late)
+        self.timer: Timer = timer or HostTimer(now_s)
+        self._slow = SlowSteps(on_cpu=self.plan["device"] == "cpu")
         self._shown_s = now_s()  # when the last log line was printed
         self.saving: Callable[[], bool] = lambda: False  # whether a checkpoint is being written in the background
         self._pending: dict[str, Any] | None = None
-        self._fetched_s = -math.inf
         self._first_step = 0
         self.disk_full = False
         self._trackers: list[Sink] = build_trackers(config.logger.trackers, run_dir, config.model_dump(mode="json")) if is_main else []
@@ -121,7 +123,8 @@ class Monitor:
         self,
         *,
         step: int,
-        started_s: float,
+        began: Any,
+        waited: tuple[Any, Any] | None = None,
         loss: Any,
         grad_norm: Any,
         lr: float,
@@ -133,14 +136,16 @@ class Monitor:
         skipped: Any = False,
         **more: Any,
     ) -> None:
-        """Record step `step`, begun at `started_s` (time.perf_counter). `loss`, `grad_norm`, `skipped` (whether the update was left
-        out) and `more` may be scalars on a device.
+        """Record step `step`, begun at `began` and ending now; before it, its rows were waited for from one moment to another (`waited`).
+        Moments are marks of the timer. `loss`, `grad_norm`, `skipped` (whether the update was left out) and `more` may be scalars on a
+        device.
 
         Raises Diverged, on every rank alike, when more than train.max_skipped updates in a row were left out.
         """
         previous = self._pending
         position = {"epoch": epoch, "pq": pq, "rg": rg}
         values = {
+            "loss": loss,
             "lr": lr,
             "lr_factor": lr_factor,
             "grad_norm": grad_norm,
@@ -149,10 +154,12 @@ class Monitor:
             **position,
             **more,
         }
-        self._pending = {"step": step, "started_s": started_s, "loss": loss, "values": values}
+        collected = self.timer.collect(values)
+        spans = [*([waited] if waited else []), (began, self.timer.mark())]
+        self._pending = {"step": step, "spans": spans, "collected": collected}
         if previous:
             self._complete(**previous)
-        if not self._late:
+        if not self.timer.late:
             self.flush()
 
     def flush(self) -> None:
@@ -225,16 +232,15 @@ class Monitor:
 
     # -- inside
 
-    def _complete(self, step: int, started_s: float, loss: Any, values: Mapping[str, Any]) -> None:
-        """Fetch a step's values, which waits for the device, and record it.
+    def _complete(self, step: int, spans: Sequence[tuple[Any, Any]], collected: Any) -> None:
+        """Fetch a step's values, which waits for the device to end that step, and record it.
 
-        A step lasts until its values are there, counted from its own start or, where the device was still at the step
-        before, from that one's end: so the steps' times add up to the time spent in training, whatever the host ran ahead.
+        A step lasts as long as the device was at it, or stood still for want of its rows: what the host runs ahead, and when it asks for
+        the values, changes nothing.
         """
-        loss = float(loss)
-        fetched_s = self._now_s()
-        dt_s = fetched_s - max(started_s, self._fetched_s)
-        self._fetched_s = fetched_s
+        values = self.timer.fetch(collected, spans[-1][1])
+        loss = float(values["loss"])
+        dt_s = sum(self.timer.elapsed_s(first, second) for first, second in spans)
         self.total_training_time_s += dt_s
         slow = ""
         if not values.get("profiled"):
@@ -243,7 +249,7 @@ class Monitor:
         left_out = bool(float(values["skipped"]))
         self.skipped += left_out
         self._skipped_in_row = self._skipped_in_row + 1 if left_out else 0
-        record = self._train_record(step, loss, dt_s, {**values, "skipped": self.skipped})
+        record = self._train_record(step, dt_s, {**values, "loss": loss, "skipped": self.skipped})
         self._show(record)
         if slow:
             self._event_before_pending(step, "slow_steps", slow)
@@ -277,8 +283,8 @@ class Monitor:
             advice.append("train.precision=fp32")
         return f"{', '.join(advice[:-1])} or {advice[-1]}"
 
-    def _train_record(self, step: int, loss: float, dt_s: float, values: Mapping[str, Any]) -> dict[str, Any]:
-        plan = self.plan
+    def _train_record(self, step: int, dt_s: float, values: Mapping[str, Any]) -> dict[str, Any]:
+        plan, loss = self.plan, values["loss"]
         tokens, world_size = plan["total_batch_size"], plan["world_size"]
         used = mfu(plan["flops_per_token"], tokens, dt_s, plan["peak_flops"], world_size)
         smooth = self._smoother.update(loss) if math.isfinite(loss) else self._smoother.value
@@ -287,7 +293,7 @@ class Monitor:
             "kind": "train",
             "loss": loss,
             "smooth_loss": smooth,
-            **values,
+            **{key: value for key, value in values.items() if key != "loss"},
             "tokens": tokens,
             "tok_per_sec": round(tokens / max(dt_s, 1e-9), 1),
             "mfu": used and round(used, 5),

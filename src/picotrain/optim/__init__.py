@@ -38,11 +38,12 @@ def param_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
 def build(section: OptimizerConfig, model: nn.Module, rates: Rates, parallel: Parallel | None = None) -> torch.optim.Optimizer:
     """The optimizer of a config's section, with the groups of `param_groups`. parallel: the ranks that share its work; None: no others.
 
-    adamw: fused AdamW (arXiv:1711.05101), one kernel per group reads and writes every state once. muon: that for embedding and
-    head, `Muon` for the matrices, its matmuls in the model's compute dtype.
+    adamw: fused AdamW (arXiv:1711.05101), one kernel per group reads and writes every state once; on MPS, where that one does not know
+    `found_inf`, the other. muon: that for embedding and head, `Muon` for the matrices, its matmuls in the model's compute dtype.
     """
+    device = parallel.device if parallel else next(model.parameters()).device
     groups = [group | {"lr": group["peak_lr"]} for group in param_groups(model, rates)]
-    adamw = {"betas": (section.beta1, section.beta2), "eps": section.eps, "fused": True}
+    adamw = {"betas": (section.beta1, section.beta2), "eps": section.eps, "fused": device.type != "mps"}
     if section.kind == "adamw":
         return torch.optim.AdamW(groups, **adamw)
     assert section.momentum is not None and section.ns_steps is not None, "the schema asks for them"
@@ -54,11 +55,12 @@ def build(section: OptimizerConfig, model: nn.Module, rates: Rates, parallel: Pa
 
 
 class Guard:
-    """Decides on the device, without a host sync, whether an update is skipped: when loss or gradient norm is not finite or,
+    """Decides on the device whether an update is skipped: when loss or gradient norm is not finite or,
     with `max_z`, when the loss is more than so many standard deviations above the mean of the last WINDOW good ones.
 
-    The same on every rank, since loss and norm are. Fused AdamW and Muon take the decision as `found_inf` and leave weights,
-    moments and step counters as they are.
+    The same on every rank, since loss and norm are. An optimizer that says it can, as torch's fused ones do and Muon, takes the decision
+    as `found_inf` and leaves weights, moments and step counters as they are. Any other is left without gradients, which makes its step
+    do nothing; for that the host has to wait for the decision.
     """
 
     WINDOW = 100
@@ -75,7 +77,10 @@ class Guard:
             bad = bad | (loss > self._recent.mean() + self._max_z * spread)  # false until the window is full: NaN compares so
             self._recent = torch.where(bad, self._recent, torch.cat([self._recent[1:], loss.reshape(1)]))
         found_inf = bad.to(torch.float32)
-        optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # where torch's gradient scaler puts it, too
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # what torch's gradient scaler asks, and where it puts the answer
+            optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        elif bad:
+            optimizer.zero_grad(set_to_none=True)
         return found_inf
 
     def state_dict(self) -> list[float]:

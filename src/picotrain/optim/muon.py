@@ -100,11 +100,13 @@ class Muon(torch.optim.Optimizer):
             group["keeps"] = ("step", "exp_avg", "exp_avg_sq")
         self._adamw = torch.optim.AdamW(self.param_groups[:-1], **adamw)  # shares the groups, which hold the rates,
         self._adamw.state = self.state  # and the state
+        self._step_supports_amp_scaling = getattr(self._adamw, "_step_supports_amp_scaling", False)  # whether `found_inf` is honoured
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update of every parameter that has a gradient."""
-        self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
+        if self.found_inf is not None:
+            self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self._adamw.step()
         group = self.param_groups[-1]
         if matrices := [parameter for parameter in group["params"] if parameter.grad is not None]:

@@ -34,7 +34,10 @@ ARCHIVED_SAVE_EVERY = 1000  # steps; an archive wants something to mirror
 
 def resolve(config: Config, say: Say = silent) -> Config:
     """The config as `train` writes it; what is decided in words goes to `say`. A resolved config stays as it is. Raises DataError."""
+    open_choice = config.hardware.compile == "auto"
     config = decide(_with_absolute_paths(config))
+    if open_choice and config.hardware.device == "cuda" and not config.hardware.compile:
+        say(f"not compiled, which is slower: torch.compile needs {hardware.compiler_for_gpus()}")
     there = _existing(config)
     config = _set(config, "data", data=_with_shards(config, _data(config, there, say), there))
     if config.archive.url and config.train.save_every == -1:
@@ -116,7 +119,7 @@ def decide(config: Config) -> Config:
     nproc = (known.count if known else 1) if hw.nproc_per_node == "auto" else hw.nproc_per_node
     name = hw.name or (known.name if known else device)
     fast_bf16 = known.fast_bf16 if known and not hw.name else device == "cuda"
-    use_compile = _compile_pays(config, device) if hw.compile == "auto" else hw.compile
+    use_compile = _compile_pays(config, device, known is not None) if hw.compile == "auto" else hw.compile
     return config.model_copy(
         update={
             "hardware": hw.model_copy(
@@ -139,10 +142,11 @@ def decide(config: Config) -> Config:
     )
 
 
-def _compile_pays(config: Config, device: str) -> bool:
-    """Always on a GPU. On a CPU where there is a C++ compiler and enough to do for what it costs (docs/log.md, 2026-11-25)."""
+def _compile_pays(config: Config, device: str, is_here: bool) -> bool:
+    """Always on a GPU, unless this machine has one and lacks a compiler. On a CPU where there is a C++ compiler and enough to do for what
+    it costs (docs/log.md, 2026-11-25)."""
     if device != "cpu":
-        return device == "cuda"
+        return device == "cuda" and not (is_here and hardware.compiler_for_gpus())
     return hardware.has_compiler() and horizon_tokens(config, None)[0] * facts(config)[3] > COMPILE_FLOPS
 
 
