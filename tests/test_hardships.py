@@ -23,7 +23,7 @@ def patched(folder: Path, code: str) -> dict[str, str]:
     head = "import os, signal, torch\nfrom picotrain import model\nforward = model.GPT.forward\n"
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(head + code)
-    return os.environ | {"PYTHONPATH": str(folder)}
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
 
 # -- memory
