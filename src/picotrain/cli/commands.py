@@ -127,6 +127,8 @@ def _opened(
     from picotrain.signals import ending
 
     run_dir = Path(config.run.dir or "")
+    if meeting and meeting.remembered("run") == str(run_dir):
+        config = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
     with ExitStack() as stack:
         lock = RunLock(run_dir)
         with ending("preparing the run", lock.leave):

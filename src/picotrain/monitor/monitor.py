@@ -58,8 +58,8 @@ class Monitor:
         self._pending: dict[str, Any] | None = None
         self._first_step = 0
         self.disk_full = False
-        self._trackers: list[Sink] = build_trackers(config.logger.trackers, run_dir, config.model_dump(mode="json")) if is_main else []
         self._metrics = MetricsFile(run_dir / METRICS) if is_main else None
+        self._trackers: list[Sink] = build_trackers(config.logger.trackers, run_dir, config.model_dump(mode="json")) if is_main else []
         self._console = Console(self.plan["num_steps"], stream) if is_main else None
 
     # -- life of a run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,12 +88,17 @@ def build_trackers(names: Sequence[str], run_dir: Path, config: Mapping[str, Any
     """The trackers of a run. Raises ConfigError for an unknown name, a missing package, or a tracker that does not start."""
     if problems := missing_trackers(names):
         raise ConfigError(problems)
-    return [_start(name, run_dir, config) for name in names]
+    with ExitStack() as stack:  # where one does not start, those before it end
+        sinks = [_start(name, run_dir, config, stack) for name in names]
+        stack.pop_all()
+    return sinks
 
 
-def _start(name: str, run_dir: Path, config: Mapping[str, Any]) -> Sink:
+def _start(name: str, run_dir: Path, config: Mapping[str, Any], stack: ExitStack) -> Sink:
     try:
-        return TRACKERS[name](run_dir, config)
+        sink = TRACKERS[name](run_dir, config)
+        stack.callback(sink.close)
+        return sink
     except Exception as error:  # third-party code: not logged in, no network, ...
         problem = Problem("logger.trackers", f"{name} does not start: {error}", "set it up, or leave it out")
         raise ConfigError([problem]) from error
