@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import traceback
@@ -18,12 +17,12 @@ from torch import nn
 
 from picotrain import checkpoint, evaluation, optim, report, sampling, schedule
 from picotrain import run as runs
-from picotrain.checkpoint.archive import Archive
 from picotrain.config import Config
 from picotrain.data.lanes import merge_states
 from picotrain.data.stream import Batch, Loader, validation_rows
-from picotrain.errors import DataError, Diverged, LaunchError, RunError
+from picotrain.errors import ArchiveBehind, DataError, Diverged, LaunchError, RunError
 from picotrain.evaluation.suite import core_of_model
+from picotrain.loop import archiving
 from picotrain.model import Names, build
 from picotrain.monitor import Monitor, profiler
 from picotrain.parallel import Parallel, StopSignal, Watchdog, peak_memory
@@ -36,10 +35,11 @@ AFTER_BAD_DATA = "everything up to here is saved: put the shard right and resume
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended."""
+    """How the loop ended. behind: of rank 0, where the archive lacks the end."""
 
     status: Literal["finished", "stopped"]
     step: int
+    behind: ArchiveBehind | None = None
 
 
 class Session:
@@ -53,7 +53,7 @@ class Session:
         # Compiled code is kept there, not in the system's temporary folder; torch looks when its compiler is imported.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runs.cache_dir(self.config) / "compiled"))
 
-        self.archive = self._start_archive() if parallel.is_main else None
+        self.archive = archiving.start(self.config, run_dir) if parallel.is_main else None
 
         if self.config.train.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -108,6 +108,8 @@ class Session:
         if self.archive:
             self.archive.close(min(self.config.archive.close_s, FAILED_CLOSE_S))  # does nothing after `end`
         self.monitor.close()
+        if self.archive:
+            archiving.record(self.dir, self.state.step, self.archive.poll())
 
     def warm_up(self) -> None:
         """Pass a batch of zeros through a model that is to be compiled, and back: then the first step takes as long as any other, and
@@ -137,18 +139,6 @@ class Session:
         if self.parallel.is_main:
             self.plan.save(self.dir / "plan.json")
         return f"by {full}" + (f"; in windows by {windowed}" if in_windows else "")
-
-    def _start_archive(self) -> Archive | None:
-        section = self.config.archive
-        if section.url is None:
-            return None
-        # Its thread speaks when it likes, also after the console is closed.
-        archive = Archive(
-            section.url, self.dir, interval_s=section.interval_s, min_age_s=section.min_age_s, keep_last=section.keep_last,
-            say=say,
-        )  # fmt: skip
-        archive.start()
-        return archive
 
     @property
     def rolling_due(self) -> bool:
@@ -181,6 +171,8 @@ class Session:
                 self.monitor.checkpoint(saved.step, saved.path, saved.seconds, saved.stall_s)
                 if self.archive:
                     self.archive.wake()
+        for note in self.archive.poll() if self.archive else []:
+            self.monitor.event(self.state.step, *note, shown=False)  # its thread has said it
 
     def _finish_saving(self) -> None:
         """Wait for the last save. Where it failed, try once more, then elsewhere; RunError says where it is."""
@@ -333,13 +325,13 @@ class Session:
             summary = report.write_report(self.dir)
             report.console_summary(summary)
         self.watchdog.close()
+        behind = None
         if self.archive:
-            # After a signal the launcher leaves us launch.grace_s in all.
-            stopped_s = self.config.launch.grace_s / 2 if status == "stopped" else math.inf
-            self.archive.close(min(self.config.archive.close_s, stopped_s))
+            stopped = status == "stopped"
+            behind = archiving.finish(self.archive, self.dir, self.config, self.state.step, stopped, lambda: self.stop.requested)
         if self._failure:
             raise self._failure
-        return Outcome(status, self.state.step)
+        return Outcome(status, self.state.step, behind)
 
     def _restore(self) -> int | None:
         """Go on from the newest whole checkpoint, if there is one; the step it was saved at."""

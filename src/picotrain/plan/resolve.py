@@ -11,14 +11,14 @@ import os
 from pathlib import Path
 
 from picotrain import hardware, shape
+from picotrain.config import places
 from picotrain.config.compose import data_preset
 from picotrain.config.identity import run_name
 from picotrain.config.saved import load
 from picotrain.config.schema import Config, DataConfig, MixtureSource
 from picotrain.data import amounts, sources
 from picotrain.data.prepare import Say, silent
-from picotrain.data.remote import is_url
-from picotrain.errors import ConfigError
+from picotrain.errors import ConfigError, Problem
 from picotrain.plan.memory import facts, total_batch
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
@@ -31,6 +31,7 @@ ARCHIVED_SAVE_EVERY = 1000  # steps; an archive wants something to mirror
 
 def resolve(config: Config, say: Say = silent) -> Config:
     """The config as `train` writes it; what is decided in words goes to `say`. A resolved config stays as it is. Raises DataError."""
+    _check_cache_dir()
     config = decide(_with_absolute_paths(config))
     there = _existing(config)
     config = _set(config, "data", data=_with_shards(config, _data(config, there, say), there))
@@ -38,13 +39,27 @@ def resolve(config: Config, say: Say = silent) -> Config:
         say(f"an archive is set: train.save_every={ARCHIVED_SAVE_EVERY}, so that there is something to mirror")
         config = _set(config, "train", save_every=ARCHIVED_SAVE_EVERY)
     name = config.run.name or run_name(config)
-    return _set(config, "run", name=name, dir=str(_run_dir(config, name)))
+    config = _set(config, "run", name=name, dir=str(_run_dir(config, name)))
+    _check_archive(config)
+    return config
 
 
 def cache_dir(config: Config) -> Path:
     """Where corpora and tokenizers are kept: run.cache_dir, else $PICOTRAIN_CACHE, else ~/.cache/picotrain."""
     place = config.run.cache_dir or os.environ.get("PICOTRAIN_CACHE") or "~/.cache/picotrain"
     return Path(place).expanduser().absolute()
+
+
+def _check_cache_dir() -> None:
+    if wrong := places.flaw(os.environ.get("PICOTRAIN_CACHE") or "~", "local"):
+        raise ConfigError([Problem("PICOTRAIN_CACHE", *wrong)])
+
+
+def _check_archive(config: Config) -> None:
+    """A run that is mirrored into itself would grow with every pass."""
+    url, run_dir = config.archive.url, config.run.dir
+    if url and run_dir and (how := places.overlap(url, Path(run_dir))):
+        raise ConfigError([Problem("archive.url", f"{places.redacted(url)} {how}, {run_dir}", "a folder elsewhere, best on another disk")])
 
 
 def _set(config: Config, section: str, data: DataConfig | None = None, **values: object) -> Config:
@@ -66,7 +81,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(path: str | None) -> str | None:
-    return str(Path(path).expanduser().absolute()) if path and not is_url(path) else path
+    return str(Path(path).expanduser().absolute()) if path and not places.is_url(path) else path
 
 
 def _absolute_source(source: str) -> str:

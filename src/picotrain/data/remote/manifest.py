@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from picotrain.config.places import redacted
 from picotrain.data.corpus import Shard, hash_bytes, read_footer, read_json, write_atomic
-from picotrain.data.remote.errors import Transient, redacted, retry
+from picotrain.data.remote.errors import Transient, retry
 from picotrain.data.remote.store import RemoteFile, Store, open_store
 from picotrain.errors import DataError
 
