@@ -10,7 +10,6 @@ The store may be any that fsspec can write: `s3://`, `gs://`, `hf://datasets/...
 
 from picotrain.checkpoint.archive.mirror import FAILED, WORKS, Archive, Note
 from picotrain.checkpoint.archive.probe import check, probe
-from picotrain.checkpoint.archive.remote import is_archive
 from picotrain.checkpoint.archive.restore import restore
 
-__all__ = ["FAILED", "WORKS", "Archive", "Note", "check", "is_archive", "probe", "restore"]
+__all__ = ["FAILED", "WORKS", "Archive", "Note", "check", "probe", "restore"]

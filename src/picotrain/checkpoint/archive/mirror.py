@@ -217,7 +217,7 @@ class Archive:
     def _failed(self, error: Exception) -> None:
         """Said when the trouble begins or becomes another, not at every attempt."""
         self.last_error = reason_of(error, self._remote.url)
-        if self._trouble is not type(error):
+        if self._trouble not in (type(error), TimeoutError):  # no answer, and why there was none, are one trouble
             self._note(FAILED, self.last_error)
             self._say(f"WARNING: archive {self.shown}: {self.last_error}; the run goes on, and this is tried again")
         self._trouble = type(error)

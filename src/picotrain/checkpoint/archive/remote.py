@@ -26,11 +26,6 @@ RENAMING = ("file", "local", "sftp", "ssh")  # where a half-written file would b
 MAX_MANIFEST_BYTES = 16 << 20
 
 
-def is_archive(text: str) -> bool:
-    """Whether this is written as a URL (`file://` is one), and is no local path."""
-    return is_url(text)
-
-
 def open_remote(url: str, stop: threading.Event) -> Remote:
     """The store of an archive; a path without a scheme is a local folder. Nothing is asked of it yet.
 
