@@ -38,7 +38,7 @@ def _of_config(config: Config) -> Iterator[tuple[str, str]]:
     if config.archive.url:
         yield "archive.url", f"sends the whole run, its weights and its samples to {redacted(config.archive.url)}"
     if "wandb" in trackers:
-        yield "logger.trackers", "sends config, metrics and samples' numbers to Weights & Biases"
+        yield "logger.trackers", "sends config and metrics to Weights & Biases"
     if config.run.cache_dir and Path(config.run.cache_dir) != _own_cache():
         yield "run.cache_dir", f"keeps corpora, tokenizers and bundles in {config.run.cache_dir}"
     if config.launch.nnodes > 1:

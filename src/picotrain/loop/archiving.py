@@ -52,9 +52,7 @@ def finish(
     share_s = config.launch.grace_s / 2
     limit_s = min(config.archive.close_s, share_s if stopped else math.inf)
 
-    def hurry() -> float | None:
-        return share_s if not stopped and asked_to_end() else None
-
+    hurry = None if stopped else lambda: share_s if asked_to_end() else None  # a second signal ends at once
     done = archive.flush(limit_s, hurry)
     if notes := archive.poll():
         told = report.summarise(report.read_run(run_dir))["archive_trouble"]

@@ -114,7 +114,7 @@ class Archive:
             found.append(self._notes.get())
         return found
 
-    def flush(self, timeout_s: float, hurry: Callable[[], float | None] = lambda: None) -> bool:
+    def flush(self, timeout_s: float, hurry: Callable[[], float | None] | None = None) -> bool:
         """Mirror everything, whatever its age. False, and a message, when that was not done in timeout_s seconds.
 
         `hurry` is asked all the time: as soon as it names seconds, the wait ends after so many more at most.
@@ -133,8 +133,9 @@ class Archive:
                 break
             if not told and now - began > SILENT_S:
                 told = True
-                self._say(f"waiting for archive {self.shown}, at most {duration(deadline - now)}; a signal makes it shorter")
-            if not hurried and (left_s := hurry()) is not None:
+                shorter = "; a signal makes it shorter" if hurry else ""
+                self._say(f"waiting for archive {self.shown}, at most {duration(deadline - now)}{shorter}")
+            if hurry and not hurried and (left_s := hurry()) is not None:
                 hurried, deadline = True, min(deadline, now + left_s)
                 self._say(f"asked to end: waiting for archive {self.shown} {duration(deadline - now)} more at most")
         if self._done:

@@ -74,7 +74,8 @@ def sorted_error(error: Exception, where: str, reason: str) -> Exception:
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return Missing(f"there is nothing at {where} ({reason}); check the URL, or the rights to list it")
     if isinstance(error, PermissionError) or status in (401, 403):
-        return DataError(f"{where}: access is refused ({reason}); check the credentials, or that the files are public")
+        hint = "the rights of the folder" if where.startswith("file:") else "the credentials, or that the files are public"
+        return DataError(f"{where}: access is refused ({reason}); check {hint}")
     if names & {"NoCredentialsError", "PartialCredentialsError"}:
         hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket"
         return DataError(f"{where}: there are no credentials for it; {hint}")
