@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import threading
@@ -14,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import losses, picotrain, start
+from conftest import lines, losses, picotrain, start
 
 from picotrain import checkpoint
-from picotrain.checkpoint.archive import Archive, is_archive, mirror, restore
+from picotrain.checkpoint.archive import FAILED, WORKS, Archive, check, mirror, probe, restore
 from picotrain.checkpoint.archive.remote import Remote
 from picotrain.checkpoint.folder import describe, write_json
+from picotrain.data.remote.errors import sorted_error
 from picotrain.errors import CheckpointError, RunError
 
 Open = Callable[..., Archive]
@@ -147,13 +149,6 @@ def passes(archive: Archive) -> None:
     last = archive.last_success
     archive.wake()
     wait_for(lambda: archive.last_success != last)
-
-
-def test_urls_are_archives_and_local_paths_are_not() -> None:
-    for url in ("s3://bucket/x", "hf://datasets/a/b", "file:///x", "memory://x"):
-        assert is_archive(url), url
-    for path in ("/a/b", "runs/a", "s3:/x", "nothing://x", ""):
-        assert not is_archive(path), path
 
 
 @pytest.mark.parametrize("kind", ["file://", "folder", "s3", "memory"])
@@ -293,16 +288,66 @@ def test_a_checkpoint_that_vanishes_while_it_is_sent_leaves_nothing(
     assert s3.get_object(Bucket="bucket", Key="run/checkpoints/latest")["Body"].read() == b"step_00000004\n"
 
 
-def test_a_store_that_cannot_be_written_is_said_once_and_costs_nothing(run_dir: Path, opened: Open, said: list[str]) -> None:
-    archive = opened("file:///sys/picotrain/archive", run_dir)  # not even root may
-    wait_for(lambda: archive.last_error)
-    time.sleep(0.3)
-    assert len(said) == 1 and "file:///sys/picotrain/archive" in said[0] and "the run goes on" in said[0]
-    began = time.monotonic()
-    assert not archive.close(0.3)
-    assert time.monotonic() - began < 2
-    assert len(said) == 2 and "lacks the end of the run" in said[1] and str(run_dir) in said[1]
-    assert archive.files == 0 and archive.last_success is None
+@pytest.mark.parametrize("mistake", ["no bucket", "no credentials", "no access", "read-only", "a file is in the way"])
+def test_what_a_user_has_to_mend_ends_the_start(
+    mistake: str, run_dir: Path, tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, wanted = "s3://bucket/run", "access is refused"
+    if mistake == "no bucket":
+        url, wanted = "s3://no-such-bucket/run", "there is nothing at"
+    elif mistake == "no credentials":
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+        wanted = "there are no credentials"
+    elif mistake == "no access":
+        monkeypatch.setattr(Remote, "_call", lambda *_, **__: (_ for _ in ()).throw(sorted_error(PermissionError("Forbidden"), url, "403")))
+    elif mistake == "read-only":
+        url = "file:///sys/picotrain/archive"  # not even root may
+    else:
+        (tmp_path / "there").write_text("a file")
+        url, wanted = f"{tmp_path}/there/run", "cannot be used"
+    archive = Archive(url, run_dir, interval_s=600, min_age_s=0, keep_last=None, say=lambda _: None)
+    with pytest.raises(RunError, match=wanted):
+        archive.start()
+    assert not archive.close(0.1)
+    with pytest.raises(RunError):  # the same before there is a run, or in doctor
+        probe(url, tmp_path / "new")
+
+
+def test_a_store_that_is_down_at_the_start_is_tried_and_costs_nothing(
+    run_dir: Path, opened: Open, s3: Any, s3_server: Server, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "START_S", 0.5)
+    s3_server.stop()
+    try:
+        check("s3://bucket/run", run_dir)  # no mistake of the user's
+        archive = opened("s3://bucket/run", run_dir)
+        wait_for(lambda: archive.last_error)
+        time.sleep(0.3)
+        assert len([line for line in said if "the run goes on" in line]) == 1
+        began = time.monotonic()
+        assert not archive.flush(60, hurry=lambda: 0.3)  # a signal came
+        assert time.monotonic() - began < 5
+        assert "lacks the end of the run" in said[-1] and str(run_dir) in said[-1]
+        assert [note.name for note in archive.poll()] == [FAILED, FAILED] and archive.last_success is None
+    finally:
+        s3_server.start()
+    assert archive.flush(20) and [note.name for note in archive.poll()] == [WORKS]
+    assert keys(s3) == {*files(run_dir), "archive.json"}
+
+
+def test_a_probe_leaves_nothing_and_knows_whose_archive_it_is(run_dir: Path, tmp_path: Path, opened: Open, s3: Any) -> None:
+    for url in (f"file://{tmp_path}/a/b", f"{tmp_path}/c", "s3://bucket/probed"):
+        assert "holds no run yet" in probe(url, run_dir)
+        check(url, run_dir)
+    assert not (tmp_path / "a").exists() and not (tmp_path / "c").exists() and not keys(s3, "")
+    assert opened("s3://bucket/run", run_dir).close(10)
+    assert "holds this run" in probe("s3://bucket/run", run_dir)
+    for look in (probe, check):
+        with pytest.raises(RunError, match="is that of another run"):
+            look("s3://bucket/run", tmp_path / "new")
+    assert keys(s3) == {*files(run_dir), "archive.json"}
 
 
 def test_a_store_that_never_answers_holds_up_neither_start_nor_end(
@@ -518,6 +563,87 @@ def test_a_run_goes_on_from_its_archive_as_if_it_had_never_moved(
     for process in [start("resume", str(folder), "train.max_steps=12") for folder in (moved, stayed)]:
         assert process.communicate(timeout=120)[1] is None and process.returncode == 0
     assert len(losses(moved)) == 12 and losses(moved) == losses(stayed)
+
+
+@pytest.fixture
+def blocked(tmp_path: Path) -> Path:
+    """A folder that takes a run's files, but no checkpoint."""
+    folder = tmp_path / "archive"
+    folder.mkdir()
+    (folder / "checkpoints").write_text("a file where a folder is to be")
+    return folder
+
+
+def trouble(run_dir: Path) -> list[str]:
+    return [event["name"] for event in lines(run_dir, "event") if event["name"] in (FAILED, WORKS)]
+
+
+def test_an_archive_that_lacks_the_end_is_an_exit_code_and_stands_in_the_run(blocked: Path, tmp_path: Path, tiny: Any) -> None:
+    run = tmp_path / "run"
+    words = tiny(run, f"archive.url={blocked}", "archive.close_s=0.5", "train.save_every=6")
+    done = picotrain("train", *words)
+    assert done.returncode == 5 and "Traceback" not in done.stderr and "picotrain resume" in done.stderr.splitlines()[-1], done.stderr
+    assert len(losses(run)) == 12
+    assert trouble(run)[-1] == FAILED and trouble(run).count(FAILED) <= 3  # at the first save, at the end, perhaps another reason
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and "lacks the end" in summary["archive_trouble"]
+    assert "lacks the end" in (run / "report.md").read_text()
+
+    (blocked / "checkpoints").unlink()
+    done = picotrain("resume", str(run))
+    assert done.returncode == 0, done.stderr
+    assert trouble(run)[-1] == WORKS and json.loads((run / "summary.json").read_text())["archive_trouble"] is None
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+    there = files(blocked)
+    assert {name: data for name, data in files(run).items() if name in there} == there
+    assert "checkpoints/latest" in there and there["metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
+
+
+def test_a_signal_shortens_the_wait_for_an_archive_whoever_started_the_ranks(blocked: Path, tmp_path: Path, tiny: Any) -> None:
+    run = tmp_path / "run"
+    words = [f"archive.url={blocked}", "launch.grace_s=4", "hardware.nproc_per_node=2", "train.max_steps=2"]
+    process = start("train", *tiny(run, *words))
+    wait_for((run / "summary.json").exists, 120)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 5 and time.monotonic() - began < 30, out
+    assert "a signal makes it shorter" in out and "Traceback" not in out
+    assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+
+
+def test_an_archive_that_cannot_be_is_said_before_a_run_is_made(tmp_path: Path, tiny: Any, s3: Any) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    run = tmp_path / "runs/mine"
+    urls = ["s3://no-such-bucket/x", str(run), f"file://{run}/there", f"{link}/runs/mine/there", f"{link}/runs"]
+    for url in urls:
+        done = picotrain("train", *tiny(run, f"archive.url={url}"))
+        assert done.returncode == 2 and "archive" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr, (url, done.stderr)
+        assert not run.exists(), url
+
+
+def test_what_a_strangers_config_reads_and_sends_is_said_before(
+    trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from picotrain.cli import checks
+
+    moved, archive = tmp_path / "moved", tmp_path / "sent"
+    shutil.copytree(trained, moved)
+    bundle = tmp_path / "bundle"
+    config = (moved / "config.yaml").read_text().replace("  url: null", f"  url: {archive}").replace("bundle: null", f"bundle: {bundle}")
+    (moved / "config.yaml").write_text(config)
+    corpus = next(line.partition(": ")[2] for line in config.splitlines() if line.startswith("  path: /"))
+    for words in (["resume", str(moved)], ["train", "--config", str(moved / "config.yaml"), f"run.dir={tmp_path / 'new'}"]):
+        err = picotrain(*words).stderr
+        assert err.index(f"reads text from {corpus} (data.path)") < err.index("error" if "error" in err else "everything")
+        assert f"to {archive} (archive.url)" in err and f"reads CORE tasks from {bundle} (evaluation.core.bundle)" in err
+    said = picotrain("resume", str(moved), "archive.url=null").stderr
+    assert "(data.path)" in said and "(archive.url)" not in said  # what was typed is known
+    with pytest.raises(RunError, match="bundle"):
+        checks.check(moved, "last", None, checks.Options())
+    err = capfd.readouterr().err
+    assert f"reads text from {corpus} (data.json)" in err and f"CORE tasks from {bundle}" in err
 
 
 def test_a_run_mirrors_itself_and_goes_on_from_its_url_on_an_empty_machine(tmp_path: Path, tiny: Any) -> None:

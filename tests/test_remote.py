@@ -94,9 +94,19 @@ def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
 
 
 def test_what_is_a_url() -> None:
-    for url in ("https://h/x", "http://h", "s3://bucket/x", "gs://b", "hf://datasets/a/b", "file:///x", "memory://x"):
+    for url in (
+        "https://h/x",
+        "http://h",
+        "s3://bucket/x",
+        "gs://b",
+        "hf://datasets/a/b",
+        "file:///x",
+        "memory://x",
+        "nothing://x",
+        "S3://b",
+    ):
         assert is_url(url), url
-    for path in ("/a/b", "a/b", "C:\\x", "s3:/x", "nothing://x", "~/x", "a b://c", ""):
+    for path in ("/a/b", "a/b", "C:\\x", "s3:/x", "~/x", "./http://x", "/mirror/http://x", ""):
         assert not is_url(path), path
 
 

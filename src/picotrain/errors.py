@@ -79,6 +79,12 @@ class OutOfMemory(PicotrainError):
     exit_code = 4
 
 
+class ArchiveBehind(PicotrainError):
+    """The run has ended as it should, and its archive lacks the end; the run directory has everything."""
+
+    exit_code = 5
+
+
 class Hung(PicotrainError):
     """A rank made no progress and was ended; a new start goes on from the newest checkpoint (exit code: that of `timeout`)."""
 

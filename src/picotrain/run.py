@@ -25,13 +25,12 @@ from pydantic import ValidationError
 
 from picotrain import __version__, checkout, hardware
 from picotrain import plan as planning
-from picotrain.config import Config, dump, load
+from picotrain.config import Config, dump, load, places
 from picotrain.config.identity import classify_change, diff
 from picotrain.config.saved import is_own_json, parse_json, read_plain, write_whole
 from picotrain.data import amounts, counts, sources
 from picotrain.data import recorded as recorded_data
 from picotrain.data.mixture import Mixture
-from picotrain.data.remote import is_url
 from picotrain.errors import ConfigError, DataError, Problem, RunError
 from picotrain.plan import Plan, fp8, repeats
 from picotrain.plan.resolve import cache_dir
@@ -137,7 +136,7 @@ def open_bundle(config: Config, say: Say = lambda text: None) -> Bundle:
 
     section = config.evaluation.core
     place = section.bundle or ""
-    folder = fetch.fetch(place, section.sha256 or "", cache_dir(config), say) if is_url(place) else Path(place)
+    folder = fetch.fetch(place, section.sha256 or "", cache_dir(config), say) if places.is_url(place) else Path(place)
     return bundle.read_bundle(folder, section.baseline_table)
 
 
@@ -163,7 +162,12 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
         lambda: planning.make(config, run_dir.name),
         lambda: None if is_there else sources.named_tokenizer(config.tokenizer),  # a run has its own
         lambda: _check_trackers(config.logger.trackers),
+        lambda: _check_packages(config),
     )
+    if config.archive.url:
+        from picotrain.checkpoint import archive  # brings torch
+
+        archive.check(config.archive.url, run_dir)  # before anything long begins
     warned = False
     if is_there:
         material = _reopen(run_dir, config, say)
@@ -289,6 +293,11 @@ def _check_trackers(names: Sequence[str]) -> None:
     from picotrain.monitor import missing_trackers
 
     if problems := missing_trackers(names):
+        raise ConfigError(problems)
+
+
+def _check_packages(config: Config) -> None:
+    if problems := places.missing_packages(config.model_dump()):
         raise ConfigError(problems)
 
 

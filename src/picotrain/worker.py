@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 8 -m picotrain.worker runs/d20     # goes on with the run as its files say
 
-Exit codes: 0 finished, 75 stopped by a signal and saved, a user error's own (its message on stderr), 1 with a traceback.
+Exit codes: 0 finished, 75 stopped by a signal and saved, 5 either of them while the archive lacks the end, a user error's
+own (its message on stderr), 1 with a traceback.
 """
 
 from __future__ import annotations
@@ -161,6 +162,8 @@ def run(run_dir: Path, meeting: Meeting | None = None) -> int:
             problem = _too_little_memory(run_dir, config, error, parallel.memory_in_use(group.device))
         else:
             group.teardown()
+            if outcome.behind:
+                raise outcome.behind
             return 0 if outcome.status == "finished" else Stopped.exit_code
     parallel.free_memory()  # here, since the error's frames held the tensors until now
     raise problem

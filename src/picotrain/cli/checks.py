@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from picotrain import checkpoint
 from picotrain import run as runs
-from picotrain.cli import say
+from picotrain.cli import announced, say
+from picotrain.config import places
 from picotrain.errors import ConfigError, DataError, PicotrainError, Problem, RunError
 from picotrain.evaluation.bundle import Bundle
 from picotrain.places import expanded
@@ -64,6 +65,7 @@ def check(run: Path, which: str, hf: Path | None, options: Options) -> Ready:
         config = material.config
         with noting():
             config = _chosen(config, options)
+        announced.of_evaluation(run, material.corpus, None if options.bundle else config.evaluation.core.bundle)
         with noting():
             bundle = _bundle(config, options)
         problems += _corpus_problems(material, with_training=hf is None)
@@ -82,7 +84,9 @@ def _chosen(config: Any, options: Options) -> Any:
     core, train = config.evaluation.core, config.train
     changes = {}
     if options.bundle:
-        if "://" in options.bundle:
+        if wrong := places.flaw(options.bundle, "read"):
+            raise ConfigError([Problem("--bundle", *wrong)])
+        if places.is_url(options.bundle):
             raise ConfigError([Problem("--bundle", "is a URL", "a folder; a URL with its SHA-256 goes into evaluation.core of the run")])
         changes["bundle"] = str(expanded(options.bundle).absolute())
     if options.baseline_table:

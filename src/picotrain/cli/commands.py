@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from picotrain import invocation, ranks
 from picotrain import run as runs
-from picotrain.cli import say
-from picotrain.config import Config, compose, dump
+from picotrain.cli import announced, say
+from picotrain.config import Config, compose, dump, places
 from picotrain.config.overrides import parse
 from picotrain.data import sources
-from picotrain.data.remote import is_url
-from picotrain.errors import ConfigError, Problem
+from picotrain.errors import ConfigError, Problem, UsageError
 from picotrain.places import expanded
 from picotrain.text import as_typed, printable
 
@@ -68,7 +67,14 @@ def train(overrides: Sequence[str], config_file: Path | None, config_dir: Path |
     from picotrain.cli.estimate import Command
 
     command = Command(overrides, config_file, config_dir)
-    return _start(lambda: (resolved(overrides, config_file, config_dir), overrides), command)
+
+    def resolve() -> tuple[Config, Sequence[str]]:
+        config = resolved(overrides, config_file, config_dir)
+        if config_file:
+            announced.of_config(config, overrides, str(config_file))
+        return config, overrides
+
+    return _start(resolve, command)
 
 
 def resume(place: str, overrides: Sequence[str]) -> int:
@@ -77,11 +83,15 @@ def resume(place: str, overrides: Sequence[str]) -> int:
 
 
 def _resumed(place: str, overrides: Sequence[str]) -> tuple[Config, Sequence[str]]:
-    run, overrides = _fetched(place, overrides) if is_url(place) else (Path(place), overrides)
+    if wrong := places.flaw(place, "read"):
+        raise UsageError([Problem("RUN", *wrong)])
+    run, left = _fetched(place, overrides) if places.is_url(place) else (Path(place), overrides)
     runs.require_run(run)
-    config = composed(overrides, config_file=run / "config.yaml", same_run=True)
+    config = composed(left, config_file=run / "config.yaml", same_run=True)
     here = config.run.model_copy(update={"dir": str(run.absolute()), "name": run.name})
-    return runs.resolve(config.model_copy(update={"run": here}), say), overrides
+    config = runs.resolve(config.model_copy(update={"run": here}), say)
+    announced.of_config(config, left, str(run / "config.yaml"))
+    return config, left
 
 
 def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
@@ -90,6 +100,8 @@ def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
     from picotrain.launch import RunLock
 
     chosen = [text.partition("=")[2] for text in overrides if text.startswith("run.dir=")]
+    if chosen and (wrong := places.flaw(chosen[-1], "local")):
+        raise UsageError([Problem("run.dir", *wrong)])
     folder = expanded(chosen[-1] if chosen else f"runs/{url.rstrip('/').rpartition('/')[2]}")
     with RunLock(folder):
         restore(url, folder, say)
@@ -135,6 +147,10 @@ def _opened(
             stack.enter_context(lock)
             told = announce(config, command)
             plan = runs.open_run(config, overrides, say)
+            if plan is None and config.archive.url:
+                from picotrain.loop import archiving  # brings torch
+
+                archiving.complete(config, run_dir, runs.read_plan(run_dir).num_steps)
         if meeting:
             meeting.remember("run", str(run_dir))
         if plan is None:

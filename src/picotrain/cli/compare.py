@@ -13,7 +13,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from picotrain import run as runs
-from picotrain.cli import fairness, say
+from picotrain.cli import announced, fairness, say
 from picotrain.cli.subjects import Given, Loaded, find_all, load
 from picotrain.config.saved import is_own_page, write_whole
 from picotrain.config.schema import Config, SamplingConfig
@@ -72,6 +72,7 @@ def compare(
     home = next(one for one in given if one.material)
     assert home.material and home.run
     config = home.material.config
+    announced.of_evaluation(home.run, home.material.corpus, None if bundle else config.evaluation.core.bundle)
     found, core_problem = _open_bundle(config, bundle)
     chosen = list(validation_documents(home.material.corpus, documents))
     of = sum(corpus.val.rows for corpus in home.material.corpus.corpora)

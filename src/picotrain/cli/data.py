@@ -15,6 +15,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.table import Table
 
 from picotrain import invocation
+from picotrain.config import places
 from picotrain.data import inspect as inspecting
 from picotrain.data.folder import has_shards
 from picotrain.data.inspect import Inspection, Verification
@@ -155,7 +156,9 @@ def download(name: str, overrides: Sequence[str], shards: int | None, config_dir
 
 def corpus_folder(corpus: str) -> Path:
     """The folder of shards that is meant: CORPUS itself, or what `data=files data.path=CORPUS` was prepared into. Raises DataError."""
-    if "://" in corpus:
+    if wrong := places.flaw(corpus, "read"):
+        raise DataError(f"{wrong[0]} ({wrong[1]})")
+    if places.is_url(corpus):
         raise DataError(f"{corpus} is remote; fetch the shards into a folder first, and name that")
     path = expanded(corpus).absolute()
     if has_shards(path):

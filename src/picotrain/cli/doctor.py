@@ -13,10 +13,10 @@ from rich.text import Text
 from picotrain import hardware
 from picotrain import plan as planning
 from picotrain import run as runs
-from picotrain.cli import rehearsal
+from picotrain.cli import announced, rehearsal
 from picotrain.cli.commands import resolved
-from picotrain.config import Config
-from picotrain.errors import CheckpointError, PicotrainError
+from picotrain.config import Config, places
+from picotrain.errors import CheckpointError, ConfigError, PicotrainError, Problem, UsageError
 from picotrain.terminal import Printer
 from picotrain.text import size
 
@@ -46,9 +46,13 @@ class _Checks:
 def run(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> int:
     """Check a run directory's checkpoints, or a config on this machine; 0 when all is well, else 2."""
     if len(overrides) == 1 and "=" not in overrides[0]:
+        if wrong := places.flaw(overrides[0], "local"):
+            raise UsageError([Problem("RUN", *wrong)])
         return _check_run(Path(overrides[0]))
     checks = _Checks()
     config = resolved(overrides, config_file, config_dir)
+    if config_file:
+        announced.of_config(config, overrides, str(config_file))
     _say_load(config, checks.out)  # before this process computes
     checks.check("device", lambda: _device(config))
     checks.check(
@@ -57,6 +61,8 @@ def run(overrides: Sequence[str], config_file: Path | None, config_dir: Path | N
     plan = checks.check("plan", lambda: _plan(config))
     if plan:
         checks.check("disk", lambda: _disk(Path(config.run.dir or ""), plan.checkpoint_bytes))
+    if config.archive.url:
+        checks.check("archive", lambda: _archive(config))
     material = checks.check("data", lambda: _data(config, checks.out))
     if material:
         encoder = material.tokenizer.encoder
@@ -103,6 +109,14 @@ def _disk(run_dir: Path, checkpoint_bytes: int) -> tuple[str, None]:
     except OSError as error:
         raise CheckpointError(f"{place} cannot be written ({error.strerror}); name another run.dir") from error
     return f"{size(free)} free, a checkpoint takes {size(checkpoint_bytes)}", None
+
+
+def _archive(config: Config) -> tuple[str, None]:
+    from picotrain.checkpoint import archive
+
+    if problems := places.missing_packages({"archive": {"url": config.archive.url}}):
+        raise ConfigError(problems)
+    return archive.probe(config.archive.url or "", Path(config.run.dir or "")), None
 
 
 def _data(config: Config, out: Printer) -> tuple[str, runs.Material]:

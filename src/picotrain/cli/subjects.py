@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from picotrain import checkpoint
 from picotrain import run as runs
 from picotrain.checkpoint.folder import read_manifest
+from picotrain.config import places
 from picotrain.errors import PicotrainError, RunError
 from picotrain.places import expanded
 from picotrain.report import read_run, summarise
@@ -72,6 +73,8 @@ def find_all(texts: Sequence[str], *others: Callable[[], object]) -> list[Given]
 
 
 def _found(text: str) -> Given:
+    if wrong := places.flaw(text, "local"):
+        raise RunError(f"{wrong[0]} ({wrong[1]})")
     path = expanded(text)
     if path.is_dir():
         if (path / "config.yaml").is_file():

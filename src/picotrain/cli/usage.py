@@ -35,6 +35,7 @@ class Command(TyperCommand):
                 param.handle_parse_result(ctx, values, [])
             except _errors.UsageError as error:
                 problems.append(_problem(ctx, param, values.get(param.name), error))
+        problems += _urls_for_paths(self, ctx, values)
         problems += [Problem(_shown(word), "is one word too many", _ways(ctx)) for word in rest]
         if problems:
             raise UsageError([*problems, *_of_overrides(values)])
@@ -80,6 +81,26 @@ class Group(TyperGroup):
         near = get_close_matches(word.lower(), names, 1)
         meant = f"did you mean `{ctx.command_path} {near[0]}`?; all: " if near else "commands: "
         return Problem(_shown(word), "there is no such command", meant + ", ".join(names))
+
+
+def _urls_for_paths(command: Any, ctx: Any, values: dict[str, Any]) -> list[Problem]:
+    """A URL, or half of one, where a path is wanted: as a path it would name a folder below this one."""
+    from picotrain.config.places import flaw
+
+    problems = []
+    for param in command.params:
+        given = values.get(param.name)
+        for text in [given] if isinstance(given, str) else given if isinstance(given, list | tuple) else []:
+            if _takes_path(param) and isinstance(text, str) and (wrong := flaw(text, "local")):
+                option = next((name for name in param.opts if name.startswith("--")), _metavar(param, ctx))
+                fetched = f"`picotrain resume {_shown(text)}` fetches a run" if option == "RUN" and "://" in text else wrong[1]
+                problems.append(Problem(option, wrong[0], fetched))
+    return problems
+
+
+def _takes_path(param: Any) -> bool:
+    """By what typer keeps of a parameter: its annotation, or in older versions click's type."""
+    return "pathlib" in str(getattr(param, "type_descriptor", "")) or getattr(getattr(param, "type", None), "name", "") == "path"
 
 
 def _parsed(command: Any, ctx: Any, args: list[str]) -> tuple[dict[str, Any], list[str], list[Problem]]:

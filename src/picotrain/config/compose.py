@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from picotrain.config import places
 from picotrain.config.groups import GROUPS, check_config_dir, conf_dir, unknown_choice
 from picotrain.config.overrides import Overrides, interpolation, parse
 from picotrain.config.saved import read, yaml_reason
@@ -69,6 +70,8 @@ def _finish(tree: dict[str, Any], words: Overrides) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         problems += [found for found in explain(error, words.doubtful) if found.path not in missing]
+    refused = {problem.path.partition("[")[0] for problem in problems}
+    problems += [found for found in places.problems(tree) if found.path.partition("[")[0] not in refused]
     if problems or words.problems:
         raise ConfigError(problems)
     return config

@@ -28,7 +28,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from picotrain import hardware, invocation
 from picotrain.config.schema import LaunchConfig
-from picotrain.errors import Diverged, Hung, LaunchError, OutOfMemory, PicotrainError, Stopped
+from picotrain.errors import ArchiveBehind, Diverged, Hung, LaunchError, OutOfMemory, PicotrainError, Stopped
 from picotrain.parallel import STACKS_SIGNAL
 from picotrain.ranks import LAUNCHER_PID
 from picotrain.signals import PATIENCE_S, STOP_SIGNALS, StopSignal, ending, noticed
@@ -41,6 +41,7 @@ NAME_S = 600.0  # and for its name to be known at all: schedulers announce it wh
 NODE_0_POLL_S, CONNECT_S, SAY_S = 1.0, 10.0, 30.0  # how often they look, for how long a look takes at most, and a line between
 STACKS_S = 0.3  # what a rank gets to print its stacks in
 KILL_WAIT_S = 10  # how long a killed worker may take to go; one stuck in a driver call is given up
+DONE = (0, Stopped.exit_code, ArchiveBehind.exit_code)  # of workers whose run is saved
 SPOKEN = (PicotrainError.exit_code, Diverged.exit_code, OutOfMemory.exit_code)  # of workers that have told the user what is wrong
 
 
@@ -112,6 +113,7 @@ class Agent(LocalElasticAgent):
         self._deadline: float | None = None  # when workers that were asked to stop are killed
         self._late = False  # they were
         self._stopped = False  # a worker has ended with 75
+        self._behind = False  # one has ended with 5: the archive lacks the end
         self._ended = threading.Event()  # nothing that could wait is left to do
         self._failed: dict[int, tuple[int, int]] = {}  # global rank -> pid, exit code; not those that were killed for it
 
@@ -141,6 +143,8 @@ class Agent(LocalElasticAgent):
             raise LaunchError(f"the workers did not stop within {within} and were killed; a resume goes on from the last save")
         # A worker that dies of the signal that was passed on had not begun, or had ended: nothing is lost.
         failed = {rank: end for rank, end in self._failed.items() if signum is None or end[1] != -signum}
+        if not failed and self._behind:
+            return ArchiveBehind.exit_code
         if not failed:
             return Stopped.exit_code if self._stopped or self._failed else 0
         spoken = [code for _, code in failed.values() if code in SPOKEN]
@@ -193,8 +197,9 @@ class Agent(LocalElasticAgent):
         """One look at the workers: running, all done (finished or stopped), or failed, and then the rest is killed."""
         processes = self._processes()
         codes = {rank: process.poll() for rank, process in processes.items()}
-        failed = {rank: code for rank, code in codes.items() if code not in (None, 0, Stopped.exit_code)}
+        failed = {rank: code for rank, code in codes.items() if code is not None and code not in DONE}
         self._stopped = Stopped.exit_code in codes.values()
+        self._behind = ArchiveBehind.exit_code in codes.values()
         if failed:
             if not self._failed and not self._late:
                 self._failed = {worker_group.workers[rank].global_rank: (processes[rank].pid, code or 0) for rank, code in failed.items()}

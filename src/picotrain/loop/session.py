@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import time
@@ -19,13 +18,13 @@ from torch import nn
 
 from picotrain import checkpoint, evaluation, invocation, optim, report, sampling, schedule
 from picotrain import run as runs
-from picotrain.checkpoint.archive import Archive
 from picotrain.config import Config
 from picotrain.data.lanes import merge_states
 from picotrain.data.stream import Batch, Loader, validation_rows
-from picotrain.errors import CheckpointError, DataError, Diverged, LaunchError, RunError, Stopped
+from picotrain.errors import ArchiveBehind, CheckpointError, DataError, Diverged, LaunchError, RunError, Stopped
 from picotrain.evaluation.suite import core_of_model
 from picotrain.evaluation.together import together
+from picotrain.loop import archiving
 from picotrain.metrics import METRICS, read_metrics
 from picotrain.model import Names, build
 from picotrain.monitor import Monitor, events, profiler
@@ -40,10 +39,11 @@ AFTER_BAD_DATA = "everything up to here is saved: put the shard right and resume
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the loop ended."""
+    """How the loop ended. behind: of rank 0, where the archive lacks the end."""
 
     status: Literal["finished", "stopped"]
     step: int
+    behind: ArchiveBehind | None = None
 
 
 class Session:
@@ -82,7 +82,9 @@ class Session:
         # Compiled code is kept there, not in the system's temporary folder; torch looks when its compiler is imported.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runs.cache_dir(self.config) / "compiled"))
 
-        self.archive = self._start_archive(stack) if parallel.is_main else None
+        self.archive = archiving.start(self.config, self.dir) if parallel.is_main else None
+        if self.archive:
+            stack.callback(self._close_archive)
 
         if self.config.train.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -170,18 +172,11 @@ class Session:
             self.plan.save(self.dir / "plan.json")
         return f"by {full}" + (f"; in windows by {windowed}" if in_windows else "")
 
-    def _start_archive(self, stack: ExitStack) -> Archive | None:
-        section = self.config.archive
-        if section.url is None:
-            return None
-        # Its thread speaks when it likes, also after the console is closed.
-        archive = Archive(
-            section.url, self.dir, interval_s=section.interval_s, min_age_s=section.min_age_s, keep_last=section.keep_last,
-            say=say,
-        )  # fmt: skip
-        stack.callback(lambda: archive.close(min(self.config.archive.close_s, FAILED_CLOSE_S)))  # does nothing after `end`
-        archive.start()
-        return archive
+    def _close_archive(self) -> None:
+        """After an error; behind `end` it does nothing but record what the archive has still to tell."""
+        if self.archive:
+            self.archive.close(min(self.config.archive.close_s, FAILED_CLOSE_S))
+            archiving.record(self.dir, self.state.step if hasattr(self, "state") else 0, self.archive.poll())
 
     @property
     def rolling_due(self) -> bool:
@@ -231,6 +226,8 @@ class Session:
                 self.monitor.checkpoint(saved.step, saved.path, saved.seconds, saved.stall_s)
                 if self.archive:
                     self.archive.wake()
+        for note in self.archive.poll() if self.archive else []:
+            self.monitor.event(self.state.step, *note, shown=False)  # its thread has said it
 
     def _finish_saving(self) -> None:
         """Wait for the last save. Where it failed, try once more, then elsewhere; RunError says where it is."""
@@ -418,14 +415,14 @@ class Session:
                 self._require_saved()  # somebody may have removed the folder since it was saved
             report.console_summary(summary)
         self.watchdog.close()
+        behind = None
         if self.archive:
-            # After a signal the launcher leaves us launch.grace_s in all.
-            stopped_s = self.config.launch.grace_s / 2 if status == "stopped" else math.inf
-            self.archive.close(min(self.config.archive.close_s, stopped_s))
+            stopped = status == "stopped"
+            behind = archiving.finish(self.archive, self.dir, self.config, self.state.step, stopped, lambda: self.stop.requested)
         if self._failure:
             self.parallel.barrier()  # the first rank that raises ends the others, and one of them writes the report
             raise self._failure
-        return Outcome(status, self.state.step)
+        return Outcome(status, self.state.step, behind)
 
     def _restore(self) -> int | None:
         """Go on from the newest whole checkpoint, if there is one; the step it was saved at."""

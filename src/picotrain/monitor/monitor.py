@@ -205,11 +205,11 @@ class Monitor:
             )
             self._console.checkpoint(step, where, n_bytes, seconds)
 
-    def event(self, step: int, name: str, message: str = "") -> None:
-        """Something that happened to the run: started, resumed, stopped, finished, diverged, ..."""
+    def event(self, step: int, name: str, message: str = "", shown: bool = True) -> None:
+        """Something that happened to the run: started, resumed, stopped, finished, diverged, ... shown: on the console, too."""
         time_utc = datetime.now(UTC).isoformat(timespec="seconds")
         self._emit({"step": step, "kind": "event", "name": name, "message": message, "time": time_utc})
-        if self._console:
+        if self._console and shown:
             self._console.event(step, name, message)
 
     # -- what is only shown

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from picotrain import hardware, shape
+from picotrain.config import places
 from picotrain.config.compose import data_preset
 from picotrain.config.identity import run_name
 from picotrain.config.saved import load
@@ -19,7 +20,6 @@ from picotrain.config.schema import Config, DataConfig, MixtureSource
 from picotrain.data import amounts, sources
 from picotrain.data.folder import is_text
 from picotrain.data.prepare import Say, silent
-from picotrain.data.remote import is_url
 from picotrain.errors import ConfigError, Problem
 from picotrain.places import expanded
 from picotrain.plan.memory import facts, total_batch
@@ -34,6 +34,7 @@ ARCHIVED_SAVE_EVERY = 1000  # steps; an archive wants something to mirror
 
 def resolve(config: Config, say: Say = silent) -> Config:
     """The config as `train` writes it; what is decided in words goes to `say`. A resolved config stays as it is. Raises DataError."""
+    _check_cache_dir()
     open_choice = config.hardware.compile == "auto"
     config = decide(_with_absolute_paths(config))
     if open_choice and config.hardware.device == "cuda" and not config.hardware.compile:
@@ -46,16 +47,17 @@ def resolve(config: Config, say: Say = silent) -> Config:
     name = config.run.name or run_name(config)
     config = _set(config, "run", name=name, dir=str(_run_dir(config, name)))
     _check_paths_are_text(config)
+    _check_archive(config)
     return config
 
 
 def _check_paths_are_text(config: Config) -> None:
     """config.yaml is text, and a path of other bytes cannot stand in it. Raises ConfigError."""
     run, coding = config.run, sys.getfilesystemencoding()
-    places = {"run.dir": run.dir, "run.cache_dir": run.cache_dir, "data.path": config.data.path, "tokenizer.path": config.tokenizer.path}
+    paths = {"run.dir": run.dir, "run.cache_dir": run.cache_dir, "data.path": config.data.path, "tokenizer.path": config.tokenizer.path}
     hint = "another name" if coding == "utf-8" else "set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
     rule = f"is a path that is not {coding} text, and config.yaml is text"
-    if problems := [Problem(key, f"{path!a} {rule}", hint) for key, path in places.items() if path and not is_text(path)]:
+    if problems := [Problem(key, f"{path!a} {rule}", hint) for key, path in paths.items() if path and not is_text(path)]:
         raise ConfigError(problems)
 
 
@@ -63,6 +65,18 @@ def cache_dir(config: Config) -> Path:
     """Where corpora and tokenizers are kept: run.cache_dir, else $PICOTRAIN_CACHE, else ~/.cache/picotrain."""
     place = config.run.cache_dir or os.environ.get("PICOTRAIN_CACHE") or "~/.cache/picotrain"
     return expanded(place).absolute()
+
+
+def _check_cache_dir() -> None:
+    if wrong := places.flaw(os.environ.get("PICOTRAIN_CACHE") or "~", "local"):
+        raise ConfigError([Problem("PICOTRAIN_CACHE", *wrong)])
+
+
+def _check_archive(config: Config) -> None:
+    """A run that is mirrored into itself would grow with every pass."""
+    url, run_dir = config.archive.url, config.run.dir
+    if url and run_dir and (how := places.overlap(url, Path(run_dir))):
+        raise ConfigError([Problem("archive.url", f"{places.redacted(url)} {how}, {run_dir}", "a folder elsewhere, best on another disk")])
 
 
 def _set(config: Config, section: str, data: DataConfig | None = None, **values: object) -> Config:
@@ -84,7 +98,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute(path: str | None) -> str | None:
-    return str(expanded(path).absolute()) if path and not is_url(path) else path
+    return str(expanded(path).absolute()) if path and not places.is_url(path) else path
 
 
 def _absolute_source(source: str) -> str:

@@ -69,6 +69,8 @@ def _closing_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("throughput", f"{short(s['median_tok_per_sec'])} tokens/s{mfu}, {clock(s['total_training_time_s'])} of training"))
     if s["failed_evaluations"]:
         lines.append(("warning", f"{s['failed_evaluations']} evaluations failed and have no figures; the report's events say why"))
+    if s["archive_trouble"]:
+        lines.append(("warning", f"the archive is behind: {s['archive_trouble']}"))
     if s["last_checkpoint"]:
         best = f", best {s['best_checkpoint']}" if s["best_checkpoint"] else ""
         lines.append(("checkpoint", f"{s['last_checkpoint']}{best}"))

@@ -85,7 +85,7 @@ class Section:
 def sections(run: Run, s: Summary) -> list[Section]:
     """The report of a run, section by section; without those of which nothing is known."""
     found = [
-        Section("", [Prose(state(s)), *(Note(problem) for problem in run.problems)]),
+        Section("", [Prose(state(s)), *(Note(problem) for problem in _warnings(run, s))]),
         Section("Did it learn?", list(_learned(run, s))),
         Section("Course of the training", [Picture("course")] if run.train else []),
         Section("CORE", list(_core(run, s))),
@@ -99,6 +99,11 @@ def sections(run: Run, s: Summary) -> list[Section]:
         Section("Attempts and events", list(_events(run))),
     ]
     return [section for section in found if section.blocks]
+
+
+def _warnings(run: Run, s: Summary) -> list[str]:
+    behind = [f"The archive is behind: {s['archive_trouble']}"] if s["archive_trouble"] else []
+    return [*run.problems, *behind]
 
 
 def state(s: Summary) -> str:

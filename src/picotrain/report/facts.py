@@ -20,7 +20,8 @@ from picotrain.report.shapes import ConfigShape, DataShape, EvalShape, LineShape
 
 Record = dict[str, Any]
 STEP_FOLDER = "step_[0-9]{1,18}"
-ASIDE = ("profiled", "profile_failed")  # events that say nothing about where a run stands
+ARCHIVE = ("archive_failed", "archive_works")
+ASIDE = ("profiled", "profile_failed", *ARCHIVE)  # events that say nothing about where a run stands
 ENDS = ("finished", "stopped", "diverged", "bad_data")  # events after which a run does not go on by itself
 
 
@@ -134,6 +135,7 @@ def summarise(run: Run, running: bool = False) -> dict[str, Any]:
         "checkpoints": len(whole),
         "resumes": sum(event.get("name") == "resumed" for event in run.events),
         "failed_evaluations": sum(event.get("name") == "evaluation_failed" for event in run.events),
+        "archive_trouble": _archive_trouble(run.events),
         "prompt": next(iter((run.config.get("sampling") or {}).get("prompts") or ()), None),  # the first that samples begin with
         "report": str(run.dir / "report.md"),
     }
@@ -154,6 +156,12 @@ def _status(run: Run, steps_done: int, running: bool) -> str:
     if run.last_event in ENDS:
         return run.last_event
     return "running" if running else "interrupted"
+
+
+def _archive_trouble(events: Sequence[Record]) -> str | None:
+    """What is wrong with the run's archive, as far as its events tell; None: nothing."""
+    last = next((event for event in reversed(events) if event.get("name") in ARCHIVE), {})
+    return str(last.get("message", "")) if last.get("name") == ARCHIVE[0] else None
 
 
 def _source_tokens(train: Sequence[Record]) -> dict[str, int] | None:

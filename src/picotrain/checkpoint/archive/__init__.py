@@ -8,8 +8,8 @@
 The store may be any that fsspec can write: `s3://`, `gs://`, `hf://datasets/...`, `sftp://`, `file://`.
 """
 
-from picotrain.checkpoint.archive.mirror import Archive
-from picotrain.checkpoint.archive.remote import is_archive
+from picotrain.checkpoint.archive.mirror import FAILED, WORKS, Archive, Note
+from picotrain.checkpoint.archive.probe import check, probe
 from picotrain.checkpoint.archive.restore import restore
 
-__all__ = ["Archive", "is_archive", "restore"]
+__all__ = ["FAILED", "WORKS", "Archive", "Note", "check", "probe", "restore"]

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from picotrain.checkpoint.folder import PREFIX, Manifest
+from picotrain.config.places import flaw, is_url, redacted, scheme_of
 from picotrain.config.saved import parse_json
-from picotrain.data.remote.errors import Missing, Transient, reason_of, redacted
-from picotrain.data.remote.store import Store, is_url
+from picotrain.data.remote.errors import Missing, Transient, reason_of
+from picotrain.data.remote.store import Store
 from picotrain.errors import CheckpointError, DataError, RunError
 from picotrain.places import expanded
 
@@ -26,21 +27,15 @@ RENAMING = ("file", "local", "sftp", "ssh")  # where a half-written file would b
 MAX_MANIFEST_BYTES = 16 << 20
 
 
-def is_archive(text: str) -> bool:
-    """Whether this is a URL of a protocol that fsspec knows (`file://` is one), not a local path."""
-    return is_url(text)
-
-
 def open_remote(url: str, stop: threading.Event) -> Remote:
     """The store of an archive; a path without a scheme is a local folder. Nothing is asked of it yet.
 
     Raises RunError when the protocol is unknown or cannot be written, its package is missing, or it connects at once and cannot.
     """
-    scheme, separator, _ = url.partition("://")
-    if not separator:
-        url, scheme = f"file://{expanded(url).absolute()}", "file"
-    if scheme in ("http", "https"):
-        raise RunError(f"archive {redacted(url)}: a web server cannot be written; s3://, gs://, hf://datasets/... or a folder can")
+    if wrong := flaw(url, "write"):
+        raise RunError(f"archive {wrong[0]} ({wrong[1]})")
+    if not is_url(url):
+        url = f"file://{expanded(url).absolute()}"
     try:
         return Remote(url, stop)
     except DataError as error:
@@ -52,12 +47,6 @@ def open_remote(url: str, stop: threading.Event) -> Remote:
 class Remote(Store):
     """The files of an archive by their names below its URL. Raises what a `Store` does: Missing, DataError, Transient; and
     Cancelled once `stop` is set."""
-
-    def _options(self) -> dict[str, Any]:
-        from fsspec import get_filesystem_class
-
-        # Host and user of sftp://; as fsspec.core.url_to_fs does it, for a file system of our own.
-        return get_filesystem_class(self.url.partition("://")[0])._get_kwargs_from_urls(self.url)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file by name, as it is now; names are the store's and not to be trusted (see `escapes`)."""
@@ -77,7 +66,7 @@ class Remote(Store):
         """Replace a file at once: it is never there in part."""
         where, target = self.where(name), self._path(name)
         arriving = target
-        if self.url.partition("://")[0] in RENAMING:
+        if scheme_of(self.url) in RENAMING:
             folder, _, last = target.rpartition("/")
             arriving = f"{folder}/.tmp-{last}"
             self._call(where, "makedirs", folder, exist_ok=True)
@@ -94,7 +83,7 @@ class Remote(Store):
 
     def delete_folder(self, name: str) -> None:
         """Remove an empty folder where folders are more than parts of names."""
-        if self.url.partition("://")[0] in RENAMING:
+        if scheme_of(self.url) in RENAMING:
             with suppress(DataError, Transient):
                 self._call(self.where(name), "rmdir", self._path(name))
 

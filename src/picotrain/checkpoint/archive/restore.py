@@ -25,6 +25,7 @@ from picotrain.checkpoint.archive.remote import (
     steps_in,
 )
 from picotrain.checkpoint.folder import verify, write_pointer
+from picotrain.config.places import overlap
 from picotrain.data.remote.errors import Missing, retry
 from picotrain.errors import CheckpointError, DataError, RunError
 from picotrain.lock import LOCK_FILE
@@ -44,6 +45,8 @@ def restore(url: str, run_dir: Path, say: Say) -> Path:
     run_dir is not empty; CheckpointError when it has checkpoints and none is whole.
     """
     remote = open_remote(url, threading.Event())
+    if how := overlap(url, run_dir):
+        raise RunError(f"archive {remote.shown} {how}, {run_dir}; name another folder")
     if run_dir.exists() and (not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} - {LOCK_FILE, STAGING}):
         raise RunError(f"{run_dir} is not empty; name another folder, or `picotrain resume {run_dir}` if it holds the run already")
     staging = run_dir / STAGING

@@ -4,9 +4,9 @@
 shards into a folder ahead of need. Without torch; fsspec and its protocol packages are imported when a URL is used.
 """
 
-from picotrain.data.remote.errors import redacted
+from picotrain.config.places import is_url, redacted
 from picotrain.data.remote.files import RemoteFiles
 from picotrain.data.remote.manifest import list_shards, manifest_name, read_shards
-from picotrain.data.remote.store import RemoteFile, is_url
+from picotrain.data.remote.store import RemoteFile
 
 __all__ = ["RemoteFile", "RemoteFiles", "is_url", "list_shards", "manifest_name", "read_shards", "redacted"]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import random
-import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from picotrain.config.places import redacted
 from picotrain.errors import DataError
 
 ATTEMPTS = 6  # in a row without any progress
@@ -17,6 +18,9 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 LONGEST_RETRY_AFTER_S = 120.0  # a server may ask for more than a training can wait
 AGAIN = "try again later: what has arrived is kept"
 PASSING = {408, 412, 416, 421, 423, 425, 429}  # the client errors that another attempt may not meet
+
+# Of a disk: what no later attempt mends by itself. A full disk may have room again.
+LASTING = {errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
 
 T = TypeVar("T")
 
@@ -70,21 +74,18 @@ def sorted_error(error: Exception, where: str, reason: str) -> Exception:
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return Missing(f"there is nothing at {where} ({reason}); check the URL, or the rights to list it")
     if isinstance(error, PermissionError) or status in (401, 403):
-        return DataError(f"{where}: access is refused ({reason}); check the credentials, or that the files are public")
+        hint = "the rights of the folder" if where.startswith("file:") else "the credentials, or that the files are public"
+        return DataError(f"{where}: access is refused ({reason}); check {hint}")
     if names & {"NoCredentialsError", "PartialCredentialsError"}:
         hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=true for a public bucket"
         return DataError(f"{where}: there are no credentials for it; {hint}")
     if any(isinstance(link, socket.gaierror) and link.errno != socket.EAI_AGAIN for link in _chain(error)):
         return DataError(f"{where}: there is no such host ({reason}); check the URL and the network")
+    if isinstance(error, OSError) and error.errno in LASTING:
+        return DataError(f"{where} cannot be used: {error.strerror or reason}; another folder would be right")
     if isinstance(error, ValueError) or (status is not None and 400 <= status < 500 and status not in PASSING):
         return DataError(f"{where} cannot be read: {reason}")
     return Transient(reason, _retry_after(error))
-
-
-def redacted(url: str) -> str:
-    """The URL without user, password and the values of its query."""
-    url = re.sub(r"(?<=://)[^/?#@\s]*@", "***@", url)
-    return re.sub(r"([?&][^=&#\s]*=)[^&#\s'\"]*", r"\1***", url)
 
 
 def reason_of(error: BaseException, url: str) -> str:

@@ -13,8 +13,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
+from picotrain.config.places import redacted
 from picotrain.data.corpus import ORIGIN, Shard, read_footer
-from picotrain.data.remote.errors import Cancelled, Transient, redacted, retry
+from picotrain.data.remote.errors import Cancelled, Transient, retry
 from picotrain.data.remote.manifest import manifest_name
 from picotrain.data.remote.store import RemoteFile, Store, open_store
 from picotrain.errors import DataError

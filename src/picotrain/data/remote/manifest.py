@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from picotrain.config.places import redacted
 from picotrain.data.corpus import BadShard, OnBad, Shard, hash_bytes, read_footer, read_json, write_atomic
 from picotrain.data.folder import is_shard_name, words_for_others
-from picotrain.data.remote.errors import Transient, redacted, retry
+from picotrain.data.remote.errors import Transient, retry
 from picotrain.data.remote.store import RemoteFile, Store, open_store
 from picotrain.errors import DataError
 

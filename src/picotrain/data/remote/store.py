@@ -15,16 +15,15 @@ from html.parser import HTMLParser
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
+from picotrain.config.places import flaw, missing_package, redacted, scheme_of
 from picotrain.data.corpus import hash_bytes
-from picotrain.data.remote.errors import Cancelled, Missing, Transient, reason_of, redacted, sorted_error
+from picotrain.data.remote.errors import Cancelled, Missing, Transient, reason_of, sorted_error
 from picotrain.errors import DataError
 
 BLOCK_BYTES = 8 << 20  # a request to a store without streams
 CONNECT_S = 15.0
 STALL_S = 30.0  # without a byte, after which a transfer counts as broken
 POLL_S = 0.1  # how often a wait looks whether it was given up
-INSTALL = {"http": "pip install 'picotrain[http]'", "s3": "pip install 'picotrain[s3]'", "gs": "pip install gcsfs"}
-INSTALL |= {"https": INSTALL["http"], "s3a": INSTALL["s3"], "gcs": INSTALL["gs"]}
 # What the stores call the thing that changes whenever a file does.
 VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "checksum", "generation", "LastModified", "last_modified", "updated", "mtime")
 
@@ -42,16 +41,6 @@ class RemoteFile(NamedTuple):
     digest: str = ""
 
 
-def is_url(path: str) -> bool:
-    """Whether this is a URL of a protocol that fsspec knows (`file://` is one), not a local path."""
-    scheme, separator, _ = path.partition("://")
-    if not separator:
-        return False
-    from fsspec import available_protocols
-
-    return scheme in available_protocols()
-
-
 def open_store(url: str, stop: threading.Event) -> Store:
     """The folder at `url`. Raises DataError when its protocol is unknown or its package is missing."""
     return HttpStore(url, stop) if urlsplit(url).scheme in ("http", "https") else Store(url, stop)
@@ -62,18 +51,19 @@ class Store:
 
     def __init__(self, url: str, stop: threading.Event):
         self.url, self.shown, self._stop = url.rstrip("/"), redacted(url).rstrip("/"), stop
+        if wrong := flaw(url, "read"):
+            raise DataError(f"{wrong[0]} ({wrong[1]})")
         import fsspec
 
-        scheme = url.partition("://")[0]
+        scheme = scheme_of(url)
         try:
             # An instance of our own: no listing of an earlier store, and its connections end with it.
             self._fs: Any = fsspec.filesystem(scheme, skip_instance_cache=True, **self._options())
         except ImportError as error:
-            install = INSTALL.get(scheme, f"install the package that fsspec asks for ({error})")
+            _, install = missing_package(url) or ("", f"install the package that fsspec asks for ({error})")
             raise DataError(f"{self.shown}: {scheme}:// needs another package: {install}") from error
-        except ValueError as error:
-            known = ", ".join(f"{name}://" for name in ("https", "s3", "gs", "hf"))
-            raise DataError(f"{self.shown}: {self._reason(error)}; known are {known} and whatever else fsspec knows") from error
+        except Exception as error:  # some connect at once (sftp://), some need to be told more than a URL does
+            raise DataError(f"{self.shown} cannot be opened: {self._reason(error)}") from error
 
     def where(self, name: str = "") -> str:
         """How a file, or the folder, is called in messages: without credentials."""
@@ -107,7 +97,10 @@ class Store:
             start += len(block)
 
     def _options(self) -> dict[str, Any]:
-        return {}
+        """Host and user of sftp://; as fsspec.core.url_to_fs does it, for a file system of our own."""
+        from fsspec import get_filesystem_class
+
+        return get_filesystem_class(scheme_of(self.url))._get_kwargs_from_urls(self.url)
 
     def _path(self, name: str = "") -> str:
         return self._fs._strip_protocol(f"{self.url}/{name}" if name else self.url)
