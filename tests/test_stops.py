@@ -23,6 +23,7 @@ from test_loop import wait_for, wait_until
 from picotrain import checkpoint
 from picotrain import run as runs
 from picotrain.checkpoint import Saver, saver
+from picotrain.cli.completion import complete
 from picotrain.config import compose
 from picotrain.config.schema import CheckpointConfig
 from picotrain.errors import CheckpointError
@@ -269,3 +270,9 @@ def test_a_user_without_a_home_is_told_what_to_set_and_trains_with_it(tmp_path, 
 def test_a_home_of_an_unknown_user_is_a_users_mistake(tiny, tmp_path, word):
     done = picotrain("train", *tiny(tmp_path / "run", word))
     assert done.returncode == 2 and "nobody-of-this-name" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_home_of_an_unknown_user_completes_to_nothing():
+    assert complete(["eval", "~nobody-of-this-name/run", "--checkpoint"], "l") == ["last"]
+    assert complete(["train", "--config-dir", "~nobody-of-this-name/conf"], "model=d1") == ["model=d12", "model=d16"]
+    assert complete(["resume"], "~nobody-of-this-name/") == []

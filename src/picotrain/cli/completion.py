@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from picotrain.cli.shells import SHELLS
-from picotrain.places import expanded
 
 BENCHMARKS = (
     "matmul",
@@ -182,13 +181,13 @@ def runs(start: str) -> list[str]:
 
 def checkpoints(run: str) -> list[str]:
     """last, best, and the steps of a run's checkpoints."""
-    steps = sorted(int(path.name[5:]) for path in expanded(run).glob("checkpoints/step_*") if path.name[5:].isdecimal())
+    steps = sorted(int(path.name[5:]) for path in Path(os.path.expanduser(run)).glob("checkpoints/step_*") if path.name[5:].isdecimal())
     return ["last", "best", *map(str, steps)]
 
 
 def _models(start: str) -> list[str]:
     run, at, which = start.rpartition("@")
-    if at and expanded(run).is_dir():
+    if at and Path(os.path.expanduser(run)).is_dir():
         return [f"{run}@{name}" for name in _starting(which, checkpoints(run)[1:])]
     return folders(start)
 
@@ -241,5 +240,5 @@ def _config_dir(words: Sequence[str]) -> Path | None:
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name, _, value = word.partition("=")
         if name == "--config-dir" and (value or following):
-            return expanded(value or following)
+            return Path(os.path.expanduser(value or following))
     return None
