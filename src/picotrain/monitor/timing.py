@@ -48,7 +48,7 @@ class HostTimer:
         return second - first
 
     def collect(self, values: Values) -> Values:
-        return values | {"loss": float(values["loss"])}  # what follows it in the step is there soon after
+        return {**values, "loss": float(values["loss"])}  # what follows it in the step is there soon after
 
     def fetch(self, collected: Values, there: float) -> Values:
         return collected
