@@ -16,7 +16,7 @@ def set_up_compiler() -> None:
 
     # Under DDP a graph is cut where a bucket of gradients ends, so that one of a whole model can send while its backward runs. Blocks
     # are compiled one by one, which gives that anyway: each would only be cut into pieces (5 graphs for 2, on two ranks).
-    dynamo.optimize_ddp = False  # type: ignore[assignment]
+    dynamo.optimize_ddp = False
     # Graphs with an autograd.Function in them are kept, too: without it every start traces the block anew, for 1.2 s. Their key holds
     # forward and backward as they were traced.
     _set(functorch, "autograd_cache_allow_custom_autograd_functions", "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD")
