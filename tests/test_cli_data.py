@@ -219,4 +219,4 @@ def test_download_refuses_more_shards_than_there_are(command: Callable[..., Done
 def test_help_teaches_with_an_example(command: Callable[..., Done], name: str) -> None:
     done = command(name, "--help")
     assert done.code == 0
-    assert f"Example: `picotrain data {name}" in done.out
+    assert f"  picotrain data {name} " in done.out

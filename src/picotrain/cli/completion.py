@@ -23,6 +23,7 @@ BENCHMARKS = (
     "core",
     "peers",
     "variants",
+    "busy",
 )  # those of picotrain.bench, which takes long to import; a test compares them
 PATH_KEYS = ("run.dir", "run.cache_dir", "data.path", "tokenizer.path", "archive.url", "evaluation.core.bundle")
 _SPECIAL = re.compile(r"""([\s"'\\$`&|;<>()*?\[\]{}!#])""")  # to bash and zsh; a ~ stays what it is

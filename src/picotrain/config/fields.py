@@ -40,6 +40,7 @@ Size = Annotated[int, Field(gt=0, le=2**20), Number]  # of a model, a micro-batc
 Words = Annotated[int, Field(gt=0, le=2**24), Number]  # tokens of a row, a vocabulary, a sample
 PositiveFloat = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False), Number]
 Large = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False), Number]  # floating-point operations
+Rate = Annotated[float, Field(gt=0, le=1e20, allow_inf_nan=False), Number]  # what diverges is said by training
 Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS, allow_inf_nan=False), Number]
 NonNegative = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False), Number]
 Fraction = Annotated[float, Field(ge=0, le=1), Number]

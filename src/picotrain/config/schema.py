@@ -24,6 +24,7 @@ from picotrain.config.fields import (
     Number,
     Positive,
     PositiveFloat,
+    Rate,
     Seconds,
     Section,
     Seed,
@@ -193,10 +194,10 @@ class OptimizerConfig(Section):
     """AdamW, or Muon for matrices beside it, with one rate for matrices, one for the embedding and one for the head."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    matrix_lr: PositiveFloat
-    embed_lr: PositiveFloat
-    head_lr: PositiveFloat
-    scalar_lr: PositiveFloat = 0.02  # of residual scalars and smear
+    matrix_lr: Rate
+    embed_lr: Rate
+    head_lr: Rate
+    scalar_lr: Rate = 0.02  # of residual scalars and smear
     beta1: Decay = 0.9
     beta2: Decay = 0.95
     eps: PositiveFloat = 1e-10
