@@ -192,7 +192,7 @@ STREAM = "dataloader_state_dict"
         (put("loop_state", "smoother", value={"mean": 1.0}), "smoothed loss"),
         (put("loop_state", "skipped", value=8), "8 updates of 7"),
         (put("loop_state", "val_bpb_step", value=8), "validation at step 8"),
-        (put("loop_state", "total_training_time_s", value=-1.0), "no time"),
+        (put("loop_state", "total_training_time", value=-1.0), "no time"),
     ],
 )
 def test_a_state_that_contradicts_itself_is_refused_by_name_though_its_hash_fits(tmp_path: Path, change, named: str):

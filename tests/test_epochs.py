@@ -176,7 +176,7 @@ def stdlib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_epoch_of_real_text_is_every_row_once_and_the_steps_are_counted(tmp_path, stdlib, tiny, lanes):
     words = [word for word in tiny(tmp_path / "run", f"data.path={stdlib}", "data.unit_bytes=1", f"data.lanes={lanes}", "run.seed=3")]
     words = [word for word in words if not word.startswith("train.max_steps")] + ["train.num_train_epochs=1"]
-    _, plan, data, tokenizer = runs.gather(runs.locate(compose(words)), lambda _: None)
+    _, plan, data, tokenizer = runs.gather(runs.resolve(compose(words)), lambda _: None)
     (source,) = data.sources
     found = units(source.corpus.shards, plan.unit_bytes)
     assert len(found) == 9

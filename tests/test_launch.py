@@ -42,7 +42,7 @@ from picotrain.config.schema import HardwareConfig, ParallelConfig
 from picotrain.errors import DataError
 section = types.SimpleNamespace(hardware=HardwareConfig(device="cpu", threads=2), parallel=ParallelConfig())
 picotrain.worker.load = lambda path: section
-Outcome = types.SimpleNamespace
+Outcome = lambda **facts: types.SimpleNamespace(**dict(dict(behind=None), **facts))
 def train(run, ranks, stop):
 {body}
 sys.modules["picotrain.loop"] = picotrain.loop = types.SimpleNamespace(train=train)

@@ -37,6 +37,7 @@ def a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware, "detect", lambda: GPUS)
+    monkeypatch.setattr("picotrain.parallel.unusable_gpus", lambda *gpu: ("", ""))
 
 
 @pytest.fixture

@@ -52,8 +52,8 @@ def test_training_a_tokenizer_tells_how_much_it_has_read(corpus_dir: Path, tmp_p
     said: list[str] = []
     sample = sources.Mixture.sample
 
-    def slow(self: sources.Mixture, max_bytes: int) -> Iterator[str]:
-        for i, text in enumerate(sample(self, max_bytes)):
+    def slow(self: sources.Mixture, max_bytes: int, *rest: object) -> Iterator[str]:
+        for i, text in enumerate(sample(self, max_bytes, *rest)):  # type: ignore[arg-type]
             if i == 5:
                 assert waits_for(said, "training the tokenizer: read ")
             yield text
