@@ -103,7 +103,7 @@ def nanogpt(checkout: Path, text: Path, folder: Path) -> tuple[float, float]:
     _ended([sys.executable, "data/shakespeare_char/prepare.py"], home)
     seconds, _ = _ended([sys.executable, "train.py", *NANOGPT], home)
     _, nats = _ended([sys.executable, "-c", NANOGPT_BITS], home)
-    return float(nats) / math.log(2), seconds
+    return float(nats.split()[-1]) / math.log(2), seconds
 
 
 def picotrain(text: Path, steps: int, more: list[str], folder: Path) -> tuple[float, float]:
