@@ -52,6 +52,12 @@ class ByteTokenizer:
         return np.frombuffer(b"".join(raw), np.uint8).astype(np.uint32), np.cumsum([0, *map(len, raw)])
 
 
+class ForgetfulTokenizer(ByteTokenizer):
+    def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        self.seen.clear()
+        return super().encode_flat(texts)
+
+
 def text_of(row: list[int]) -> str:
     return bytes(id for id in row if id != BOS).decode(errors="replace")
 
@@ -76,9 +82,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return write(tmp_path_factory.mktemp("stream"), numbered(40, 1), numbered(56, 2), numbered(9, 3))
 
 
-def loader(corpus: Corpus, dp_rank: int = 0, dp_size: int = 1, **changes: object) -> Loader:
+def loader(corpus: Corpus, dp_rank: int = 0, dp_size: int = 1, tokenizer: ByteTokenizer | None = None, **changes: object) -> Loader:
     settings = {"lanes": 8, "device_batch_size": 2, "rows_per_step": 16, "seq_len": SEQ_LEN, "unit_bytes": UNIT_BYTES, "seed": SEED}
-    return Loader(corpus, ByteTokenizer(), dp_rank=dp_rank, dp_size=dp_size, **(settings | changes))  # type: ignore[arg-type]
+    return Loader(corpus, tokenizer or ByteTokenizer(), dp_rank=dp_rank, dp_size=dp_size, **(settings | changes))  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -522,7 +528,8 @@ def test_batches_on_cuda_are_those_of_the_cpu(corpus):
 def traced_peak(corpus: Corpus, num_batches: int, lanes: int) -> int:
     """Bytes at the peak of numpy's and Python's allocations while batches are taken; the manifest is not among them."""
     tracemalloc.start()
-    with loader(corpus, lanes=lanes, seq_len=63, unit_bytes=1, rows_per_step=2, device_batch_size=2) as batches:
+    settings = {"seq_len": 1023, "unit_bytes": 1, "rows_per_step": 2, "device_batch_size": 2}
+    with loader(corpus, lanes=lanes, tokenizer=ForgetfulTokenizer(), **settings) as batches:
         before = tracemalloc.get_traced_memory()[0]
         for _ in range(num_batches):
             next(batches)
@@ -535,13 +542,15 @@ def test_memory_stays_within_the_stated_bound_whatever_the_number_of_shards(tmp_
     slice_bytes, lanes = 1 << 18, 4
     monkeypatch.setattr(slices, "MIN_SLICE_BYTES", slice_bytes)
     monkeypatch.setattr(slices, "READ_BYTES", 1 << 15)
-    # Row groups of four slices each; the fewer shards are passed over several times.
+    # Row groups of four slices each. The fewer shards are passed over three times, the more ones half.
     texts = ["word " * 400] * (4 * slice_bytes // 2000)
     few = write(tmp_path / "few", *[texts] * 4, ["v"], group=len(texts))
     many = write(tmp_path / "many", *[texts] * 24, ["v"], group=len(texts))
-    # All workers hold a slice at once sooner or later, but not in every pass: the fewer shards are measured before and after.
-    peaks = [traced_peak(corpus, 4000, lanes) for corpus in (few, many, few)]
     of_a_slice = 5 + 4 + 2  # bytes: text, ids, rows; this tokenizer makes a token of every byte
     bound = lanes * 2 * slice_bytes * 2 + stream.WORKERS * slice_bytes * of_a_slice + (1 << 20)
-    assert max(peaks) < bound
-    assert peaks[1] < max(peaks[0], peaks[2]) + slice_bytes  # six times the shards, no more memory
+    # A peak has two values, a slice's making apart: both workers make a slice at the same moment, or they do not.
+    # The threads' timing decides, so two corpora's peaks may differ by that much; the promise is the bound.
+    num_batches = 6000
+    assert num_batches * 2 * 1024 * 2 > 2 * bound  # a loader that keeps the ids it has made is found out
+    for corpus in (few, many):
+        assert traced_peak(corpus, num_batches, lanes) < bound
