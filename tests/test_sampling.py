@@ -12,7 +12,7 @@ from torch import Tensor
 
 from picotrain import sampling
 from picotrain.config.schema import ModelConfig, SamplingConfig
-from picotrain.model import GPT
+from picotrain.model import GPT, KVCache
 from picotrain.sampling import Sample, complete, generate, generate_rows, next_ids, stream_text
 
 BOS_ID = 256
@@ -129,6 +129,42 @@ def test_the_mode_of_the_model_and_its_gradients_stay_as_they_are(model, trainin
     assert model.training is training
     assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("default")  # inductor's own
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_was_cast_once_gives_the_same_logits_and_leaves_the_weights_alone(compiled):
+    features = {"residual_scalars": True, "smear": True, "value_embeds": True, "window_pattern": "SL"}
+    trained = GPT(ModelConfig(depth=2, head_dim=16, width=32, **features), VOCAB, SEQ_LEN, torch.bfloat16)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.normal_(0, 0.5, generator=generator)
+    before = {name: weight.clone() for name, weight in trained.state_dict().items()}
+    ids = torch.randint(VOCAB, (2, SEQ_LEN), generator=generator)
+    trained(ids, ids).backward()
+    if compiled:
+        trained.compile_blocks()
+    cast = trained.cast()
+    with torch.no_grad():
+        expected, found = (one(ids, cache=KVCache(one, 2, SEQ_LEN)) for one in (trained, cast))
+    assert torch.equal(expected, found)
+    assert cast.head.weight.dtype == torch.bfloat16
+    assert cast.residual_scalars.stream is trained.residual_scalars.stream
+    assert {weight.dtype for weight in trained.parameters()} == {torch.float32}
+    assert all(torch.equal(weight, before[name]) for name, weight in trained.state_dict().items())
+    assert all(weight.grad is not None for weight in trained.blocks.parameters())
+
+
+def test_a_caller_that_reads_token_by_token_keeps_its_threads(model):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        stream = generate(model, [BOS_ID], 3, temperature=0, top_k=None, seed=0)
+        next(stream)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_caller_that_reads_token_by_token_keeps_its_own_gradient_mode(model):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class GPT(nn.Module):
     """The model of a config, for `vocab_size` ids and rows of up to `seq_len` tokens.
 
     Its weights hold nothing meaningful until `init_weights` or a checkpoint has filled them. For inference only,
-    `model.to(model.compute_dtype)` gives the same numbers without casting weights at every call.
+    `model.to(model.compute_dtype)` and `model.cast()` give the same numbers without casting weights at every call.
     """
 
     cos: Tensor  # (seq_len, 1, D / 2), fp32
@@ -112,6 +113,21 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """All weights, padding of the vocabulary included."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.no_grad()
+    def cast(self) -> GPT:
+        """This model for many small calls: its matrices cast once, in memory of their own; all else is shared. Not for training.
+
+        A call that reads one token casts as many numbers as it multiplies, so generating without this takes twice as long.
+        """
+        if self.embed.weight.dtype == self.compute_dtype:
+            return self
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        shared |= {id(self._kernels): self._kernels, id(self._attends): {}}
+        for weight in self.parameters():
+            if weight.dim() > 1:
+                shared[id(weight)] = nn.Parameter(weight.to(self.compute_dtype), requires_grad=False)
+        return copy.deepcopy(self, shared)
 
     def choose_kernels(self, forced: Names, kept: Names) -> tuple[Choice, Choice]:
         """Choose kernels for full rows on the device that the weights are on, and use them; see `picotrain.model.kernels.select`."""
