@@ -146,6 +146,14 @@ def test_a_cpu_compiles_where_that_pays_and_can_be_done(monkeypatch: pytest.Monk
     assert decided("train.max_steps=3", "hardware=cpu", "hardware.compile=true").hardware.compile is True
 
 
+def test_a_horizon_in_epochs_compiles_by_the_size_of_the_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hardware, "has_compiler", lambda: True)
+    for megabytes, compiled in ((1, False), (40, True)):
+        (text := tmp_path / f"{megabytes}.txt").write_bytes(b"word " * (megabytes * 200_000))
+        words = ["hardware=cpu", "model=d2", "data=files", f"data.path={text}", "train.num_train_epochs=1", f"run.cache_dir={tmp_path}"]
+        assert plan.resolve(compose(words)).hardware.compile is compiled
+
+
 def test_data_auto_depends_on_the_horizon():
     tokens_of_30_mb = 30e6 / plan.estimate_bytes_per_token(32_768)
     for epochs, choice in ((19, "pystdlib"), (21, "climbmix")):

@@ -20,7 +20,7 @@ from picotrain.config.schema import Config, DataConfig, MixtureSource
 from picotrain.data import amounts, sources
 from picotrain.data.folder import is_text
 from picotrain.data.prepare import Say, silent
-from picotrain.errors import ConfigError, Problem
+from picotrain.errors import ConfigError, DataError, Problem
 from picotrain.places import expanded
 from picotrain.plan.memory import facts, total_batch
 
@@ -41,6 +41,8 @@ def resolve(config: Config, say: Say = silent) -> Config:
         say(f"not compiled, which is slower: torch.compile needs {hardware.compiler_for_gpus()}")
     there = _existing(config)
     config = _set(config, "data", data=_with_shards(config, _data(config, there, say), there))
+    if open_choice and config.train.num_train_epochs and config.hardware.device == "cpu":
+        config = _set(config, "hardware", compile=_compile_pays(config, "cpu", True, _epoch_tokens(config)))
     if config.archive.url and config.train.save_every == -1:
         say(f"an archive is set: train.save_every={ARCHIVED_SAVE_EVERY}, so that there is something to mirror")
         config = _set(config, "train", save_every=ARCHIVED_SAVE_EVERY)
@@ -156,12 +158,23 @@ def decide(config: Config) -> Config:
     )
 
 
-def _compile_pays(config: Config, device: str, is_here: bool) -> bool:
+def _compile_pays(config: Config, device: str, is_here: bool, epoch_tokens: float | None = None) -> bool:
     """Always on a GPU, unless this machine has one and lacks a compiler. On a CPU where there is a C++ compiler and enough to do for what
     it costs (docs/log.md, 2026-11-25)."""
     if device != "cpu":
         return device == "cuda" and not (is_here and hardware.compiler_for_gpus())
-    return hardware.has_compiler() and horizon_tokens(config, None)[0] * facts(config)[3] > COMPILE_FLOPS
+    return hardware.has_compiler() and horizon_tokens(config, epoch_tokens)[0] * facts(config)[3] > COMPILE_FLOPS
+
+
+def _epoch_tokens(config: Config) -> float | None:
+    """About how many tokens one pass over the data has; None: not known before something was fetched."""
+    try:
+        found = [amount.text_bytes for amount in amounts.estimate(config.data, cache_dir(config))]
+    except DataError:  # whoever opens the data says what is wrong with it
+        return None
+    if None in found:
+        return None
+    return sum(text_bytes or 0 for text_bytes in found) / estimate_bytes_per_token(config.tokenizer.vocab_size)
 
 
 # The horizon ----------------------------------------------------------------------------------------------
