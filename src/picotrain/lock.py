@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
+from picotrain.disk import is_at
 from picotrain.errors import RunError
 from picotrain.terminal import say
 
@@ -124,10 +125,7 @@ class RunLock:
 
     def _is_current(self, file: TextIO) -> bool:
         """Whether the path still leads to this file."""
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), os.lstat(self.path))
-        except FileNotFoundError:
-            return False
+        return is_at(file.fileno(), self.path)
 
     def _keep(self, file: TextIO) -> None:
         # From exclusive to shared is not atomic: whoever gets in between has the directory, and this start has not.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -27,10 +26,10 @@ from picotrain import __version__, checkout, hardware
 from picotrain import plan as planning
 from picotrain.config import Config, dump, load, places
 from picotrain.config.identity import classify_change, diff
-from picotrain.config.saved import is_own_json, parse_json, read_plain, write_whole
 from picotrain.data import amounts, counts, sources
 from picotrain.data import recorded as recorded_data
 from picotrain.data.mixture import Mixture
+from picotrain.disk import is_own_json, parse_json, read_plain, write_json, write_whole
 from picotrain.errors import ConfigError, DataError, Problem, RunError
 from picotrain.plan import Plan, fp8, repeats
 from picotrain.plan.resolve import cache_dir
@@ -372,8 +371,8 @@ def create(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
         if tokenizer.path != run_dir / "tokenizer.json":
             (run_dir / "tokenizer.json").write_bytes(without_bom(tokenizer.path.read_bytes()))  # what others read has none
         described = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "encoder": tokenizer.encoder}
-        _write_json(run_dir / "data.json", {"corpus": material.corpus.to_json(), "tokenizer": described})
-        _write_json(run_dir / "environment.json", environment(material.config))
+        write_json(run_dir / "data.json", {"corpus": material.corpus.to_json(), "tokenizer": described})
+        write_json(run_dir / "environment.json", environment(material.config))
         material.plan.save(run_dir / "plan.json")
         for folder in (attempt, run_dir):
             write_whole(folder / "overrides.txt", "".join(f"{line}\n" for line in overrides))
@@ -442,10 +441,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def all_problems(*checks: Callable[[], object]) -> None:

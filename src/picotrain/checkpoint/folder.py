@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -10,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import xxhash
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from picotrain.config.saved import parse_json, read_plain
+from picotrain import disk
+from picotrain.disk import read_plain
 from picotrain.errors import CheckpointError
 from picotrain.metrics import plain
 
@@ -77,7 +76,7 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"{path.name} is damaged: {name} is missing or no plain file")
         if file.stat().st_size != expected.bytes:
             raise CheckpointError(f"{path.name} is damaged: {name} has {file.stat().st_size:,} bytes, not {expected.bytes:,}")
-        if hash_file(file) != expected.xxh3_64:
+        if disk.content_hash(file) != expected.xxh3_64:
             raise CheckpointError(f"{path.name} is damaged: the content of {name} does not match its hash")
 
 
@@ -216,42 +215,25 @@ def read_pointer(path: Path) -> str:
 
 def write_pointer(root: Path, name: str, target: Path) -> None:
     """Replace a one-line pointer file at once."""
-    tmp = root / f".{name}.tmp"
-    tmp.write_text(target.name + "\n")
-    _put(tmp, root / name)
+    disk.write_whole(root / name, target.name + "\n", _put)
 
 
 def describe(path: Path) -> dict[str, Any]:
     """What a manifest says of a file: its size in bytes and its hash."""
-    return {"bytes": path.stat().st_size, "xxh3_64": hash_file(path)}
-
-
-def hash_file(path: Path) -> str:
-    """XXH3 (64 bits) of a file's content as 16 hex digits."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    return {"bytes": path.stat().st_size, "xxh3_64": disk.content_hash(path)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError where there is none."""
     try:
-        value = parse_json(read_plain(path))
+        return disk.read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
-    return value
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object to disk, whole or not at all."""
-    tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text(json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
-    fsync(tmp)
-    _put(tmp, path)
+    disk.write_json(path, plain(value), _put)
 
 
 def _put(tmp: Path, path: Path) -> None:
@@ -261,12 +243,3 @@ def _put(tmp: Path, path: Path) -> None:
     except IsADirectoryError:
         set_aside(path)
         os.replace(tmp, path)
-
-
-def fsync(path: Path) -> None:
-    """Return when a file's content, or a folder's names, are on disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
-from picotrain.checkpoint.folder import describe, fsync, is_whole, read_json, set_aside, step_dir, write_json, write_pointer
+from picotrain import disk
+from picotrain.checkpoint.folder import describe, is_whole, read_json, set_aside, step_dir, write_json, write_pointer
 from picotrain.checkpoint.retain import is_rolling, retain, sweep
 from picotrain.config.schema import CheckpointConfig
 from picotrain.errors import CheckpointError
@@ -204,14 +205,14 @@ def write(root: Path, parts: dict[str, Tensors], scalars: dict[str, Any], shard_
                 raise FileNotFoundError(2, "the run directory is gone", str(root.parent))
             files = {path.name: describe(path) for path in sorted(tmp.iterdir())}
             write_json(tmp / "manifest.json", {"rolling": rolling, "files": files})
-            fsync(tmp)
+            disk.fsync(tmp)
             if os.path.lexists(final):  # a damaged one of the same step: a whole one is never written twice
                 set_aside(final)
             tmp.rename(final)
         except OSError:
             shutil.rmtree(tmp, ignore_errors=True)  # a full disk has no room for halves
             raise
-    fsync(root)
+    disk.fsync(root)
     write_pointer(root, "latest", final)
     return final
 

@@ -25,7 +25,7 @@ from picotrain.bench.table import Row, rows
 from picotrain.cli import say
 from picotrain.config import compose
 from picotrain.config.keys import nearest
-from picotrain.config.saved import is_own_json, write_whole
+from picotrain.disk import is_own_json, write_whole
 from picotrain.errors import PicotrainError
 from picotrain.hardware import Machine
 from picotrain.plan import pace

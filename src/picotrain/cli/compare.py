@@ -15,9 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from picotrain import run as runs
 from picotrain.cli import announced, fairness, say
 from picotrain.cli.subjects import Given, Loaded, find_all, load
-from picotrain.config.saved import is_own_page, write_whole
 from picotrain.config.schema import Config, SamplingConfig
 from picotrain.data.origins import Document, validation_documents
+from picotrain.disk import is_own_page, write_whole
 from picotrain.errors import PicotrainError, RunError
 from picotrain.evaluation import EvaluationFailed, comparison
 from picotrain.evaluation.bundle import Bundle, read_bundle

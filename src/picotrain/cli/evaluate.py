@@ -32,9 +32,9 @@ from picotrain.cli import checks, say
 from picotrain.cli.checks import Options as Options
 from picotrain.cli.commands import load_model
 from picotrain.cli.subjects import checkpoint_key, folder_key
-from picotrain.config.saved import is_own_json, write_whole
 from picotrain.data.origins import validation_documents, validation_origins
 from picotrain.data.stream import validation_rows
+from picotrain.disk import is_own_json, write_whole
 from picotrain.errors import PicotrainError, RunError
 from picotrain.evaluation import EvaluationFailed
 from picotrain.evaluation.bundle import Bundle

@@ -1,13 +1,9 @@
-"""Configs as plain YAML: writing one, and reading it back without trusting it. `read_plain`, `parse_json`, `write_whole`: of any file."""
+"""Configs as plain YAML: writing one, and reading it back without trusting it."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
-import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from yaml.composer import ComposerError
@@ -16,12 +12,11 @@ from yaml.constructor import ConstructorError
 from picotrain.config.overrides import interpolation
 from picotrain.config.schema import SCHEMA_VERSION, Config
 from picotrain.config.validate import strings, validate
+from picotrain.disk import read_plain
 from picotrain.errors import ConfigError, Problem
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_DEPTH = 50
 MAX_KEYS = 1000  # of a section; each that is wrong is compared with all that there are
-MAX_JSON_BYTES = 256 << 20  # the data.json of a corpus of 100,000 shards
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -92,95 +87,6 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text, whole or not at all: a process that is killed in between leaves what was there before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_plain(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """The content of a regular file. Raises OSError for anything else, without waiting for it, and for more than `max_bytes`."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO without a writer would block
-    with open(fd, "rb") as file:
-        status = os.fstat(fd)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        if status.st_size > max_bytes:
-            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, and at most {max_bytes:,} are read")
-        return file.read(max_bytes)
-
-
-def is_own_json(path: Path, *keys: str) -> bool:
-    """Whether nothing is at `path`, or a JSON object with these keys, as picotrain writes it: only that may be written anew."""
-    if _is_nothing(path):
-        return True
-    try:
-        found = parse_json(read_plain(path))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and set(keys) <= found.keys()
-
-
-def _is_nothing(path: Path) -> bool:
-    """Whether nothing is there that could be lost: no file, or an empty one."""
-    return not os.path.lexists(path) or (path.is_file() and not path.is_symlink() and not path.stat().st_size)
-
-
-def is_own_picture(path: Path) -> bool:
-    """Whether nothing is at `path`, or a PNG as picotrain makes them: without the name of a program, which others write."""
-    if _is_nothing(path):
-        return True
-    try:
-        head = read_plain(path)[:512]
-    except OSError:
-        return False
-    return head.startswith(b"\x89PNG\r\n") and b"Software" not in head
-
-
-def is_own_text(path: Path, first_line: str) -> bool:
-    """Whether nothing is at `path`, or a text that begins with this line."""
-    if _is_nothing(path):
-        return True
-    try:
-        return read_plain(path).decode("utf-8", "replace").split("\n", 1)[0] == first_line
-    except OSError:
-        return False
-
-
-def is_own_page(path: Path) -> bool:
-    """Whether nothing is at `path`, or a page of HTML that picotrain made."""
-    if _is_nothing(path):
-        return True
-    try:
-        return b'<meta name="generator" content="picotrain">' in read_plain(path)[:4096]
-    except OSError:
-        return False
-
-
-def parse_json(data: bytes | str) -> Any:
-    """Strict JSON. Raises ValueError, also for NaN, which JSON does not have, and for brackets without end."""
-    try:
-        value = json.loads(data, parse_constant=_refuse_constant)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    level = [value] if isinstance(value, dict | list) else []
-    for _ in range(MAX_DEPTH):  # whoever walks the value may recurse
-        inner = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
-        if not (level := [item for item in inner if isinstance(item, dict | list)]):
-            return value
-    raise ValueError("it is nested too deeply")
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _refuse(path: Path, message: str, hint: str = "") -> ConfigError:

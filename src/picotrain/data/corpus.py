@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from picotrain.config.saved import parse_json, read_plain
 from picotrain.data.files import Files, LocalFiles
 from picotrain.data.folder import Chosen, Found, choose, find_shards, validating
 from picotrain.data.footers import (  # noqa: F401
@@ -38,6 +37,7 @@ from picotrain.data.footers import (  # noqa: F401
     require_regular,
 )
 from picotrain.data.units import Unit, Units, default_lanes, default_unit_bytes, units  # noqa: F401
+from picotrain.disk import find_json, write_whole
 from picotrain.errors import DataError
 from picotrain.places import expanded
 from picotrain.terminal import say
@@ -156,7 +156,7 @@ def scan(
     else:
         val = validating(names, str(root), val_shard)
         chosen = Chosen([name for name in names if name != val], val, [])
-    corpus = assemble(name, root, shards, chosen, read_json(root / ORIGIN))
+    corpus = assemble(name, root, shards, chosen, find_json(root / ORIGIN))
     for line in (*words, *chosen.words):
         say(line)
     return corpus
@@ -232,25 +232,6 @@ def hint_for(path: Path) -> str:
     return f"; {parent} exists" + (f" and holds {close[0]!r}" if close else f" and holds no {missing!r}")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object, or None when the file is missing or damaged."""
-    try:
-        data = parse_json(read_plain(path))
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, then rename it: readers see the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _thin(texts: list[str], share: int) -> Iterator[str]:
     """About `share` characters of these texts: every k-th document, the last one cut."""
     total = sum(map(len, texts))
@@ -312,7 +293,7 @@ def manifest_of(root: Path, cache: Path) -> Path:
 
 def manifest_entries(path: Path) -> dict[str, tuple[list[int], Shard]] | None:
     """What a manifest of ours holds: (size and time, shard) by name; None for any other file."""
-    data = read_json(path) or {}
+    data = find_json(path) or {}
     try:
         entries = {entry["name"]: (entry["stat"], Shard.from_json(entry)) for entry in data["files"]}
     except (KeyError, TypeError, ValueError):
@@ -328,7 +309,7 @@ def _write_manifest(path: Path, entries: dict[str, tuple[list[int], Shard]]) -> 
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if _is_writable(path.parent):
-            write_atomic(path, data)
+            write_whole(path, data)
 
 
 def _is_writable(folder: Path) -> bool:

@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from picotrain import hardware
-from picotrain.data.corpus import Corpus, hash_bytes, write_atomic
+from picotrain.data.corpus import Corpus, hash_bytes
 from picotrain.data.mixture import Mixture, Source, UnitRows
 from picotrain.data.packing import count_rows
 from picotrain.data.slices import Encoder, slice_bytes, tokenized
 from picotrain.data.units import COUNT_BYTES, Unit, units
+from picotrain.disk import write_whole
 from picotrain.errors import DataError
 
 LARGE_BYTES = 32 << 20  # text from which on the counting is worth a line
@@ -123,7 +124,7 @@ def _write(path: Path, lengths: Lengths) -> None:
     np.savez_compressed(raw, **lengths._asdict())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, raw.getvalue())
+        write_whole(path, raw.getvalue())
     except OSError:
         return
 

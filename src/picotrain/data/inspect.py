@@ -17,10 +17,11 @@ from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from picotrain.data.corpus import MANIFEST, ORIGIN, TEXT, Shard, found_in, manifest_entries, manifest_of, read_footer, read_json
+from picotrain.data.corpus import MANIFEST, ORIGIN, TEXT, Shard, found_in, manifest_entries, manifest_of, read_footer
 from picotrain.data.folder import Chosen, choose
 from picotrain.data.footers import first_line, opened, raising
 from picotrain.data.prepare import content_hash
+from picotrain.disk import find_json
 from picotrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -332,7 +333,7 @@ def _manifest(folder: Path, cache: Path | None) -> dict[str, Shard]:
 
 
 def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    shards = (read_json(folder / ORIGIN) or {}).get("shards")
+    shards = (find_json(folder / ORIGIN) or {}).get("shards")
     return shards if isinstance(shards, dict) else {}
 
 

@@ -21,7 +21,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from picotrain.config.compose import data_preset
-from picotrain.config.saved import read_plain
 from picotrain.config.schema import DataConfig
 from picotrain.data import hub
 from picotrain.data.corpus import (
@@ -31,13 +30,12 @@ from picotrain.data.corpus import (
     Remote,
     assemble,
     hash_bytes,
-    read_json,
     scan,
-    write_atomic,
 )
 from picotrain.data.folder import RULE, choose, has_shards
 from picotrain.data.mixture import Mixture, Source
 from picotrain.data.prepare import Input, Progress, Say, Undecodable, identify, locked, look, prepare, silent
+from picotrain.disk import find_json, read_plain, write_whole
 from picotrain.errors import ConfigError, DataError, Problem, TokenizerError
 from picotrain.places import expanded
 from picotrain.signals import ending
@@ -85,7 +83,7 @@ def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
     folder = cache / "corpora" / f"{_label(data)}-{identified[0][:16]}"
     with _lines_of_bytes(say) as progress:
         prepare(files, folder, name=data.name, undecodable=undecodable, identified=identified, say=say, progress=progress)
-    write_atomic(_index(files, cache), json.dumps({"folder": folder.name, "stats": _stats(files)}).encode())
+    write_whole(_index(files, cache), json.dumps({"folder": folder.name, "stats": _stats(files)}).encode())
     return scan(folder, data.name, data.val_shard, on_bad=passing_over(data, say))
 
 
@@ -108,7 +106,7 @@ def known(data: DataConfig, cache: Path, say: Say = silent) -> Corpus | None:
     if (folder := _shard_folder(data)) is not None:
         return scan(folder, data.name, data.val_shard, cache=cache, say=say, on_bad=passing_over(data, say))
     files, _ = inputs(data, say)
-    entry = read_json(_index(files, cache))
+    entry = find_json(_index(files, cache))
     if entry is None or entry.get("stats") != _stats(files):
         return None
     folder = cache / "corpora" / str(entry.get("folder"))
@@ -150,7 +148,7 @@ def obtain_tokenizer(
             )
         meta = _measure(tokenizer, corpus, on_bad)
         home.mkdir(parents=True, exist_ok=True)
-        write_atomic(home / META, json.dumps(meta, indent=1).encode())
+        write_whole(home / META, json.dumps(meta, indent=1).encode())
     return path, meta
 
 
@@ -220,7 +218,7 @@ def _adding(what: str, total: int, progress: Progress) -> Callable[[int], None]:
 
 def known_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path) -> dict[str, Any] | None:
     """What `obtain_tokenizer` measured, if it has run for this corpus and section."""
-    return read_json(_tokenizer_home(section, corpus, cache) / META)
+    return find_json(_tokenizer_home(section, corpus, cache) / META)
 
 
 def check_rows(data: Text, tokenizer: Tokenizer, seq_len: int, unit_bytes: int, on_bad: OnBad | None = None) -> None:
@@ -376,13 +374,13 @@ def _scan_url(data: DataConfig, cache: Path, say: Say) -> Corpus:
     corpus = assemble(data.name, url_root(data, cache), shards, chosen, remote=Remote(data.path, data.cache_bytes))
     index = _url_index(data, cache)
     index.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(index, json.dumps(corpus.to_json()).encode())
+    write_whole(index, json.dumps(corpus.to_json()).encode())
     return corpus
 
 
 def _known_url(data: DataConfig, cache: Path) -> Corpus | None:
     """What `_scan_url` found when it last looked; the network is not asked."""
-    found = read_json(_url_index(data, cache))
+    found = find_json(_url_index(data, cache))
     return Corpus.from_json(found) if found else None
 
 

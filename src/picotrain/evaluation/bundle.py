@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
 
-from picotrain.config.saved import parse_yaml, read_plain, yaml_reason
+from picotrain.config.saved import parse_yaml, yaml_reason
+from picotrain.disk import read_plain
 from picotrain.errors import DataError
 from picotrain.places import expanded
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from picotrain.config.saved import is_own_json, parse_json, read_plain, write_whole
+from picotrain.disk import is_own_json, parse_json, read_plain, write_whole
 from picotrain.evaluation.bundle import Bundle, Task
 from picotrain.evaluation.core import Core, TaskResult, evaluate_task, summary
 from picotrain.evaluation.scorer import GptScorer, Scorer

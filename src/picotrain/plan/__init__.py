@@ -16,7 +16,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from picotrain import hardware, shape
-from picotrain.config.saved import write_whole
 from picotrain.config.schema import Config, FullAttention, OptimizerConfig, Recompute, WindowAttention
 from picotrain.data import amounts, sources
 from picotrain.data.amounts import Amount
@@ -25,6 +24,7 @@ from picotrain.data.mixture import Mixture
 from picotrain.data.prepare.shards import VAL_FRACTION
 from picotrain.data.shares import Sharing
 from picotrain.data.units import COUNT_BYTES, WINDOW_SHARDS, default_lanes, default_unit_bytes
+from picotrain.disk import write_whole
 from picotrain.errors import ConfigError, DataError
 from picotrain.plan import fp8, pace, repeats
 from picotrain.plan.memory import (

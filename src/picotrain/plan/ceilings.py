@@ -13,8 +13,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from picotrain import hardware
-from picotrain.config.saved import parse_json, read_plain
 from picotrain.config.schema import Config
+from picotrain.disk import parse_json, read_plain
 
 FILE = "ceilings.jsonl"
 

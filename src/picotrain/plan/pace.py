@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from picotrain import hardware, shape
-from picotrain.config.saved import parse_json, read_plain
 from picotrain.config.schema import Config
+from picotrain.disk import parse_json, read_plain
 from picotrain.plan import ceilings
 from picotrain.text import flops as flops_text
 

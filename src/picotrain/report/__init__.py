@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from picotrain.config.saved import is_own_json, is_own_page, is_own_text
+from picotrain.disk import is_own_json, is_own_page, is_own_text, write_whole
 from picotrain.errors import RunError
 from picotrain.metrics import plain
 from picotrain.report.charts import draw_charts
@@ -46,6 +45,4 @@ def _replace(path: Path, text: str, own: bool) -> None:
     if not own:
         say(f"{path} was not written by picotrain and stays as it is; move it away, and `picotrain report` writes it")
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    write_whole(path, text.encode("utf-8", "replace"))  # a prompt may hold what is no Unicode

@@ -13,7 +13,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from picotrain.config.saved import MAX_CONFIG_BYTES, parse_json, parse_yaml, read_plain
+from picotrain.config.saved import MAX_CONFIG_BYTES, parse_yaml
+from picotrain.disk import parse_json, read_plain
 from picotrain.errors import RunError
 from picotrain.metrics import METRICS, read_metrics
 from picotrain.report.shapes import ConfigShape, DataShape, EvalShape, LineShape, ManifestShape, PlanShape, ScoreShape

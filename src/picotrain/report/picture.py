@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from picotrain.config.saved import is_own_picture
+from picotrain.disk import is_own_picture
 from picotrain.report.curves import MAX_MARKERS, Panel, Series, course_panels, learned_panels, resumed_at
 from picotrain.report.facts import Run, core_points
 from picotrain.text import encodable, printable, short

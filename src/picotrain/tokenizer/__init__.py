@@ -8,7 +8,6 @@ agrees with `tokenizers` on the texts of `proof`. What a file may hold and what 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from picotrain.config.saved import read_plain
+from picotrain.disk import read_plain, write_whole
 from picotrain.errors import TokenizerError
 from picotrain.places import expanded
 from picotrain.tokenizer import artifact, proof
@@ -183,12 +182,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
             f"set tokenizer.vocab_size={reached} or less, or give more text (data, tokenizer.train_bytes)"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        tokenizer.save(str(temporary), pretty=False)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(out, tokenizer.to_str(pretty=False))
 
 
 def load_tokenizer(path: Path, encoder: Encoder = "auto") -> Tokenizer:

@@ -26,8 +26,8 @@ from picotrain.checkpoint.archive.remote import (
 )
 from picotrain.checkpoint.folder import complete, is_whole, read_metrics
 from picotrain.checkpoint.retain import is_rolling
-from picotrain.config.saved import parse_json
 from picotrain.data.remote.errors import Cancelled, Missing, Transient
+from picotrain.disk import parse_json
 from picotrain.errors import CheckpointError, DataError, RunError
 
 COMPARED_BYTES = 1 << 20  # up to this a file that an earlier process has mirrored is compared by content, else by size

@@ -12,9 +12,9 @@ from typing import Any
 
 from picotrain.checkpoint.folder import PREFIX, Manifest
 from picotrain.config.places import flaw, is_url, redacted, scheme_of
-from picotrain.config.saved import parse_json
 from picotrain.data.remote.errors import Missing, Transient, reason_of
 from picotrain.data.remote.store import Store
+from picotrain.disk import parse_json
 from picotrain.errors import CheckpointError, DataError, RunError
 from picotrain.places import expanded
 

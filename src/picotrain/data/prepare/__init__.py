@@ -25,7 +25,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple
 
-from picotrain.data.corpus import ORIGIN, Corpus, read_json, scan, write_atomic
+from picotrain.data.corpus import ORIGIN, Corpus, scan
 from picotrain.data.prepare.documents import (
     CUT_ABOVE,
     CUT_NEAR,
@@ -58,6 +58,7 @@ from picotrain.data.prepare.segments import EXAMPLES, MAX_BUCKETS, Mapped, Part,
 from picotrain.data.prepare.shards import Job, ShardOptions, content_hash, load_written, plan_jobs, write_job
 from picotrain.data.prepare.walk import Left, expand, look
 from picotrain.data.prepare.workers import WorkerLost, run
+from picotrain.disk import find_json, write_whole
 from picotrain.errors import DataError
 from picotrain.hardware import cores
 from picotrain.places import expanded
@@ -145,7 +146,7 @@ def prepare(
     with locked(out, say):
         content, listed = identified or _identify(files, options, progress)
         identity = _identity(content, options)
-        origin = read_json(out / ORIGIN)
+        origin = find_json(out / ORIGIN)
         if origin is not None and origin.get("identity") == identity and _is_whole(out, origin):
             say(f"{out} was made from the same inputs with the same options: kept as it is")
             return scan(out, name)
@@ -235,12 +236,12 @@ class _Preparation:
 
     def _open(self) -> None:
         """The work folder, with what an earlier call has done if it was the same."""
-        if read_json(self.partial / KEY) != {"identity": self.identity}:
+        if find_json(self.partial / KEY) != {"identity": self.identity}:
             shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.partial / KEY, json.dumps({"identity": self.identity}).encode())  # first: it tells whose the folder is
+        write_whole(self.partial / KEY, json.dumps({"identity": self.identity}).encode())  # first: it tells whose the folder is
         self.work.mkdir(exist_ok=True)
-        write_atomic(self.work / INPUTS, json.dumps([[str(file.path), file.source] for file in self.files]).encode())
+        write_whole(self.work / INPUTS, json.dumps([[str(file.path), file.source] for file in self.files]).encode())
         if done := sum(task.done.exists() for task in self.tasks):
             self.say(f"going on with an interrupted call: {done} of {len(self.tasks)} parts of the input are read")
 
@@ -293,9 +294,9 @@ class _Preparation:
                     shutil.copyfileobj(source, target)
         if not (self.partial / SKIPPED).stat().st_size:
             (self.partial / SKIPPED).unlink()
-        write_atomic(self.partial / INPUTS, json.dumps(self.listed).encode())
+        write_whole(self.partial / INPUTS, json.dumps(self.listed).encode())
         origin = self._origin(mapped, filled, counts) | {"shards": shards}
-        write_atomic(self.partial / ORIGIN, json.dumps(origin, indent=1).encode())
+        write_whole(self.partial / ORIGIN, json.dumps(origin, indent=1).encode())
         self._summarize(mapped, origin, counts)
         shutil.rmtree(self.work)
         (self.partial / KEY).unlink()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from picotrain.data.footers import require_regular
+from picotrain.disk import is_at
 from picotrain.errors import DataError
 
 PLAIN = (".txt", ".md", ".rst")  # running text: cut when long
@@ -101,7 +102,7 @@ def locked(path: Path, say: Say = silent) -> Iterator[None]:
         except BlockingIOError:
             say(f"waiting for another process that makes {path}")
             fcntl.flock(file, fcntl.LOCK_EX)
-        if _is_at(file.fileno(), lock):
+        if is_at(file.fileno(), lock):
             break
         file.close()  # its holder removed it when it was done: this lock protects nothing
     try:
@@ -119,13 +120,6 @@ def put_in_place(partial: Path, out: Path) -> None:
         os.rename(out, old)
     os.rename(partial, out)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _size_and_hash(path: Path, stop: threading.Event, read: Callable[[int], None] | None) -> tuple[int, str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from picotrain.data.corpus import MANIFEST, ORIGIN, read_json
+from picotrain.data.corpus import MANIFEST, ORIGIN
+from picotrain.disk import find_json
 from picotrain.errors import DataError
 
 INPUTS = "inputs.json"  # every input file with its size and hash, beside origin.json
@@ -29,7 +30,7 @@ def _of_corpus(folder: Path) -> str:
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not there:
         return ""
-    origin = read_json(folder / ORIGIN)
+    origin = find_json(folder / ORIGIN)
     if origin is None or not _is_ours(origin):
         return f"{folder} is there and was not made by picotrain"
     shards = origin.get("shards")
@@ -44,7 +45,7 @@ def _of_unfinished(folder: Path) -> str:
         return f"{folder} is there and was not made by picotrain: it is no folder"
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     begun = not {name for name in there if not name.startswith(f".{KEY}.")}
-    if begun or _is_ours(read_json(folder / KEY)) or _is_ours(read_json(folder / ORIGIN)):
+    if begun or _is_ours(find_json(folder / KEY)) or _is_ours(find_json(folder / ORIGIN)):
         return ""
     return f"{folder} is there and was not made by picotrain"
 

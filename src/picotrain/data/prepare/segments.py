@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from picotrain.data.corpus import read_footer, read_json, write_atomic
+from picotrain.data.corpus import read_footer
 from picotrain.data.prepare.documents import (
     EMPTY,
     EXPANSION,
@@ -30,6 +30,7 @@ from picotrain.data.prepare.documents import (
     read,
 )
 from picotrain.data.prepare.inputs import PARQUET, PLAIN, Input, kind_of
+from picotrain.disk import find_json, write_whole
 from picotrain.errors import DataError
 
 DIGEST_BYTES = 16
@@ -169,7 +170,7 @@ def map_task(task: Task) -> None:
                     taken += 1
             if taken > 1 and kind_of(file.path, PLAIN):
                 notes.cut[file.source] = taken
-    write_atomic(task.done, json.dumps(segment.summary() | notes.summary()).encode())
+    write_whole(task.done, json.dumps(segment.summary() | notes.summary()).encode())
 
 
 def line_of(source: str, place: str, kind: str, reason: str) -> str:
@@ -179,7 +180,7 @@ def line_of(source: str, place: str, kind: str, reason: str) -> str:
 
 def load_mapped(task: Task) -> Mapped:
     """What `map_task` wrote."""
-    found = read_json(task.done)
+    found = find_json(task.done)
     assert found is not None, task.done
     found["batches"], found["batch_bytes"] = array("I", found["batches"]), array("Q", found["batch_bytes"])
     found["counts"] = Counter(found["counts"])

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from picotrain.data.corpus import TEXT, read_json, write_atomic
+from picotrain.data.corpus import TEXT
 from picotrain.data.prepare.documents import DUPLICATE, place_name
 from picotrain.data.prepare.inputs import Input
 from picotrain.data.prepare.segments import DIGEST_BYTES, Mapped, Sizes, Task, line_of
 from picotrain.data.prepare.workers import tick
+from picotrain.disk import content_hash, find_json, write_whole
 
 VAL_FRACTION = 0.05  # of the documents, as long as that is no more than one shard
 MIN_ROW_GROUP_BYTES = 16 << 10
-HASH_BYTES = 1 << 20  # read at once
 END = 1 << (8 * DIGEST_BYTES)  # above every hash
 
 
@@ -129,12 +129,12 @@ def write_job(job: Job) -> None:
         row_group_bytes = min(job.options.row_group_bytes, max(MIN_ROW_GROUP_BYTES, total * job.shards // 16))
         write_shard(documents, [file.source for file in files], job.shard, row_group_bytes, job.options.identity)
         found |= {"documents": len(documents), "bytes": total, "file_bytes": job.shard.stat().st_size, "xxh3_64": content_hash(job.shard)}
-    write_atomic(job.done, json.dumps(found).encode())
+    write_whole(job.done, json.dumps(found).encode())
 
 
 def load_written(job: Job) -> dict[str, Any]:
     """What `write_job` found: documents, bytes of text, duplicates, and of a shard its file_bytes and xxh3_64."""
-    found = read_json(job.done)
+    found = find_json(job.done)
     assert found is not None, job.done
     return found
 
@@ -199,16 +199,3 @@ def _runs(documents: list[Document], size: int) -> list[tuple[int, int]]:
     if len(starts) > 1 and filled < size // 2:
         starts.pop()
     return list(zip(starts, [*starts[1:], len(documents)], strict=True))
-
-
-def content_hash(path: Path, read: Any = None) -> str:
-    """XXH3 (64 bits) of a file, as hex digits; `read` is told the bytes as they are read."""
-    import xxhash
-
-    digest = xxhash.xxh3_64()
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_BYTES):
-            digest.update(chunk)
-            if read is not None:
-                read(len(chunk))
-    return digest.hexdigest()

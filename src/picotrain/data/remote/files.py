@@ -22,7 +22,8 @@ from picotrain.data.corpus import Shard
 from picotrain.data.remote.errors import Cancelled
 from picotrain.data.remote.fetch import Fetcher
 from picotrain.data.remote.room import Room
-from picotrain.data.remote.shared import flock, is_at, locked, partial_path
+from picotrain.data.remote.shared import flock, locked, partial_path
+from picotrain.disk import is_at
 from picotrain.errors import DataError
 from picotrain.text import size
 
@@ -116,7 +117,7 @@ class RemoteFiles:
                 continue  # removed in this moment
             try:
                 flock(file, fcntl.LOCK_SH, fetcher.stop)
-                if is_at(file, path) and fetcher.is_whole(shard):
+                if is_at(file.fileno(), path) and fetcher.is_whole(shard):
                     os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
                     return file
             except BaseException:

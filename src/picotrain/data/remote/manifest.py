@@ -14,10 +14,11 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from picotrain.config.places import redacted
-from picotrain.data.corpus import BadShard, OnBad, Shard, hash_bytes, read_footer, read_json, write_atomic
+from picotrain.data.corpus import BadShard, OnBad, Shard, hash_bytes, read_footer
 from picotrain.data.folder import is_shard_name, words_for_others
 from picotrain.data.remote.errors import Transient, retry
 from picotrain.data.remote.store import RemoteFile, Store, open_store
+from picotrain.disk import find_json, write_whole
 from picotrain.errors import DataError
 
 READERS = 16  # footers read at once: each waits for the network, not for a core
@@ -147,7 +148,7 @@ def _key(file: RemoteFile) -> tuple[Any, ...]:
 
 
 def _load(path: Path) -> dict[tuple[Any, ...], Shard]:
-    data = read_json(path)
+    data = find_json(path)
     try:
         return {(entry["name"], *entry["listed"]): Shard.from_json(entry) for entry in data["files"]} if data else {}
     except (KeyError, TypeError, ValueError):
@@ -158,6 +159,6 @@ def _save(path: Path, url: str, known: dict[tuple[Any, ...], Shard]) -> None:
     """A manifest only saves time, so that none is no error."""
     files = [{**shard.to_json(), "listed": key[1:]} for key, shard in known.items()]
     try:
-        write_atomic(path, json.dumps({"url": redacted(url), "files": files}).encode())
+        write_whole(path, json.dumps({"url": redacted(url), "files": files}).encode())
     except OSError:
         return

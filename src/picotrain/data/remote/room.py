@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from picotrain.data.corpus import Shard
-from picotrain.data.remote.shared import LOCK, PARTIAL, is_at, lock_path, try_lock
+from picotrain.data.remote.shared import LOCK, PARTIAL, lock_path, try_lock
+from picotrain.disk import is_at
 from picotrain.text import size
 
 
@@ -89,7 +90,7 @@ def _remove_whole(path: Path) -> int:
     """The bytes that were freed: 0 when it is held."""
     try:
         with open(path, "rb") as file:
-            if not try_lock(file) or not is_at(file, path):
+            if not try_lock(file) or not is_at(file.fileno(), path):
                 return 0
             freed = _bytes(path)
             path.unlink()
@@ -102,7 +103,7 @@ def _remove_partial(path: Path) -> int:
     """The bytes that were freed: 0 when it is being fetched."""
     lock = lock_path(path)
     with open(lock, "a+") as file:
-        if not try_lock(file) or not is_at(file, lock):
+        if not try_lock(file) or not is_at(file.fileno(), lock):
             return 0
         freed = _bytes(path)
         path.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import IO
 
 from picotrain.data.corpus import Shard
 from picotrain.data.remote.errors import Cancelled
+from picotrain.disk import is_at
 
 PARTIAL = ".partial."
 LOCK = ".lock"
@@ -47,14 +47,6 @@ def try_lock(file: IO[bytes] | IO[str]) -> bool:
     return True
 
 
-def is_at(file: IO[bytes] | IO[str], path: Path) -> bool:
-    """Whether the open file is still the one with this name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 @contextmanager
 def locked(partial: Path, stop: threading.Event) -> Iterator[IO[str]]:
     """Be the only one who works on this partial file; the open lock file. It goes when the partial file has gone."""
@@ -66,7 +58,7 @@ def locked(partial: Path, stop: threading.Event) -> Iterator[IO[str]]:
         except BaseException:
             file.close()
             raise
-        if is_at(file, path):
+        if is_at(file.fileno(), path):
             break
         file.close()  # removed by who had it: this lock protects nothing
     try:
