@@ -66,13 +66,13 @@ def find_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_whole(path: Path, data: bytes | str, place: Callable[[Path, Path], object] = os.replace) -> None:
-    """Write a file, whole or not at all, and return when its content is on disk.
+def write_whole(path: Path, data: bytes | str, place: Callable[[Path, Path], object] = os.replace, shared: bool = False) -> None:
+    """Write a file, whole or not at all, and return when its content is on disk. Raises OSError.
 
-    A process that is killed, or a machine that goes down in between, leaves what was there before. Raises OSError. place: gives the
-    finished file its name.
+    A process that is killed, or a machine that goes down in between, leaves what was there before; the next call writes over the
+    temporary file that it left. place: gives the finished file its name. shared: several processes may write this file at once.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)

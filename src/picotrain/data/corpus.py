@@ -309,7 +309,7 @@ def _write_manifest(path: Path, entries: dict[str, tuple[list[int], Shard]]) -> 
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         if _is_writable(path.parent):
-            write_whole(path, data)
+            write_whole(path, data, shared=True)
 
 
 def _is_writable(folder: Path) -> bool:

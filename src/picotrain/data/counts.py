@@ -124,7 +124,7 @@ def _write(path: Path, lengths: Lengths) -> None:
     np.savez_compressed(raw, **lengths._asdict())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, raw.getvalue())
+        write_whole(path, raw.getvalue(), shared=True)
     except OSError:
         return
 

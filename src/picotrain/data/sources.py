@@ -83,7 +83,7 @@ def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
     folder = cache / "corpora" / f"{_label(data)}-{identified[0][:16]}"
     with _lines_of_bytes(say) as progress:
         prepare(files, folder, name=data.name, undecodable=undecodable, identified=identified, say=say, progress=progress)
-    write_whole(_index(files, cache), json.dumps({"folder": folder.name, "stats": _stats(files)}).encode())
+    write_whole(_index(files, cache), json.dumps({"folder": folder.name, "stats": _stats(files)}).encode(), shared=True)
     return scan(folder, data.name, data.val_shard, on_bad=passing_over(data, say))
 
 
@@ -148,7 +148,7 @@ def obtain_tokenizer(
             )
         meta = _measure(tokenizer, corpus, on_bad)
         home.mkdir(parents=True, exist_ok=True)
-        write_whole(home / META, json.dumps(meta, indent=1).encode())
+        write_whole(home / META, json.dumps(meta, indent=1).encode(), shared=True)
     return path, meta
 
 
@@ -374,7 +374,7 @@ def _scan_url(data: DataConfig, cache: Path, say: Say) -> Corpus:
     corpus = assemble(data.name, url_root(data, cache), shards, chosen, remote=Remote(data.path, data.cache_bytes))
     index = _url_index(data, cache)
     index.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(index, json.dumps(corpus.to_json()).encode())
+    write_whole(index, json.dumps(corpus.to_json()).encode(), shared=True)
     return corpus
 
 

@@ -182,7 +182,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
             f"set tokenizer.vocab_size={reached} or less, or give more text (data, tokenizer.train_bytes)"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, tokenizer.to_str(pretty=False))
+    write_whole(out, tokenizer.to_str(pretty=False), shared=True)
 
 
 def load_tokenizer(path: Path, encoder: Encoder = "auto") -> Tokenizer:

@@ -159,6 +159,6 @@ def _save(path: Path, url: str, known: dict[tuple[Any, ...], Shard]) -> None:
     """A manifest only saves time, so that none is no error."""
     files = [{**shard.to_json(), "listed": key[1:]} for key, shard in known.items()]
     try:
-        write_whole(path, json.dumps({"url": redacted(url), "files": files}).encode())
+        write_whole(path, json.dumps({"url": redacted(url), "files": files}).encode(), shared=True)
     except OSError:
         return
