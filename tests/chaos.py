@@ -370,7 +370,7 @@ def assert_identical(undisturbed: Path, run: Path) -> None:
     done = picotrain("doctor", str(run))
     assert done.returncode == 0 and done.stdout.count("whole") == len(there[1]), done.stdout + done.stderr
     stale = [path for path in run.rglob("*") if path.name.startswith((".tmp", ".trash")) or path.name.endswith(".tmp")]
-    assert not stale
+    assert not stale, stale
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
 
 

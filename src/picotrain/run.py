@@ -366,8 +366,11 @@ def create(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
     try:
         attempts = run_dir / "attempts"
         attempts.mkdir(parents=True, exist_ok=True)
-        attempt = attempts / f"{len(list(attempts.iterdir())) + 1:04d}"
-        attempt.mkdir()
+        begun = sorted(attempts.iterdir())
+        if begun and not (begun[-1] / "config.yaml").is_file():
+            begun.pop()  # killed while it was written: this start takes its place, and writes over what it left
+        attempt = attempts / f"{len(begun) + 1:04d}"
+        attempt.mkdir(exist_ok=True)
         tokenizer = material.tokenizer
         if tokenizer.path != run_dir / "tokenizer.json":
             (run_dir / "tokenizer.json").write_bytes(without_bom(tokenizer.path.read_bytes()))  # what others read has none
