@@ -28,7 +28,7 @@ PEAK_FLOPS: tuple[tuple[str, float, str], ...] = (
     ("h100 pcie", 756e12, "NVIDIA H100 data sheet (PCIe)"),
     ("h100 nvl", 835.5e12, "NVIDIA H100 data sheet (NVL): half of 1,671"),
     ("h800", 989.4e12, "an H100 SXM with slower links"),
-    ("h20", 148e12, "NVIDIA publishes no data sheet; Hugging Face's list of hardware (huggingface.co/hardware/h20)"),
+    ("h20", 148e12, "no public data sheet; huggingface.co/hardware/h20"),
     ("a100", 312e12, "NVIDIA A100 data sheet, SXM and PCIe"),
     ("a100 pcie", 312e12, "NVIDIA A100 data sheet, SXM and PCIe"),
     ("a800", 312e12, "an A100 with slower links"),
