@@ -17,7 +17,7 @@ from pathlib import Path
 # of exactly these words, in any order, and words of ANY_MODEL: another word means another card, or a part of one. Where a sheet gives the
 # figure "with sparsity" alone, this is half of it: 1,671e12 of H100 NVL and H200 NVL, 838e12 of the 5090 (of which fp32 accumulation, on a
 # GeForce, is half again). Held against SMs x FLOPs per clock x boost clock where all three are public: A30 56 x 2048 x 1.44 GHz,
-# A6000 84 x 1024 x 1.80, 5090 170 x 512 x 2.407, 4090 128 x 512 x 2.52, 3090 82 x 512 x 1.695, L40S 142 x 1024 x 2.52 (1 % above its sheet).
+# A6000 84 x 1024 x 1.80, 5090 170 x 512 x 2.407, 4090 128 x 512 x 2.52, 3090 82 x 512 x 1.695, L40S 142 x 1024 x 2.52 (1 % above).
 PEAK_FLOPS: tuple[tuple[str, float, str], ...] = (
     ("gb200", 2500e12, "NVIDIA GB200 NVL72 data sheet, of one of its GPUs"),
     ("b200", 2250e12, "NVIDIA Blackwell architecture brief"),
