@@ -55,6 +55,7 @@ COUNTED = (
 )  # fmt: skip
 # What a start writes, config.yaml last: it may be killed in between.
 WRITTEN = ("attempts", "tokenizer.json", "data.json", "environment.json", "plan.json", "overrides.txt", "config.yaml")
+WHOLE = {"texts": "whole"}  # in data.json: what cuts, pads or draws in a tokenizer.json was off
 SAMPLE_BYTES = 1_000_000  # of text that a plan measures a tokenizer on
 OWN_KEYS = {"data.json": ("corpus", "tokenizer"), "environment.json": ("picotrain",), "plan.json": ("num_steps",)}  # what tells them
 # Files of a run in whose places a folder would fail or mislead whatever reads or writes them.
@@ -246,8 +247,9 @@ def read_plan(run_dir: Path) -> Plan:
     return plan
 
 
-def _read_data(run_dir: Path) -> tuple[Mixture, dict[str, str]]:
-    """A run's corpus, and the fingerprints of it and of the tokenizer. Raises RunError for a data.json that is damaged."""
+def _read_data(run_dir: Path) -> tuple[Mixture, dict[str, str], bool]:
+    """A run's corpus, the fingerprints of it and of the tokenizer, and whether the tokenizer encoded texts whole whatever its file says.
+    Raises RunError for a data.json that is damaged."""
     path = run_dir / "data.json"
     try:
         data = parse_json(read_plain(path))
@@ -255,7 +257,9 @@ def _read_data(run_dir: Path) -> tuple[Mixture, dict[str, str]]:
         mixture = Mixture.from_json(data["corpus"])
         if not mixture.sources or not all(math.isfinite(share) and share > 0 for share in mixture.shares):
             raise ValueError("a mixture's weights must be positive")
-        return mixture, prints
+        # Earlier versions left truncation, padding and dropout on; gigatoken knows none of them.
+        whole = WHOLE.items() <= data["tokenizer"].items() or data["tokenizer"].get("encoder") != "tokenizers"
+        return mixture, prints, whole
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}") from error
     except (DataError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
@@ -338,7 +342,7 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     """The corpus as it is now and the run's own tokenizer. Raises RunError where either is not what the run began with."""
     from picotrain.tokenizer import load_tokenizer
 
-    before, recorded = _read_data(run_dir)
+    before, recorded, whole = _read_data(run_dir)
     try:
         corpus = recorded_data.reopen(config.data, before, cache_dir(config), say)
     except recorded_data.Differs as error:
@@ -354,6 +358,12 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     for what, now in (("corpus", corpus.fingerprint), ("tokenizer", tokenizer.fingerprint), ("tokenizer", named.fingerprint)):
         if recorded[what] != now:
             raise RunError(f"{run_dir}: the {what} is not the one this run was started with; a resume would train on something else")
+    if not whole and tokenizer.switched_off:
+        raise RunError(
+            f"{run_dir} was started by a version of picotrain that left {tokenizer.switched_off} on, as its tokenizer.json says; this one "
+            "encodes every text whole, and a resume would train on something else. A new run is right, or the version that "
+            "environment.json names"
+        )
     # How the lanes share an epoch stays as it was when the run was created.
     kept = zip(corpus.sources, before.sources, strict=True)
     return replace(corpus, sources=tuple(replace(source, rows=old.rows) for source, old in kept)), tokenizer
@@ -374,7 +384,7 @@ def create(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
         tokenizer = material.tokenizer
         if tokenizer.path != run_dir / "tokenizer.json":
             (run_dir / "tokenizer.json").write_bytes(without_bom(tokenizer.path.read_bytes()))  # what others read has none
-        described = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "encoder": tokenizer.encoder}
+        described = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "encoder": tokenizer.encoder, **WHOLE}
         _write_json(run_dir / "data.json", {"corpus": material.corpus.to_json(), "tokenizer": described})
         _write_json(run_dir / "environment.json", environment(material.config))
         material.plan.save(run_dir / "plan.json")
