@@ -71,14 +71,17 @@ class Console:
         self._print(Text.assemble(kept[0], "  "), Text("  ").join(kept[1:]))
 
     def val(self, step: int, val_bpb: float | None, val_loss: float | None, tokens: int, best_bpb: float | None) -> None:
-        """A validation; `best_bpb` is the lowest before it, None at the first."""
-        line = Text.assemble(("val_bpb ", LABEL), (_fixed(val_bpb), STRONG), ("  val_loss ", LABEL), _fixed(val_loss))
-        line.append(f"  {short(tokens)} tokens", LABEL)
+        """A validation; `best_bpb` is the lowest before it, None at the first. A narrow terminal gets what matters most."""
+        fields = [
+            (0, _field("val_bpb", _fixed(val_bpb), STRONG)),
+            (1, _field("val_loss", _fixed(val_loss))),
+            (2, Text(f"{short(tokens)} tokens", LABEL)),
+        ]
         if val_bpb is not None and best_bpb is not None:
-            change = f"{val_bpb - best_bpb:+.4f}"
-            better = val_bpb < best_bpb
-            line.append(*((f"  * best so far, {change}", GOOD) if better else (f"  {change} on the best, {best_bpb:.4f}", BAD)))
-        self._print(self._step(step), line)
+            change, better = f"{val_bpb - best_bpb:+.4f}", val_bpb < best_bpb
+            fields.append((0, Text(*((f"* best so far, {change}", GOOD) if better else (f"{change} on the best, {best_bpb:.4f}", BAD)))))
+        head = self._step(step)
+        self._print(head, Text("  ").join(fit(fields, self._width - head.cell_len) if self.live else [text for _, text in fields]))
 
     def core(self, step: int, record: Mapping[str, Any]) -> None:
         """The CORE metric, over how many tasks, and why any is missing."""
