@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from picotrain.text import brief, clock, duration, encodable, flops, printable, short, size
+from picotrain.text import brief, clock, duration, encodable, flops, printable, several, short, size
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,7 @@ def test_long_times_read_as_one_says_them() -> None:
         86400 * 5: "5 days",
     }
     assert {seconds: duration(seconds) for seconds in told} == told
+
+
+def test_one_thing_is_not_many() -> None:
+    assert [several(count, "shard") for count in (0, 1, 1200)] == ["0 shards", "1 shard", "1,200 shards"]

@@ -187,13 +187,14 @@ class Printer:
 
             def __rich_console__(self, console: Any, options: Any) -> Any:
                 for table in super().__rich_console__(console, options):
-                    for column in table.columns:
+                    for column in getattr(table, "columns", ()):
                         column.overflow = "fold"
                     yield table
 
-        laid_out = Markdown(encodable(markdown, self.rich.encoding), justify="left")
-        laid_out.elements = {**Markdown.elements, "table_open": Whole}
-        self.rich.print(laid_out)
+        class Page(Markdown):
+            elements = {**Markdown.elements, "table_open": Whole}  # noqa: RUF012  (rich's own, which it only reads)
+
+        self.rich.print(Page(encodable(markdown, self.rich.encoding)))
 
     def _write(self, plain: str) -> None:
         self.stream.write(encodable(plain, self.stream.encoding))

@@ -50,6 +50,11 @@ def _three(number: float) -> str:
     return f"{number:.{digits}f}"
 
 
+def several(count: int, noun: str) -> str:
+    """A number of things: 1 shard, 1,200 shards."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def clock(seconds: float) -> str:
     """A duration as a clock shows it: 0:07, 2:31, 1:02:31, 3d 04:05."""
     minutes, s = divmod(round(seconds), 60)

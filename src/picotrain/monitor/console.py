@@ -16,7 +16,7 @@ from rich.text import Text
 from picotrain import invocation
 from picotrain.config.schema import Config
 from picotrain.terminal import Printer
-from picotrain.text import brief, clock, flops, printable, short, size
+from picotrain.text import brief, clock, flops, printable, several, short, size
 
 LABEL, STRONG, GOOD, BAD = "dim", "bold", "green", "yellow"
 LEAST_BAR = 10  # columns
@@ -157,9 +157,9 @@ def banner(plan: Mapping[str, Any], config: Config, run_dir: Path) -> list[tuple
         ("", plan["name"]),
         ("model", f"{short(parts['total'])} parameters ({by_part}), {flops(plan['flops_per_token'])}s a token"),
         ("batch", f"{plan['total_batch_size']:,} tokens a step = {batch}"),
-        ("horizon", f"{plan['num_steps']:,} steps = {short(plan['num_steps'] * plan['total_batch_size'])} tokens{epochs}"),
+        ("horizon", f"{several(plan['num_steps'], 'step')} = {short(plan['num_steps'] * plan['total_batch_size'])} tokens{epochs}"),
         ("device", f"{plan['world_size']} x {plan['hardware_name']} ({plan['device']}), {plan['precision']}{peak}, {kernels}"),
-        ("data", f"{config.data.name}, {plan['lanes']} lanes, vocabulary of {config.tokenizer.vocab_size:,}"),
+        ("data", f"{config.data.name}, {several(plan['lanes'], 'lane')}, vocabulary of {config.tokenizer.vocab_size:,}"),
         ("run", invocation.shown(run_dir)),
     ]
 
