@@ -40,6 +40,7 @@ def test_a_terminal_escape_becomes_visible_and_layout_stays() -> None:
 
 def test_what_an_encoding_lacks_becomes_a_question_mark_of_the_same_length() -> None:
     assert encodable("naïve 日本", "ascii") == "na?ve ??"
+    assert encodable("again − first, 3 µs a call", "ascii") == "again - first, 3 us a call"
     assert encodable("naïve 日本", "utf-8") == encodable("naïve 日本", None) == "naïve 日本"
 
 

@@ -14,7 +14,7 @@ _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t
 _PICTURES |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029), 0xFFFD)
 
 # What ASCII has for our own signs, each as wide: lines, bars, and what typography prefers.
-_PLAIN = str.maketrans("─━╌╸╺╶╴│┃▏▌▎▍▋▊▉█•×–—…‘’“”", "-------||||||####*x--.''\"\"")
+_PLAIN = str.maketrans("─━╌╸╺╶╴│┃▏▌▎▍▋▊▉█•×µ−–—…‘’“”", "-------||||||####*xu---.''\"\"")
 _PLAIN |= {ord("±"): "+/-", ord("→"): "->"}
 LEAST_ROOM = 20  # columns that are left to a text beside its label on a very narrow terminal
 _HELP_LINE = re.compile(r"(?P<head> *\S+(?: \S+)*)(?:  +(?P<what>\S.*))?")  # what is described, and behind two blanks what is said of it
