@@ -239,7 +239,7 @@ def _samples(results: Results) -> Iterator[Block]:
     )
     yield Prose(f"At most {samples['max_tokens']:,} tokens, {how}.")
     for i, prompt in enumerate(samples["prompts"]):
-        yield Prose(f"[{prompt}]" if prompt else "without a prompt", "Prompt:")
+        yield Prose(f"[{prompt}]" if prompt else "none", "Prompt:")
         yield Columns([(name, texts[i]) for name, texts in zip(names, samples["texts"], strict=True)])
 
 
