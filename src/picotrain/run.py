@@ -286,11 +286,16 @@ def check_places(run_dir: Path) -> None:
 
 
 def require_run(run_dir: Path) -> None:
-    """Raise RunError unless the folder is a run's, naming the runs beside it, and nothing in it leads out of it."""
+    """Raise RunError unless the folder is a run's, naming runs that may be meant, and nothing in it leads out of it."""
     if (run_dir / "config.yaml").is_file():
         return check_places(run_dir)
-    there = sorted(path.parent.name for path in run_dir.parent.glob("*/config.yaml"))
-    raise RunError(f"{run_dir} holds no run (no config.yaml)" + (f"; runs there: {', '.join(there[:8])}" if there else ""))
+    places = {"runs there": run_dir.parent, "runs in it": run_dir, "runs in runs/": Path("runs")}
+    found = (
+        (what, sorted(path.parent.name for path in place.glob("*/plan.json") if (path.parent / "config.yaml").is_file()))
+        for what, place in places.items()
+    )
+    there = next((f"; {what}: {', '.join(names[:8])}" for what, names in found if names), "")
+    raise RunError(f"{run_dir} holds no run (no config.yaml){there}")
 
 
 def _check_trackers(names: Sequence[str]) -> None:
