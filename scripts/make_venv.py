@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,11 @@ Stamp = dict[str, Any]
 
 
 def say(message: str) -> None:
-    print(f"set-up: {message}", file=sys.stderr, flush=True)
+    text = f"set-up: {message}"
+    if sys.stderr.isatty():  # a word is never cut: a path or a command stays whole to be copied
+        columns = max(shutil.get_terminal_size().columns, 40)
+        text = textwrap.fill(text, columns, subsequent_indent="        ", break_long_words=False, break_on_hyphens=False)
+    print(text, file=sys.stderr, flush=True)
 
 
 def read_stamp() -> Stamp | None:

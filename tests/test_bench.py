@@ -370,6 +370,15 @@ def test_help_names_every_benchmark_and_a_name_asks_for_its_options(command):
     assert "--grad-accum" in command("step", "--help").out
 
 
+@pytest.mark.parametrize("columns", [60, 100])
+def test_the_help_of_a_benchmark_fits_the_terminal_and_names_the_command_that_was_typed(command, columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name in ("step", "variants", "core"):
+        shown = command(name, "--help").out
+        assert max(map(len, shown.splitlines())) <= columns, max(shown.splitlines(), key=len)
+        assert f"    picotrain bench {name}" in shown and "python benchmarks/" not in shown
+
+
 def test_a_process_of_its_own_runs_a_benchmark_and_its_mistakes_reach_the_user():
     done = picotrain("bench", "step", *TINY_STEP, "--no-compile", "--precision", "fp32", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr

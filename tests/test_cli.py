@@ -98,14 +98,28 @@ def every_command() -> list[tuple[list[str], Any]]:
     return [(words, one) for words, one in found if not one.hidden]
 
 
-def test_every_command_has_help_that_fits_80_columns_and_shows_an_example(command, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("columns", [60, 80])
+def test_every_command_has_help_that_fits_and_shows_an_example(command, monkeypatch: pytest.MonkeyPatch, columns: int):
+    monkeypatch.setenv("COLUMNS", str(columns))
     for words in [[], ["data"], ["tokenizer"], *(words for words, _ in every_command())]:
         shown = command(*words, "--help").out
         assert "Usage: " in shown and "..." not in re.sub(r"\.\.\.(\]|$| *<|}| -)", "", shown, flags=re.M).partition("Commands:")[2]
-        assert max(map(len, shown.splitlines())) <= 80, max(shown.splitlines(), key=len)
+        assert max(map(len, shown.splitlines())) <= columns, max(shown.splitlines(), key=len)
+        assert "{" not in shown.partition("Options:")[0] and "list[" not in shown  # usage as people write it
         if words not in ([], ["data"], ["tokenizer"]):
             assert re.search(rf"Examples?:\n .*picotrain.* {words[-1]}", shown), shown
+
+
+def test_the_list_of_commands_is_whole_and_a_wrapped_example_still_the_command(command, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    shown = " ".join(command("--help").out.split())
+    for words, one in every_command():
+        if len(words) == 1:
+            assert one.help.split("\n")[0].strip() in shown
+    example = "picotrain compare runs/a runs/b@best --bundle eval_bundle --html ab.html"
+    assert shlex.split(example) in [
+        shlex.split(line) for line in command("compare", "--help").out.replace("\\\n", "").splitlines() if "@best " in line
+    ]
 
 
 def test_the_examples_of_the_help_are_words_that_the_commands_take(command, monkeypatch: pytest.MonkeyPatch):
@@ -199,7 +213,7 @@ def test_the_commit_is_that_of_the_codes_own_checkout_only(tmp_path: Path, monke
         (["sample", "a", "--max-tokens", "z", "--top-k", "-3", "--seed", "1.5"], ["max-tokens z", "of at least 1", "top-k -3", "seed 1.5"]),
         (["sample", "a", "--temperature", "hot"], ["--temperature hot: is not a number"]),
         (["data", "prepare", "a", "--min_chars", "x"], ["--min-chars x", "--out: is missing"]),
-        (["compare"], ["A B...: is missing"]),
+        (["compare"], ["MODEL: is missing", "picotrain compare MODEL..."]),
         (["completion", "tcsh"], ["bash, zsh, fish"]),
     ],
 )
@@ -321,8 +335,16 @@ def test_a_saved_config_with_interpolation_or_an_object_is_refused(command, trai
 
 
 @pytest.mark.parametrize("name", ["eval", "sample", "report", "resume"])
-def test_a_folder_that_is_no_run_names_the_runs_beside_it(command, trained: Path, name: str):
+def test_a_folder_that_is_no_run_names_the_runs_that_may_be_meant(command, trained: Path, name: str, tmp_path: Path, monkeypatch):
     refused(command(name, str(trained.parent / "typo")), "holds no run", "trained")
+    (tmp_path / "runs").symlink_to(trained.parent)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").touch()  # no run: it has no plan
+    monkeypatch.chdir(tmp_path)
+    for slip in (trained.name, "runs"):
+        result = command(name, slip)
+        refused(result, "holds no run", "trained")
+        assert "conf" not in result.err.replace("config", "")
 
 
 def test_sample_continues_a_prompt_and_the_same_seed_gives_the_same_text(command, trained: Path):

@@ -521,7 +521,7 @@ def test_a_group_cannot_be_chosen_beside_a_saved_config(tmp_path: Path):
     path = saved(tmp_path / "config.yaml")
     found = problems("model=d6", "experiment=speedrun", "train.seqlen=5", "train.eval_tokens=0", config_file=path)
     assert list(found) == ["train.seqlen", "model=d6", "experiment=speedrun", "train.eval_tokens"]
-    assert "beside --config" in found["model=d6"]
+    assert "beside a saved config" in found["model=d6"]
 
 
 @pytest.mark.parametrize(

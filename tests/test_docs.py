@@ -94,7 +94,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     programs.mkdir()
     python = shlex.quote(sys.executable)
     cases = "\n".join(f'  {word}) exec {python} -m picotrain "$@" {shlex.join(more)} ;;' for word, more in SMALL.items())
-    stand_in(programs / "picotrain", SPECIAL + f'case "$1" in\n{cases}\n  *) exec {python} -m picotrain "$@" ;;\nesac')
+    epoch = shlex.join(word for word in SMALL["train"] if not word.startswith("train.max_steps"))  # one horizon at a time
+    whole = f'case "$*" in *num_train_epochs*) exec {python} -m picotrain "$@" data.path=corpora/mine {epoch} ;; esac\n'
+    stand_in(programs / "picotrain", SPECIAL + whole + f'case "$1" in\n{cases}\n  *) exec {python} -m picotrain "$@" ;;\nesac')
     train = shlex.join(word for word in SMALL["train"] if not word.startswith("hardware.nproc_per_node"))
     by_word = "".join(f'*" {word} "*) set -- "$@" {shlex.join(SMALL[word])} ;; ' for word in ("resume", "eval"))
     stand_in(programs / "torchrun", f'case " $* " in *" train "*) set -- "$@" {train} ;; {by_word}esac\n'

@@ -147,7 +147,8 @@ def test_first_calls_in_a_long_storm_of_processes_are_right():
 @pytest.mark.timeout(3000)
 def test_two_hundred_starts_have_one_first_loss(tiny, tmp_path: Path):
     """Real starts, four at a time on all cores: new processes, two threads, loader threads beside them."""
-    code = "import sys; from picotrain import minimal, worker; from picotrain.config import compose; c = compose(sys.argv[1:]);"
+    code = "import faulthandler, sys; faulthandler.dump_traceback_later(200);"  # says where one hangs
+    code += "from picotrain import minimal, worker; from picotrain.config import compose; c = compose(sys.argv[1:]);"
     code += "worker.set_up_process(c.hardware); print(*map(float.hex, minimal.losses(c)))"
     overrides = tiny(tmp_path / "run", "train.max_steps=2", "hardware.threads=2", "train.seq_len=128", "train.total_batch_size=1024")
 

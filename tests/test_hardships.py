@@ -51,7 +51,7 @@ def test_out_of_memory_with_an_automatic_batch_is_tried_again_smaller_with_the_s
     assert again.returncode == 0 and "out of memory" not in again.stderr  # it is remembered
 
 
-@pytest.mark.slow  # compiles three times
+@pytest.mark.slow  # compiles three times; hang_s is what one may take, and what a watchdog that the first try left would end the third by
 def test_out_of_memory_while_compiling_is_tried_again_too_and_leaves_nothing_behind(tmp_path, tiny):
     run = tmp_path / "run"
     more = ("hardware.compile=true", "launch.hang_s=60", "archive.url=" + str(tmp_path / "archive"))
@@ -70,6 +70,21 @@ def test_out_of_memory_with_a_chosen_batch_names_what_would_fit(tmp_path, tiny):
     assert "8 rows of 32 tokens" in done.stderr and "Tried to allocate 2.00 GiB" in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("  - ")]) == 3
     assert "train.device_batch_size=4: about" in done.stderr
+
+
+def test_memory_that_ran_out_while_the_ranks_met_is_said_and_no_smaller_batch_is_tried(tmp_path, tiny):
+    run = tmp_path / "run"
+    code = """
+import torch.distributed as dist
+def init(*rest, **more):
+    raise dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:94\\nLast error:\\nFailed to CUDA calloc async 4 bytes")
+dist.init_process_group = init
+"""
+    ranks = "hardware.nproc_per_node=2"
+    done = picotrain("train", *tiny(run, ranks), env=patched(tmp_path / "patch", code))
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "tried again" not in done.stderr
+    assert "out of memory before the first step" in done.stderr and "Failed to CUDA calloc async 4 bytes" in done.stderr
+    assert picotrain("train", *tiny(run, ranks)).returncode == 0
 
 
 # -- signals

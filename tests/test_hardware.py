@@ -53,8 +53,8 @@ GPUS = {
     "NVIDIA A40": (149.7, 8.6),
     "NVIDIA A40-48Q": (None, 8.6),
     "NVIDIA L4": (121, 8.9),
-    "NVIDIA L40": (181, 8.9),
-    "NVIDIA L40S": (362, 8.9),
+    "NVIDIA L40": (181.05, 8.9),
+    "NVIDIA L40S": (362.05, 8.9),
     "NVIDIA L40G": (None, 8.9),
     "NVIDIA GeForce RTX 5090": (209.5, 12.0),
     "NVIDIA GeForce RTX 5090 D": (None, 12.0),
@@ -81,6 +81,17 @@ def test_a_device_has_the_peak_of_its_own_name_and_of_no_likeness(name: str, mon
     tflops, capability = GPUS[name]
     assert hardware.peak_flops(name) == (tflops and tflops * 1e12)
     assert hardware.compute_capability(name) == capability
+
+
+def test_peaks_are_what_the_chip_can_do_in_a_second():
+    """SMs, dense bf16 FLOPs per SM and clock with fp32 accumulation, boost clock in GHz."""
+    chips = {
+        "A100": (108, 2048, 1.41), "A30": (56, 2048, 1.44), "A40": (84, 1024, 1.74), "RTX A6000": (84, 1024, 1.80),
+        "A10": (72, 1024, 1.695), "RTX 3090": (82, 512, 1.695), "RTX 4090": (128, 512, 2.52), "RTX 5090": (170, 512, 2.407),
+        "L40S": (142, 1024, 2.52), "L4": (58, 1024, 2.04), "H100": (132, 4096, 1.83), "H100 PCIe": (114, 4096, 1.62),
+    }  # fmt: skip
+    for name, (sms, flops, ghz) in chips.items():
+        assert hardware.peak_flops(name) == pytest.approx(sms * flops * ghz * 1e9, rel=0.015), name
 
 
 @pytest.mark.parametrize("more", ["Laptop GPU", "Ti", "D", "SUPER", "Max-Q", "MIG 1g.10gb", "-8Q"])

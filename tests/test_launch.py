@@ -328,33 +328,101 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_the_other_nodes_wait_for_node_0_and_say_so_until_it_listens(monkeypatch, capsys):
+def run_node_0(port: int, go_on: Any) -> None:
+    """Node 0: prepares until it is told to go on, is away for a moment, and listens as torch does."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    from picotrain.launch import nodes
+
+    with nodes.preparing(LaunchConfig(nnodes=2, node_rank=0, rdzv_endpoint=f"localhost:{port}")):
+        go_on.wait()
+    time.sleep(0.3)
+    store = TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    time.sleep(60)
+    del store
+
+
+@pytest.fixture
+def node_0(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, int, Any]]:
+    """A process that prepares as node 0, its port, and what lets it go on; whoever waits for it looks often."""
+    from picotrain.launch import nodes
+
+    for name, value in (("POLL_S", 0.05), ("SAY_S", 0.2), ("LOST_S", 2.0)):
+        monkeypatch.setattr(nodes, name, value)
+    port, go_on = free_port(), LAUNCHERS.Event()
+    process = LAUNCHERS.Process(target=run_node_0, args=(port, go_on))
+    process.start()
+    yield process, port, go_on
+    process.kill()
+    process.join()
+
+
+def waiting_for(port: int) -> tuple[threading.Thread, list[Any]]:
+    """Another node, which waits in a thread, and what came of it: "met", or the error that ended it."""
     from picotrain.launch import agent
 
-    monkeypatch.setattr(agent, "NODE_0_POLL_S", 0.05)
-    monkeypatch.setattr(agent, "SAY_S", 0.2)
-    port, listening = free_port(), threading.Event()
+    came: list[Any] = []
 
-    def prepare() -> None:
-        time.sleep(0.7)
-        with socket.create_server(("localhost", port)) as server:
-            listening.set()
-            server.accept()[0].close()
+    def wait() -> None:
+        try:
+            agent.wait_for_node_0(f"localhost:{port}")
+            came.append("met")
+        except LaunchError as error:
+            came.append(error)
 
-    node_0 = threading.Thread(target=prepare)
-    node_0.start()
-    agent._wait_for_node_0(f"localhost:{port}")
-    assert listening.is_set()
-    node_0.join()
-    assert 2 <= capsys.readouterr().err.count(f"waiting for node 0 at localhost:{port}, which prepares the run") <= 5
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread, came
+
+
+def holds(port: int) -> bool:
+    """Whether another node holds its connection to node 0's store, beside that store's own: each has two ends."""
+    time.sleep(0.3)  # it asks once over a third
+    table = "".join(Path(f"/proc/net/{name}").read_text() for name in ("tcp", "tcp6"))
+    return sum(f":{port:04X} " in line and line.split()[3] == "01" for line in table.splitlines()) == 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_other_nodes_wait_for_node_0_whatever_it_does_and_say_so_until_it_listens(node_0, capsys):
+    process, port, go_on = node_0
+    thread, came = waiting_for(port)
+    assert eventually(lambda: holds(port)) and holds(port)
+    os.kill(process.pid, signal.SIGSTOP)  # slow, for longer than a node 0 that is gone may be
+    time.sleep(2.5)
+    assert thread.is_alive()
+    os.kill(process.pid, signal.SIGCONT)
+    go_on.set()
+    thread.join(20)
+    assert came == ["met"]
+    assert capsys.readouterr().err.count(f"waiting for node 0 at localhost:{port}, which prepares the run") >= 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_other_nodes_end_when_node_0_has_gone(node_0):
+    process, port, _ = node_0
+    thread, came = waiting_for(port)
+    assert eventually(lambda: holds(port)) and holds(port)
+    process.kill()
+    thread.join(20)
+    assert isinstance(came[0], LaunchError) and "was there and has been gone" in str(came[0]) and str(port) in str(came[0])
+
+
+def test_node_0_whose_port_is_taken_says_so_before_it_prepares():
+    from picotrain.launch import nodes
+
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        section = LaunchConfig(nnodes=2, node_rank=0, rdzv_endpoint=f"localhost:{port}")
+        with pytest.raises(LaunchError, match=f"localhost:{port}"), nodes.preparing(section):
+            pytest.fail("it went on")
 
 
 @pytest.mark.parametrize(("host", "limit"), [("localhost", "NODE_0_S"), ("no-such-node.invalid", "NAME_S")])
 def test_a_node_that_never_finds_node_0_ends_with_the_key_to_look_at(tmp_path, monkeypatch, host, limit):
-    from picotrain.launch import agent
+    from picotrain.launch import agent, nodes
 
-    monkeypatch.setattr(agent, "NODE_0_POLL_S", 0.05)
-    monkeypatch.setattr(agent, limit, 0.1)
+    monkeypatch.setattr(nodes, "POLL_S", 0.05)
+    monkeypatch.setattr(nodes, limit, 0.1)
     section = LaunchConfig(nnodes=2, node_rank=1, rdzv_endpoint=f"{host}:{free_port()}")
     with pytest.raises(LaunchError, match=rf"launch.rdzv_endpoint={host}"):
         agent.run_workers([sys.executable, "-c", "pass"], 1, section, "run")

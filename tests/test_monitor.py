@@ -463,6 +463,15 @@ def test_a_validation_says_whether_it_is_the_best_so_far() -> None:
     assert "val_bpb n/a" in broken
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_validation_is_one_line_on_a_narrow_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    Console(10_000, stream, columns).val(5_000, 1.5, 4.0, 1000, 3.0)
+    (line,) = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue()).splitlines()
+    assert "val_bpb 1.5000" in line and line.endswith("* best so far, -1.5000") and len(line) <= columns
+
+
 def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(make: Callable[..., Monitor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from picotrain.errors import RunError
 from picotrain.metrics import MetricsFile
-from picotrain.report import console_summary, read_run, summarise, write_report
-from picotrain.report.markdown import fence
+from picotrain.report import console_summary, evaluated, read_run, summarise, write_report
+from picotrain.report.markdown import cell, fence
 
 Line = dict[str, Any]
 
@@ -204,6 +205,16 @@ def test_table_cells_neutralise_markup(run: Callable[..., Path]) -> None:
     root = run(event(0, "a|b <img src=x> *c* [d](e) _f_ g_h\nline"), *train(1))
     write_report(root)
     assert r"| a\|b \<img src=x\> \*c\* \[d\](e) \_f\_ g_h line |" in text_of(root)
+
+
+@pytest.mark.parametrize("name", ["test/test_sqlite3/__main__.py", "__init__.py", "a__b", "_a_b_", "x/_y_/z", "*a* [b](c) `d`"])
+def test_a_name_is_shown_as_it_is(name: str) -> None:
+    """By a reader of Markdown: results.md has files of a corpus in its tables."""
+    (inline,) = [token for token in MarkdownIt().parse(cell(name)) if token.type == "inline"]
+    assert {token.type for token in inline.children or ()} <= {"text", "text_special"}
+    assert "".join(token.content for token in inline.children or ()) == name
+    results = {"bpb": {"val": 1.0, "by_source": {name: 1.0}}, "val_loss": 1.0, "tokens": {"val": 1}, "core": None, "samples": []}
+    assert f"| {cell(name)} | 1.0000 |" in evaluated.render("run", results)
 
 
 def test_the_whole_config_and_the_command_line_are_in_the_page(run: Callable[..., Path]) -> None:

@@ -93,6 +93,22 @@ def test_a_command_that_is_wrapped_is_still_the_command(xterm: None) -> None:
     assert words == shlex.split(text)
 
 
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_a_page_fits_its_terminal_and_no_cell_of_a_table_is_cut(columns: int, xterm: None) -> None:
+    names = [f"library/folder/module_number_{i}.py" for i in range(3)]
+    page = "# Title\n\n| source | documents | d2-pystdlib-753d8bba |\n|---|---|---|\n"
+    page += "".join(f"| {name} | 12 | 1.2345 |\n" for name in names)
+    stream = Terminal()
+    Printer(stream, columns).page(page)
+    got = plain(stream.getvalue()).splitlines()
+    assert all(len(line) <= columns for line in got) and not any("…" in line for line in got)
+    rows = "".join(line[1:].partition(" ")[0] for line in got)  # the first column
+    assert all(name in rows for name in names)
+    piped = io.StringIO()
+    Printer(piped).page(page)
+    assert piped.getvalue() == page
+
+
 def test_lines_in_a_pipe_are_neither_padded_nor_broken() -> None:
     from rich.table import Table
 

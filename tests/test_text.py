@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from picotrain.text import brief, clock, duration, encodable, flops, printable, short, size
+from picotrain.text import brief, clock, duration, encodable, flops, printable, several, short, size
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,7 @@ def test_a_terminal_escape_becomes_visible_and_layout_stays() -> None:
 
 def test_what_an_encoding_lacks_becomes_a_question_mark_of_the_same_length() -> None:
     assert encodable("naïve 日本", "ascii") == "na?ve ??"
+    assert encodable("again − first, 3 µs a call", "ascii") == "again - first, 3 us a call"
     assert encodable("naïve 日本", "utf-8") == encodable("naïve 日本", None) == "naïve 日本"
 
 
@@ -55,3 +56,7 @@ def test_long_times_read_as_one_says_them() -> None:
         86400 * 5: "5 days",
     }
     assert {seconds: duration(seconds) for seconds in told} == told
+
+
+def test_one_thing_is_not_many() -> None:
+    assert [several(count, "shard") for count in (0, 1, 1200)] == ["0 shards", "1 shard", "1,200 shards"]

@@ -275,6 +275,23 @@ def test_a_run_says_once_what_was_switched_off_and_keeps_a_file_that_others_can_
     assert tokenizers.Tokenizer.from_file(str(tmp_path / "run/tokenizer.json")).get_vocab_size() == VOCAB
 
 
+def test_a_run_of_a_version_that_truncated_is_not_gone_on_with(changed, tiny, tmp_path: Path):
+    run = tmp_path / "run"
+    path = changed(SWITCHED_OFF["truncation"][0])
+    command = ["train", *tiny(run, f"tokenizer.path={path}", f"tokenizer.vocab_size={VOCAB}", "train.max_steps=1", "train.eval_every=0")]
+    assert picotrain(*command).returncode == 0
+    for horizon, recorded, code in ((2, {}, 0), (3, {"encoder": "gigatoken"}, 0), (4, {"encoder": "tokenizers"}, 2)):
+        data = json.loads((run / "data.json").read_text())
+        if recorded:  # as versions wrote it that did not switch off
+            data["tokenizer"] = {key: data["tokenizer"][key] for key in ("fingerprint", "vocab_size")} | recorded
+            (run / "data.json").write_text(json.dumps(data))
+        before = (run / "data.json").read_bytes()
+        done = picotrain("resume", str(run), f"train.max_steps={horizon}")
+        assert done.returncode == code, done.stderr
+    assert "truncation to 16 tokens" in done.stderr and "environment.json" in done.stderr
+    assert (run / "data.json").read_bytes() == before
+
+
 BROKEN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda data: b"", "it is empty"),
     "white space": (lambda data: b" \n", "it is empty"),

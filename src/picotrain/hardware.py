@@ -14,18 +14,21 @@ from functools import lru_cache
 from pathlib import Path
 
 # Peak dense bf16 FLOPs per second with fp32 accumulation, without sparsity, from the vendors' data sheets. An entry counts for names
-# of exactly these words, in any order, and words of ANY_MODEL: another word means another card, or a part of one.
+# of exactly these words, in any order, and words of ANY_MODEL: another word means another card, or a part of one. Where a sheet gives the
+# figure "with sparsity" alone, this is half of it: 1,671e12 of H100 NVL and H200 NVL, 838e12 of the 5090 (of which fp32 accumulation, on a
+# GeForce, is half again). Held against SMs x FLOPs per clock x boost clock where all three are public: A30 56 x 2048 x 1.44 GHz,
+# A6000 84 x 1024 x 1.80, 5090 170 x 512 x 2.407, 4090 128 x 512 x 2.52, 3090 82 x 512 x 1.695, L40S 142 x 1024 x 2.52 (1 % above).
 PEAK_FLOPS: tuple[tuple[str, float, str], ...] = (
     ("gb200", 2500e12, "NVIDIA GB200 NVL72 data sheet, of one of its GPUs"),
     ("b200", 2250e12, "NVIDIA Blackwell architecture brief"),
     ("gh200", 989.4e12, "NVIDIA GH200 data sheet: an H100 SXM's"),
     ("h200", 989.4e12, "NVIDIA H200 data sheet (SXM)"),
-    ("h200 nvl", 835.5e12, "NVIDIA H200 data sheet (NVL)"),
+    ("h200 nvl", 835.5e12, "NVIDIA H200 data sheet (NVL): half of 1,671"),
     ("h100", 989.4e12, "NVIDIA H100 data sheet (SXM)"),
     ("h100 pcie", 756e12, "NVIDIA H100 data sheet (PCIe)"),
-    ("h100 nvl", 835.5e12, "NVIDIA H100 data sheet (NVL)"),
+    ("h100 nvl", 835.5e12, "NVIDIA H100 data sheet (NVL): half of 1,671"),
     ("h800", 989.4e12, "an H100 SXM with slower links"),
-    ("h20", 148e12, "NVIDIA H20 data sheet"),
+    ("h20", 148e12, "no public data sheet; huggingface.co/hardware/h20"),
     ("a100", 312e12, "NVIDIA A100 data sheet, SXM and PCIe"),
     ("a100 pcie", 312e12, "NVIDIA A100 data sheet, SXM and PCIe"),
     ("a800", 312e12, "an A100 with slower links"),
@@ -36,11 +39,11 @@ PEAK_FLOPS: tuple[tuple[str, float, str], ...] = (
     ("a30 pcie", 165e12, "NVIDIA A30 data sheet"),
     ("a10", 125e12, "NVIDIA A10 data sheet"),
     ("a10 pcie", 125e12, "NVIDIA A10 data sheet"),
-    ("l40s", 362e12, "NVIDIA L40S data sheet"),
-    ("l40", 181e12, "NVIDIA L40 data sheet"),
+    ("l40s", 362.05e12, "NVIDIA L40S data sheet: 362.05, 733 with sparsity"),
+    ("l40", 181.05e12, "NVIDIA L40 data sheet: 181.05, 362.1 with sparsity"),
     ("l4", 121e12, "NVIDIA L4 data sheet"),
-    ("a6000", 154.8e12, "NVIDIA GA102 white paper, RTX A6000"),
-    ("5090", 209.5e12, "NVIDIA RTX Blackwell architecture, GeForce RTX 5090"),
+    ("a6000", 154.8e12, "NVIDIA GA102 white paper: the A40's chip and rates at 1.80 instead of 1.74 GHz"),
+    ("5090", 209.5e12, "NVIDIA RTX Blackwell architecture, GeForce RTX 5090: a quarter of 838"),
     ("4090", 165.2e12, "NVIDIA Ada GPU architecture, GeForce RTX 4090"),
     ("3090", 71e12, "NVIDIA GA102 white paper, GeForce RTX 3090"),
 )

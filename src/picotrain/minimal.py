@@ -15,12 +15,9 @@ from picotrain.data.stream import Loader
 from picotrain.errors import PicotrainError
 from picotrain.model import build
 from picotrain.run import gather, resolve
+from picotrain.terminal import say
 
 STEP_TOKENS = 8192  # a second or so of a small model
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 def losses(config: Config) -> Iterator[float]:

@@ -301,8 +301,19 @@ STRATEGIES: dict[str, Callable[..., Parallel]] = {"ddp": Parallel.setup}
 
 
 def build(kind: str, device: str, meeting: Meeting | None = None) -> Parallel:
-    """Join the run's ranks, where they have met if they have, under the strategy of `parallel.kind`."""
-    return STRATEGIES[kind](device, meeting=meeting)
+    """Join the run's ranks, where they have met if they have, under the strategy of `parallel.kind`. Raises LaunchError, also where the
+    device has no memory left for that: smaller micro-batches would not help, there are none yet."""
+    try:
+        return STRATEGIES[kind](device, meeting=meeting)
+    except Exception as error:
+        if not (said := out_of_memory(error)):
+            raise
+        rank = f"rank {here.rank}: " if (here := ranks.here()).launched else ""
+        raise LaunchError(
+            f"{rank}out of memory before the first step, while the ranks met: something else has the memory of the device\n"
+            f"  {said[:200]}\n"
+            "`nvidia-smi` lists what uses a GPU; what a process had that was just killed is free after some seconds"
+        ) from error
 
 
 def _meet(here: Ranks) -> Meeting:
@@ -319,19 +330,23 @@ def _meet(here: Ranks) -> Meeting:
 _NO_MEMORY = re.compile(
     r"DefaultCPUAllocator: can't allocate memory|\b(CUDA|HIP|MPS|XPU)\b[^\n]{0,40}\bout of memory|cuda runtime error \(2\)"
     r"|cudaErrorMemoryAllocation|CUDA_ERROR_OUT_OF_MEMORY|hipErrorOutOfMemory|(cu|hip|roc|mi)\w*_(STATUS_)?ALLOC_FAILED"
-    r"|Failed to CUDA (host )?(c|m)?alloc|std::bad_alloc",
+    r"|Failed to (CUDA (host )?)?(c|m)?alloc|nccl\w+Error[\s\S]*?\bout of memory|std::bad_alloc",
     re.IGNORECASE,
 )
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or what it was raised from, says that a device or the host had no memory left."""
+def out_of_memory(error: BaseException) -> str:
+    """What an error, or what it was raised from, says of a device or host that had no memory left, in a line; "" of any other."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, torch.OutOfMemoryError | MemoryError) or (isinstance(cause, RuntimeError) and _NO_MEMORY.search(str(cause))):
-            return True
+        text = str(cause)
+        found = _NO_MEMORY.search(text) if isinstance(cause, RuntimeError) else None
+        if found:  # NCCL begins with where in torch's source it was called
+            return text[text.rfind("\n", 0, found.end()) + 1 :].splitlines()[0].strip()
+        if isinstance(cause, torch.OutOfMemoryError | MemoryError):
+            return text.splitlines()[0] if text else type(cause).__name__
         cause = cause.__cause__
-    return False
+    return ""
 
 
 def unusable_gpus(name: str, capability: float) -> tuple[str, str]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from dataclasses import dataclass
 
 from picotrain.errors import PicotrainError
+from picotrain.terminal import say
 
 RUN_ID = "TORCHELASTIC_RUN_ID"  # set by torchrun, and by our launcher, which is torch's agent
 LAUNCHER_PID = "PICOTRAIN_LAUNCHER_PID"  # set by picotrain.launch
@@ -89,7 +89,7 @@ def settle() -> Ranks:
             if len(found) == 1
             else "are set, but no torchrun has started this process: they are"
         )
-        print(f"picotrain: {', '.join(found)} {are} ignored", file=sys.stderr, flush=True)
+        say(f"picotrain: {', '.join(found)} {are} ignored")
     return Ranks()
 
 

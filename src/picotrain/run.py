@@ -54,6 +54,7 @@ COUNTED = (
 )  # fmt: skip
 # What a start writes, config.yaml last: it may be killed in between.
 WRITTEN = ("attempts", "tokenizer.json", "data.json", "environment.json", "plan.json", "overrides.txt", "config.yaml")
+WHOLE = {"texts": "whole"}  # in data.json: what cuts, pads or draws in a tokenizer.json was off
 SAMPLE_BYTES = 1_000_000  # of text that a plan measures a tokenizer on
 OWN_KEYS = {"data.json": ("corpus", "tokenizer"), "environment.json": ("picotrain",), "plan.json": ("num_steps",)}  # what tells them
 # Files of a run in whose places a folder would fail or mislead whatever reads or writes them.
@@ -245,8 +246,9 @@ def read_plan(run_dir: Path) -> Plan:
     return plan
 
 
-def _read_data(run_dir: Path) -> tuple[Mixture, dict[str, str]]:
-    """A run's corpus, and the fingerprints of it and of the tokenizer. Raises RunError for a data.json that is damaged."""
+def _read_data(run_dir: Path) -> tuple[Mixture, dict[str, str], bool]:
+    """A run's corpus, the fingerprints of it and of the tokenizer, and whether the tokenizer encoded texts whole whatever its file says.
+    Raises RunError for a data.json that is damaged."""
     path = run_dir / "data.json"
     try:
         data = parse_json(read_plain(path))
@@ -254,7 +256,9 @@ def _read_data(run_dir: Path) -> tuple[Mixture, dict[str, str]]:
         mixture = Mixture.from_json(data["corpus"])
         if not mixture.sources or not all(math.isfinite(share) and share > 0 for share in mixture.shares):
             raise ValueError("a mixture's weights must be positive")
-        return mixture, prints
+        # Earlier versions left truncation, padding and dropout on; gigatoken knows none of them.
+        whole = WHOLE.items() <= data["tokenizer"].items() or data["tokenizer"].get("encoder") != "tokenizers"
+        return mixture, prints, whole
     except OSError as error:
         raise RunError(f"{path} cannot be read: {error.strerror}") from error
     except (DataError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
@@ -281,11 +285,16 @@ def check_places(run_dir: Path) -> None:
 
 
 def require_run(run_dir: Path) -> None:
-    """Raise RunError unless the folder is a run's, naming the runs beside it, and nothing in it leads out of it."""
+    """Raise RunError unless the folder is a run's, naming runs that may be meant, and nothing in it leads out of it."""
     if (run_dir / "config.yaml").is_file():
         return check_places(run_dir)
-    there = sorted(path.parent.name for path in run_dir.parent.glob("*/config.yaml"))
-    raise RunError(f"{run_dir} holds no run (no config.yaml)" + (f"; runs there: {', '.join(there[:8])}" if there else ""))
+    places = {"runs there": run_dir.parent, "runs in it": run_dir, "runs in runs/": Path("runs")}
+    found = (
+        (what, sorted(path.parent.name for path in place.glob("*/plan.json") if (path.parent / "config.yaml").is_file()))
+        for what, place in places.items()
+    )
+    there = next((f"; {what}: {', '.join(names[:8])}" for what, names in found if names), "")
+    raise RunError(f"{run_dir} holds no run (no config.yaml){there}")
 
 
 def _check_trackers(names: Sequence[str]) -> None:
@@ -337,7 +346,7 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     """The corpus as it is now and the run's own tokenizer. Raises RunError where either is not what the run began with."""
     from picotrain.tokenizer import load_tokenizer
 
-    before, recorded = _read_data(run_dir)
+    before, recorded, whole = _read_data(run_dir)
     try:
         corpus = recorded_data.reopen(config.data, before, cache_dir(config), say)
     except recorded_data.Differs as error:
@@ -353,6 +362,12 @@ def _same_data(run_dir: Path, config: Config, other_tokenizer: bool, say: Say) -
     for what, now in (("corpus", corpus.fingerprint), ("tokenizer", tokenizer.fingerprint), ("tokenizer", named.fingerprint)):
         if recorded[what] != now:
             raise RunError(f"{run_dir}: the {what} is not the one this run was started with; a resume would train on something else")
+    if not whole and tokenizer.switched_off:
+        raise RunError(
+            f"{run_dir} was started by a version of picotrain that left {tokenizer.switched_off} on, as its tokenizer.json says; this one "
+            "encodes every text whole, and a resume would train on something else. A new run is right, or the version that "
+            "environment.json names"
+        )
     # How the lanes share an epoch stays as it was when the run was created.
     kept = zip(corpus.sources, before.sources, strict=True)
     return replace(corpus, sources=tuple(replace(source, rows=old.rows) for source, old in kept)), tokenizer
@@ -365,12 +380,15 @@ def create(run_dir: Path, material: Material, overrides: Sequence[str]) -> None:
     try:
         attempts = run_dir / "attempts"
         attempts.mkdir(parents=True, exist_ok=True)
-        attempt = attempts / f"{len(list(attempts.iterdir())) + 1:04d}"
-        attempt.mkdir()
+        begun = sorted(attempts.iterdir())
+        if begun and not (begun[-1] / "config.yaml").is_file():
+            begun.pop()  # killed while it was written: this start takes its place, and writes over what it left
+        attempt = attempts / f"{len(begun) + 1:04d}"
+        attempt.mkdir(exist_ok=True)
         tokenizer = material.tokenizer
         if tokenizer.path != run_dir / "tokenizer.json":
             (run_dir / "tokenizer.json").write_bytes(without_bom(tokenizer.path.read_bytes()))  # what others read has none
-        described = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "encoder": tokenizer.encoder}
+        described = {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size, "encoder": tokenizer.encoder, **WHOLE}
         write_json(run_dir / "data.json", {"corpus": material.corpus.to_json(), "tokenizer": described})
         write_json(run_dir / "environment.json", environment(material.config))
         material.plan.save(run_dir / "plan.json")

@@ -11,9 +11,9 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from picotrain.text import ERRORS, encodable, printable
+from picotrain.text import ERRORS, LEAST_ROOM, encodable, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 READER_GONE = 141  # exit code of a command whose reader has left, as of a program that SIGPIPE ends
 LABEL_WIDTH = 18  # columns of the labels beside facts
-LEAST_ROOM = 20  # columns that are left to a text beside its label on a very narrow terminal
 CALM = {f"bar.{part}": "cyan" for part in ("complete", "finished", "pulse")}  # rich's own red looks like an alarm
 _HEAD = re.compile(r" *(?:- |(?:error|note|warning|WARNING|picotrain): )?")  # what the lines that follow are indented by
 
@@ -176,6 +175,26 @@ class Printer:
         drawn = io.StringIO()
         Console(file=drawn, width=10_000, force_terminal=False, color_system=None, legacy_windows=False).print(table)
         self._write("".join(line.rstrip() + "\n" for line in drawn.getvalue().splitlines()))
+
+    def page(self, markdown: str) -> None:
+        """A page of Markdown: laid out on a terminal, elsewhere as it is."""
+        if self.rich is None:
+            return self._write(markdown)
+        from rich.markdown import Markdown, TableElement
+
+        class Whole(TableElement):
+            """A table whose long words go on in the next line; rich would cut them, so that rows look alike."""
+
+            def __rich_console__(self, console: Any, options: Any) -> Any:
+                for table in super().__rich_console__(console, options):
+                    for column in getattr(table, "columns", ()):
+                        column.overflow = "fold"
+                    yield table
+
+        class Page(Markdown):
+            elements = {**Markdown.elements, "table_open": Whole}  # noqa: RUF012  (rich's own, which it only reads)
+
+        self.rich.print(Page(encodable(markdown, self.rich.encoding)))
 
     def _write(self, plain: str) -> None:
         self.stream.write(encodable(plain, self.stream.encoding))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
+import shutil
+import textwrap
 
 # A model can emit any byte, so also an escape sequence that would repaint the terminal: control characters are shown as pictures. What
 # turns the writing direction would show other text than is there (CVE-2021-42574).
@@ -11,8 +14,11 @@ _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t
 _PICTURES |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029), 0xFFFD)
 
 # What ASCII has for our own signs, each as wide: lines, bars, and what typography prefers.
-_PLAIN = str.maketrans("─━╌╸╺╶╴│┃▏▌▎▍▋▊▉█•×–—…‘’“”", "-------||||||####*x--.''\"\"")
+_PLAIN = str.maketrans("─━╌╸╺╶╴│┃▏▌▎▍▋▊▉█•×µ−–—…‘’“”", "-------||||||####*xu---.''\"\"")
 _PLAIN |= {ord("±"): "+/-", ord("→"): "->"}
+LEAST_ROOM = 20  # columns that are left to a text beside its label on a very narrow terminal
+_HELP_LINE = re.compile(r"(?P<head> *\S+(?: \S+)*)(?:  +(?P<what>\S.*))?")  # what is described, and behind two blanks what is said of it
+_EXAMPLE = re.compile(r" +(picotrain|torchrun|python) ")
 ERRORS = "picotrain"  # the name of `_degraded` among the codecs' error handlers
 
 
@@ -42,6 +48,11 @@ def _scaled(number: float, units: tuple[str, ...]) -> str:
 def _three(number: float) -> str:
     digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
     return f"{number:.{digits}f}"
+
+
+def several(count: int, noun: str) -> str:
+    """A number of things: 1 shard, 1,200 shards."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def clock(seconds: float) -> str:
@@ -93,6 +104,37 @@ def as_typed(text: str) -> str:
 def encodable(text: str, encoding: str | None) -> str:
     """`text` with a plainer sign or "?" for each character that `encoding` lacks, so that printing it cannot fail."""
     return text.encode(encoding or "utf-8", errors=ERRORS).decode(encoding or "utf-8")
+
+
+def columns() -> int:
+    """Columns of the terminal that standard output is, for help; 80 where it is none."""
+    return max(shutil.get_terminal_size().columns, 2 * LEAST_ROOM)
+
+
+def fitted(text: str, columns: int) -> str:
+    """A help text with each line of more than so many columns wrapped: a description under its beginning, a command so that it can
+    be copied."""
+    return "\n".join(part for line in text.split("\n") for part in ([line] if len(line) <= columns else _fitted(line, columns)))
+
+
+def _fitted(line: str, columns: int) -> list[str]:
+    found = _HELP_LINE.fullmatch(line.rstrip())
+    if not found:
+        return [line]
+    head, what = found["head"], found["what"]
+    indent = " " * (len(head) - len(head.lstrip()))
+    if what is None:
+        end, further = (" \\", "    ") if _EXAMPLE.match(head) else ("", "")
+        parts = _fill(head.strip(), columns - len(indent + further + end))
+        return [f"{indent}{further * bool(i)}{part}{end * (i < len(parts) - 1)}" for i, part in enumerate(parts)]
+    start = found.start("what")
+    if columns - start >= LEAST_ROOM:
+        return [f"{' ' * start if i else line[:start]}{part}" for i, part in enumerate(_fill(what, columns - start))]
+    return [*_fitted(head, columns), *(f"{indent}    {part}" for part in _fill(what, columns - len(indent) - 4))]
+
+
+def _fill(text: str, columns: int) -> list[str]:
+    return textwrap.wrap(text, max(columns, LEAST_ROOM), break_long_words=False, break_on_hyphens=False)
 
 
 def _degraded(error: UnicodeError) -> tuple[str, int]:

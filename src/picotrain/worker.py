@@ -157,9 +157,9 @@ def run(run_dir: Path, meeting: Meeting | None = None) -> int:
             with group.passing_on(stop):
                 outcome = loop.train(run_dir, group, stop)
         except Exception as error:
-            if not parallel.out_of_memory(error):
+            if not (said := parallel.out_of_memory(error)):
                 raise
-            problem = _too_little_memory(run_dir, config, error, parallel.memory_in_use(group.device))
+            problem = _too_little_memory(run_dir, config, said, parallel.memory_in_use(group.device))
         else:
             group.teardown()
             if outcome.behind:
@@ -169,14 +169,14 @@ def run(run_dir: Path, meeting: Meeting | None = None) -> int:
     raise problem
 
 
-def _too_little_memory(run_dir: Path, config: Config, error: Exception, in_use: str) -> OutOfMemory:
+def _too_little_memory(run_dir: Path, config: Config, said: str, in_use: str) -> OutOfMemory:
     """What does not fit, what was predicted, and what would fit."""
     plan = read_plan(run_dir)
     settings = lighter_settings(plan, config) or ["a smaller model, or a machine with more memory"]
     rank = f"rank {here.rank}: " if (here := ranks.here()).launched else ""
     return OutOfMemory(
         f"{rank}out of memory with micro-batches of {plan.device_batch_size} rows of {plan.seq_len:,} tokens; the plan predicted "
-        f"{size(plan.predicted_memory_bytes)}{in_use}\n  {str(error).splitlines()[0][:200]}\n"
+        f"{size(plan.predicted_memory_bytes)}{in_use}\n  {said[:200]}\n"
         "What would fit by the same prediction (the steps stay the same but where it says a new run):\n"
         + "\n".join(f"  - {setting}" for setting in settings)
     )

@@ -14,13 +14,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import signal
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
 from picotrain import hardware, ranks
 from picotrain.errors import PicotrainError
+from picotrain.text import columns, fitted
 
 NAMES = (
     "matmul",
@@ -60,10 +63,24 @@ class _Parser(argparse.ArgumentParser):
         self.exit(PicotrainError.exit_code, f"error: {message}; `{self.prog} --help` lists what there is\n")
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """The description in the columns that there are: its paragraphs filled anew, its examples line by line."""
+
+    def __init__(self, prog: str, **options: Any):
+        super().__init__(prog, width=columns() - 2, **options)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = re.split(r"\n{2,}", text.strip())
+        return "\n\n".join(fitted(one, width) if one[:1] == " " else textwrap.fill(" ".join(one.split()), width) for one in paragraphs)
+
+
 def parser(name: str, prog: str | None = None) -> argparse.ArgumentParser:
     """The parser of a benchmark's options."""
     benchmark = load(name)
-    found = _Parser(prog=prog, description=benchmark.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = benchmark.__doc__ or ""
+    if prog:
+        about = about.replace(f"python benchmarks/{name}.py", prog)
+    found = _Parser(prog=prog, usage="%(prog)s [options]", description=about, formatter_class=_Help)
     benchmark.arguments(found)
     return found
 

@@ -177,11 +177,15 @@ def eval_(
 @app.command("compare")
 def compare_(
     models: Annotated[
-        list[str], typer.Argument(metavar="A B...", help="RUN, RUN@best, RUN@STEP, RUN/checkpoints/step_..., or a Hugging Face folder.")
+        list[str], typer.Argument(metavar="MODEL", help="RUN, RUN@best, RUN@STEP, RUN/checkpoints/step_..., or a Hugging Face folder.")
     ],
     html: Annotated[Path | None, typer.Option("--html", help="Write it as one self-contained page, too.")] = None,
-    bundle: Annotated[Path | None, typer.Option("--bundle", help="CORE tasks; default: evaluation.core.bundle of A's config.")] = None,
-    max_per_task: Annotated[int | None, typer.Option(min=0, help="CORE examples of a task; default: as A's config, 0: all.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", help="CORE tasks; default: evaluation.core.bundle of the first's config.")
+    ] = None,
+    max_per_task: Annotated[
+        int | None, typer.Option(min=0, help="CORE examples of a task; default: as in the first's config, 0: all.")
+    ] = None,
     documents: Annotated[int | None, typer.Option(min=1, help="Validation documents, spread evenly; default: all.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -192,8 +196,8 @@ def compare_(
       picotrain compare runs/a runs/b
       picotrain compare runs/a runs/b@best --bundle eval_bundle --html ab.html
 
-    A is the baseline, every other one is compared with it: bits per byte of whole documents of A's validation shard, so
-    that tokenizers and contexts may differ; CORE task by task; what differs in config, data and speed; samples side by
+    The first is the baseline, every other one is compared with it: bits per byte of whole documents of its validation shard,
+    so that tokenizers and contexts may differ; CORE task by task; what differs in config, data and speed; samples side by
     side; and warnings where the comparison is not fair.
     """
     from picotrain.cli import compare
@@ -257,7 +261,7 @@ def doctor_(overrides: Overrides = None, config: ConfigFile = None, config_dir: 
 @app.command("bench", context_settings={"ignore_unknown_options": True}, add_help_option=False)
 def bench_(
     ctx: typer.Context,
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Benchmarks, or one and options of its own.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Benchmarks, or one and options of its own.")] = None,
     full: Annotated[
         bool, typer.Option("--full", help="The whole set, with more settings and repeats of each; many times as long.")
     ] = False,
@@ -304,7 +308,7 @@ CorpusFolder = Annotated[str, typer.Argument(metavar="CORPUS", help="A folder of
 
 @data_app.command("prepare")
 def data_prepare(
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUTS...", help="Files, folders (searched) and globs.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Files, folders (searched) and globs.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the order; validation documents stay the same.")] = 0,
     min_chars: Annotated[int, typer.Option(min=0, help="Leave out documents of fewer characters.")] = 0,

@@ -117,13 +117,17 @@ def _start(resolve: Callable[[], tuple[Config, Sequence[str]]], command: Command
     if ranks.here().under_torchrun:
         return together(lambda meeting: _opened(*resolve(), command, meeting))
     from picotrain.launch import launch
+    from picotrain.launch.nodes import preparing
 
     config, overrides = resolve()
     run_dir, nproc = Path(config.run.dir or ""), int(config.hardware.nproc_per_node)
     if config.launch.node_rank > 0:  # node 0 prepares the shared run directory and holds its lock
         return launch(run_dir, nproc, config.launch, in_process)
-    with _opened(config, overrides, command) as opened:
-        return launch(opened, nproc, config.launch, in_process) if opened else 0
+    with ExitStack() as seen:
+        seen.enter_context(preparing(config.launch))
+        with _opened(config, overrides, command) as opened:
+            seen.close()
+            return launch(opened, nproc, config.launch, in_process) if opened else 0
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from picotrain.evaluation.suite import core_results
 from picotrain.metrics import plain
 from picotrain.parallel import Parallel, free_memory
 from picotrain.report import compare as pages
-from picotrain.terminal import is_terminal, rich_console
-from picotrain.text import encodable, printable
+from picotrain.terminal import Printer, is_terminal, rich_console
+from picotrain.text import printable
 from picotrain.ticker import lines
 
 Bars = Callable[[str], Callable[[int, int], None]]  # a new bar by its description; what moves it: (done, of)
@@ -204,13 +204,8 @@ def _results(
 def _write(results: dict[str, Any], html: Path | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(results, indent=1, allow_nan=False))
-    elif is_terminal(sys.stdout):
-        from rich.markdown import Markdown
-
-        console = rich_console(sys.stdout)
-        console.print(Markdown(encodable(pages.markdown(results), console.encoding)))
     else:
-        print(encodable(pages.markdown(results), sys.stdout.encoding), end="")
+        Printer().page(pages.markdown(results))
     if html is not None:
         try:
             write_whole(html, pages.page(results))

@@ -24,7 +24,7 @@ from picotrain.data.prepare import prepare as prepare_corpus
 from picotrain.errors import ConfigError, DataError
 from picotrain.places import expanded
 from picotrain.terminal import LABEL_WIDTH, Printer, is_terminal, rich_console, say
-from picotrain.text import printable, short, size
+from picotrain.text import printable, several, short, size
 
 LINE_EVERY_S = 15.0  # where there is no terminal to draw a bar on
 BAR_WIDTH = 40
@@ -79,8 +79,8 @@ def prepare(
         return INTERRUPTED
     rows = {
         "folder": str(corpus.root),
-        "training": f"{len(corpus.shards):,} shards, {corpus.documents:,} documents, {size(corpus.text_bytes)} of text",
-        "validation": f"{corpus.val.name}, {corpus.val.rows:,} documents, {size(corpus.val.text_bytes)} of text",
+        "training": f"{several(len(corpus.shards), 'shard')}, {several(corpus.documents, 'document')}, {size(corpus.text_bytes)} of text",
+        "validation": f"{corpus.val.name}, {several(corpus.val.rows, 'document')}, {size(corpus.val.text_bytes)} of text",
     }
     if (corpus.root / SKIPPED).exists():
         rows["left out"] = f"listed in {corpus.root / SKIPPED}"
@@ -123,7 +123,7 @@ def verify(corpus: str) -> int:
     count = len({item.shard for item in found.bad})
     lines = "".join(f"\n  - {item}" for item in found.bad)
     raise DataError(
-        f"{count:,} of {found.shards:,} shards in {folder} {'is' if count == 1 else 'are'} bad; make or fetch them again:{lines}"
+        f"{count:,} of {several(found.shards, 'shard')} in {folder} {'is' if count == 1 else 'are'} bad; make or fetch them again:{lines}"
     )
 
 
@@ -143,8 +143,8 @@ def download(name: str, overrides: Sequence[str], shards: int | None, config_dir
     if not any(word.startswith("data.num_shards=") for word in (*overrides, *extra)):
         plan = runs.preview(config)
         run = f"`picotrain train {' '.join([*overrides, f'data={name}'])}`"
-        count = f"{config.data.num_shards:,} training shards: {run} passes over them {plan.epochs or 0:.2f} times"
-        print(f"{count} in {plan.num_steps:,} steps; --shards N takes another number", file=sys.stderr)
+        count = f"{several(config.data.num_shards or 0, 'training shard')}: {run} passes over them {plan.epochs or 0:.2f} times"
+        say(f"{count} in {several(plan.num_steps, 'step')}; --shards N takes another number")
     try:
         with Bars() as bars:
             corpus = sources.resolve(config.data, runs.cache_dir(config), bars.say)
@@ -189,12 +189,14 @@ def _data_kind(choice: str, config_dir: Path | None) -> str | None:
 
 
 def _show_inspection(found: Inspection) -> None:
-    share = "" if found.documents_read == found.documents else f" (of {found.documents_read:,} documents, {size(found.bytes_read)})"
+    share = (
+        "" if found.documents_read == found.documents else f" (of {several(found.documents_read, 'document')}, {size(found.bytes_read)})"
+    )
     file_size, largest = size(found.file_bytes), size(found.largest_row_group_bytes)
     quantiles = ", ".join(f"{name} {value:,}" for name, value in found.quantiles_bytes.items())
-    special = [f"{name} in {count:,}" for name, count in list(found.special_text.items())[:SHOWN]]
+    special = [f"{name} in {several(count, 'document')}" for name, count in list(found.special_text.items())[:SHOWN]]
     special += [f"{len(found.special_text) - SHOWN:,} more"] if len(found.special_text) > SHOWN else []
-    invalid = f"{found.invalid_utf8_documents:,} documents"
+    invalid = several(found.invalid_utf8_documents, "document")
     if (first := found.first_invalid_utf8) is not None:
         invalid += f"; the first is {first.shard}, row group {first.row_group}, row {first.row}"
     rows = {
@@ -204,14 +206,14 @@ def _show_inspection(found: Inspection) -> None:
         "row groups": f"{found.row_groups:,}, the largest has {largest} of text",
     }
     if share:
-        rows["read"] = f"{found.documents_read:,} documents, {size(found.bytes_read)}: the rest is of these"
+        rows["read"] = f"{several(found.documents_read, 'document')}, {size(found.bytes_read)}: the rest is of these"
     if found.tokens is not None and found.bytes_per_token is not None:
         rows["tokens"] = f"{short(found.tokens)}, {found.bytes_per_token:.3f} bytes per token (a <|bos|> before each document counted)"
     rows |= {
         "length in bytes": f"mean {found.mean_bytes:,.0f}; {quantiles}",
-        "exact duplicates": f"{found.duplicate_documents:,} documents, of {found.duplicated_texts:,} texts that occur more than once; "
-        f"{found.validation_duplicates:,} validation documents are trained on too",
-        "special-token text": f"{', '.join(special) or 'none'}{' documents (it stays text)' if special else ''}",
+        "exact duplicates": f"{several(found.duplicate_documents, 'document')} beyond the first of "
+        f"{several(found.duplicated_texts, 'text')}; validation documents that are trained on too: {found.validation_duplicates:,}",
+        "special-token text": f"{', '.join(special) or 'none'}{' (it stays text)' if special else ''}",
         "empty and null": f"{found.empty_documents:,} empty, {found.null_documents:,} null",
         "invalid UTF-8": invalid,
     }
@@ -243,10 +245,10 @@ def _histogram(bins: Sequence[tuple[int, int, int]], bar_width: int) -> Table:
 
 
 def _show_verification(found: Verification) -> None:
-    rows = {"read": f"{found.shards:,} shards, {size(found.file_bytes)}, page checksums on where there are any"}
+    rows = {"read": f"{several(found.shards, 'shard')}, {size(found.file_bytes)}, page checksums on where there are any"}
     rows["content hashes"] = _compared(found.shards, found.unhashed, "origin.json", "it is only known that they can be read")
     rows["fingerprints"] = _compared(found.shards, found.unlisted, "data.json", "their footers were compared with nothing")
-    rows["result"] = "every shard is good" if not found.bad else f"{len(found.bad):,} things are wrong"
+    rows["result"] = "every shard is good" if not found.bad else f"{several(len(found.bad), 'problem')}"
     Printer().facts(rows, found.folder)
 
 

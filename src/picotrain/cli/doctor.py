@@ -18,7 +18,7 @@ from picotrain.cli.commands import resolved
 from picotrain.config import Config, places
 from picotrain.errors import CheckpointError, ConfigError, PicotrainError, Problem, UsageError
 from picotrain.terminal import Printer
-from picotrain.text import size
+from picotrain.text import several, size
 
 T = TypeVar("T")
 CHECKPOINTS_KEPT = 3  # how many checkpoints the disk check wants room for
@@ -93,7 +93,7 @@ def _say_load(config: Config, out: Printer) -> None:
 
 def _plan(config: Config) -> tuple[str, planning.Plan]:
     plan = runs.preview(config)
-    return f"{plan.num_steps:,} steps of {plan.total_batch_size:,} tokens, about {size(plan.predicted_memory_bytes)} a rank", plan
+    return f"{several(plan.num_steps, 'step')} of {plan.total_batch_size:,} tokens, about {size(plan.predicted_memory_bytes)} a rank", plan
 
 
 def _disk(run_dir: Path, checkpoint_bytes: int) -> tuple[str, None]:
@@ -122,7 +122,8 @@ def _archive(config: Config) -> tuple[str, None]:
 def _data(config: Config, out: Printer) -> tuple[str, runs.Material]:
     material = runs.gather(config, lambda message: out.line(" " * 6, message, "dim"))
     corpus = material.corpus
-    return f"{corpus.name}: {corpus.documents:,} documents, {size(corpus.text_bytes)} of text, {material.plan.lanes} lanes", material
+    documents, lanes = several(corpus.documents, "document"), several(material.plan.lanes or 0, "lane")
+    return f"{corpus.name}: {documents}, {size(corpus.text_bytes)} of text, {lanes}", material
 
 
 def _check_run(run_dir: Path) -> int:

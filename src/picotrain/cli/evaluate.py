@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from picotrain import evaluation, parallel, sampling
+from picotrain import evaluation, invocation, parallel, sampling
 from picotrain import ranks as ranks_
 from picotrain import run as runs
 from picotrain.cli import checks, say
@@ -45,7 +45,7 @@ from picotrain.evaluation.subject import RunModel, Subject
 from picotrain.evaluation.suite import core_results
 from picotrain.parallel import Parallel
 from picotrain.report.evaluated import render
-from picotrain.terminal import is_terminal, rich_console
+from picotrain.terminal import Printer, is_terminal, rich_console
 from picotrain.text import printable
 from picotrain.ticker import Show, lines
 
@@ -86,8 +86,8 @@ class Evaluation:
     def finish(self) -> int:
         """Print what there is and name its files; the exit code. Raises EvaluationIncomplete for what failed."""
         if self.ranks.is_main and self._written:
-            print(render(self._title, self.results))
-            say("written: " + ", ".join(map(str, self._written.values())))
+            Printer().page(render(self._title, self.results))
+            say("\n".join(["written:", *(f"  {invocation.shown(path)}" for path in self._written.values())]))
         if self._failed:
             kept = f"; what was measured is in {self.folder}" if self._measured() else "; nothing was measured"
             raise EvaluationIncomplete(

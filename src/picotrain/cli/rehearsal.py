@@ -21,7 +21,7 @@ from picotrain.errors import LaunchError, RunError
 from picotrain.lock import is_locked
 from picotrain.metrics import METRICS, read_metrics
 from picotrain.signals import ending
-from picotrain.text import size
+from picotrain.text import duration, size
 
 STEPS = 2
 FOLDER = ".picotrain-doctor-"
@@ -59,7 +59,7 @@ def two_steps(material: runs.Material) -> tuple[str, None]:
     told += [f"a save of {size(save['bytes'])} in {save['seconds']:.1f} s" for save in records if save["kind"] == "checkpoint"][-1:]
     nproc = rehearsed.plan.world_size
     where = f"{nproc} processes" if nproc > 1 else "1 process"
-    return f"{where}; {'; '.join(told)}; so about {step_s * plan.num_steps / 3600:.2f} h of training here", None
+    return f"{where}; {'; '.join(told)}; so about {duration(step_s * plan.num_steps)} of training here", None
 
 
 def _rehearsed(material: runs.Material, folder: Path) -> runs.Material:

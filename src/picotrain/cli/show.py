@@ -9,7 +9,7 @@ from picotrain.data.corpus import Corpus
 from picotrain.data.units import default_unit_bytes, units
 from picotrain.plan import Plan
 from picotrain.terminal import Printer
-from picotrain.text import brief, duration, short, size
+from picotrain.text import brief, duration, several, short, size
 
 UNKNOWN = "not known yet"
 RECOMPUTED = {
@@ -24,8 +24,20 @@ def plan_table(plan: Plan, measure: str = "", here: bool = True) -> None:
     the plan is for this machine."""
     p = plan.parameters
     kv = "" if plan.n_kv_heads == plan.n_heads else f", {plan.n_kv_heads} key-value heads"
-    batch = f"{plan.device_batch_size} rows x {plan.seq_len} tokens x {plan.dp_size} ranks x {plan.grad_accum_steps} accumulation steps"
-    units_text = UNKNOWN if plan.num_units is None else f"{plan.lanes} lanes over {plan.num_units} units of >= {size(plan.unit_bytes)}"
+    batch = " x ".join(
+        several(count, what)
+        for count, what in (
+            (plan.device_batch_size, "row"),
+            (plan.seq_len, "token"),
+            (plan.dp_size, "rank"),
+            (plan.grad_accum_steps, "accumulation step"),
+        )
+    )
+    units_text = (
+        UNKNOWN
+        if plan.num_units is None
+        else f"{several(plan.lanes or 0, 'lane')} over {several(plan.num_units, 'unit')} of >= {size(plan.unit_bytes)}"
+    )
     guessed = f" (estimated from {plan.text_estimate})" if plan.text_estimate else ""
     about = "about " if guessed and plan.horizon == "train.num_train_epochs" else ""
     text = f" over {size(plan.text_bytes)} of text" if plan.text_bytes else ""
@@ -46,7 +58,7 @@ def plan_table(plan: Plan, measure: str = "", here: bool = True) -> None:
         "attention": _attention(plan),
         "recomputed": RECOMPUTED[plan.recompute],
         "batch": f"{plan.total_batch_size:,} tokens = {batch}",
-        "horizon": f"{about}{plan.num_steps:,} steps, {plan.total_tokens:,} tokens (set by {plan.horizon})",
+        "horizon": f"{about}{several(plan.num_steps, 'step')}, {plan.total_tokens:,} tokens (set by {plan.horizon})",
         "epochs": epochs,
         "sources": ", ".join(f"{name} {passes:.2f} passes" for name, passes in plan.sources.items()),
         "licence": "; ".join(f"{name}: {licence}" for name, licence in plan.licences.items()),
@@ -59,7 +71,8 @@ def plan_table(plan: Plan, measure: str = "", here: bool = True) -> None:
     out = Printer()
     out.facts({key: value for key, value in rows.items() if value}, plan.name)
     for note in plan.notes:
-        out.message(f"note: {note}", "yellow" if note.startswith("warning") else "dim")
+        warns = note.startswith("warning")
+        out.message(note if warns else f"note: {note}", "yellow" if warns else "dim")
 
 
 def _attention(plan: Plan) -> str:
@@ -89,8 +102,8 @@ def corpus_table(corpus: Corpus, config: Config) -> None:
     found = units(corpus.shards, config.data.unit_bytes or default_unit_bytes(config.train.seq_len or 512))
     rows = {
         "folder": str(corpus.root),
-        "training": f"{len(corpus.shards)} shards, {corpus.documents:,} documents, {size(corpus.text_bytes)} of text",
-        "validation": f"{corpus.val.name}, {corpus.val.rows:,} documents, {size(corpus.val.text_bytes)} of text",
+        "training": f"{several(len(corpus.shards), 'shard')}, {several(corpus.documents, 'document')}, {size(corpus.text_bytes)} of text",
+        "validation": f"{corpus.val.name}, {several(corpus.val.rows, 'document')}, {size(corpus.val.text_bytes)} of text",
         "units": f"{len(found)} at seq_len {config.train.seq_len}",
         "fingerprint": corpus.fingerprint,
     }

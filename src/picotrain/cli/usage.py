@@ -13,14 +13,39 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from picotrain.errors import Problem, UsageError
+from picotrain.text import columns, fitted
 
 _errors: Any = importlib.import_module(typer.BadParameter.__module__)  # click's, or those of the click inside of typer
 _HELP = ("--help", "-h")
+_WHOLE = 1_000  # characters of a command's line in the list of commands: it is wrapped, never shortened
 _NUMBER = re.compile(r"-?\.?[0-9].*")
 
 
-class Command(TyperCommand):
+class Helped:
+    """A command or a group whose help fits into the terminal, with nothing cut off."""
+
+    def get_help(self: Any, ctx: Any) -> str:
+        room = columns()
+        ctx.terminal_width = min(room, ctx.max_content_width or 80) - 2  # without it click takes 50 columns for the least
+        return fitted(super().get_help(ctx), room)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def get_short_help_str(self: Any, limit: int = 0) -> str:
+        return super().get_short_help_str(_WHOLE)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Command(Helped, TyperCommand):
     """A command that names everything that is wrong with its words at once."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", *_pieces(self, ctx)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments by the names that the usage line gives them, without Python's word for what they become."""
+        for title, kind in (("Arguments", "argument"), ("Options", "option")):
+            records = [(param, param.get_help_record(ctx)) for param in self.get_params(ctx) if param.param_type_name == kind]
+            if rows := [(_metavar(param, ctx) if kind == "argument" else row[0], row[1]) for param, row in records if row]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not ctx.ignore_unknown_options and not set(_HELP) & set(args):
@@ -51,7 +76,7 @@ class App(typer.Typer):
         return super().command(name, **{"cls": Command, **options})
 
 
-class Group(TyperGroup):
+class Group(Helped, TyperGroup):
     """Commands by name; an unknown one is answered with the nearest."""
 
     def main(self, *args: Any, **options: Any) -> Any:
@@ -194,16 +219,20 @@ def _rule(param: Any, given: str, error: Any) -> tuple[str, str]:
 
 def _ways(ctx: Any) -> str:
     """How the command is used."""
-    pieces = [_metavar(param, ctx) for param in ctx.command.params if param.param_type_name == "argument"]
-    pieces = [piece if param.required else f"[{piece.strip('[].')}]" for piece, param in zip(pieces, _arguments(ctx), strict=True)]
     needed = [
         f"{param.opts[0]} {_metavar(param, ctx)}" for param in ctx.command.params if param.required and param.param_type_name == "option"
     ]
-    return f"{' '.join([ctx.command_path, *pieces, *needed])}; `{ctx.command_path} --help` says more"
+    return f"{' '.join([ctx.command_path, *_pieces(ctx.command, ctx), *needed])}; `{ctx.command_path} --help` says more"
 
 
-def _arguments(ctx: Any) -> list[Any]:
-    return [param for param in ctx.command.params if param.param_type_name == "argument"]
+def _pieces(command: Any, ctx: Any) -> list[str]:
+    """The arguments of a usage line: RUN [OVERRIDE]..."""
+    pieces = []
+    for param in command.params:
+        if param.param_type_name == "argument":
+            name = _metavar(param, ctx).removesuffix("...")
+            pieces.append((name if param.required else f"[{name}]") + "..." * (param.nargs == -1))
+    return pieces
 
 
 def _options(command: Any) -> Iterator[str]:

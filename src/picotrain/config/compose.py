@@ -80,7 +80,9 @@ def _finish(tree: dict[str, Any], words: Overrides) -> Config:
 def _saved_tree(config_file: Path, words: Overrides, same_run: bool) -> dict[str, Any]:
     for group, choice in words.groups.items():
         hint = f"change single keys instead, e.g. {group}.<key>=..." if group in Config.model_fields else "change single keys instead"
-        words.problems.append(Problem(f"{group}={choice}", "a group cannot be chosen beside --config, which has every key already", hint))
+        words.problems.append(
+            Problem(f"{group}={choice}", "a group cannot be chosen beside a saved config, which has every key already", hint)
+        )
     tree = read(config_file)
     run = tree.get("run")
     if isinstance(run, dict) and not same_run:

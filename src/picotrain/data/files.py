@@ -74,11 +74,11 @@ class LocalFiles:
         return stat
 
     def _check(self, path: Path, shard: Shard) -> None:
-        from picotrain.data.corpus import read_footer
+        from picotrain.data.footers import fingerprint_of
 
         stat = self._stat(path, shard)
         if self._seen.get(shard.name) == stat.st_mtime_ns:
             return
-        if read_footer(path).fingerprint != shard.fingerprint:
+        if fingerprint_of(path) != shard.fingerprint:
             raise DataError(f"{path} changed since the corpus was scanned: its footer is another one")
         self._seen[shard.name] = stat.st_mtime_ns

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, Field, TypeAdapter
 
-from picotrain.data.thrift import wrong_histogram
+from picotrain.data.thrift import Chunk, chunks
 from picotrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -131,13 +131,26 @@ def _read_footer(path: Path) -> Shard:
         raise BadShard(f"{path}: the `{TEXT}` column holds {schema.field(TEXT).type}, not strings")
     with raising(lambda why: _unreadable(path, why)):
         column = metadata.schema.column(columns.index(TEXT))
-        wrong = wrong_histogram(footer, columns.index(TEXT), column.max_repetition_level, column.max_definition_level)
-        if wrong is not None:
-            raise OSError(f"row group {wrong} has a histogram of levels of the wrong length")
-        groups = tuple(_row_group(metadata, rg, columns.index(TEXT), size) for rg in range(metadata.num_row_groups))
+        levels = (column.max_repetition_level, column.max_definition_level)
+        found = chunks(footer, columns.index(TEXT))
+        if any(chunk.encrypted for chunk in found):
+            raise BadShard(f"{path}: its `{TEXT}` column is encrypted, and picotrain has no key: decrypt it, or remove the file")
+        groups = tuple(_row_group(rg, chunk, levels, size) for rg, chunk in enumerate(found))
         if (rows := sum(group.rows for group in groups)) != metadata.num_rows:
             raise OSError(f"its footer promises {metadata.num_rows:,} rows, and its row groups {rows:,}")
-    return Shard(path.name, size, groups, hash_bytes(footer + size.to_bytes(8, "little")))
+    return Shard(path.name, size, groups, _fingerprint(size, footer))
+
+
+def fingerprint_of(path: Path) -> str:
+    """The fingerprint of a shard's file as it is now; its footer is not understood for it. Raises BadShard."""
+    try:
+        return _fingerprint(*_footer_bytes(path))
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+
+
+def _fingerprint(size: int, footer: bytes) -> str:
+    return hash_bytes(footer + size.to_bytes(8, "little"))
 
 
 @contextmanager
@@ -171,6 +184,8 @@ def first_line(error: Exception) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, UnicodeError):
         text = f"a name in it is not UTF-8 ({text})"
+    if "decrypt" in text.lower():  # of another column: the text's is said when the footer is read
+        text = f"a column in it is encrypted, and picotrain has no key: decrypt it ({text})"
     return text.encode("utf-8", "backslashreplace").decode()[:300]
 
 
@@ -212,16 +227,14 @@ def _what_it_is(path: Path) -> str:
     return next((words for begin, words in _HEADS if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(begin)), "")
 
 
-def _row_group(metadata: pq.FileMetaData, rg: int, column: int, file_bytes: int) -> RowGroup:
-    group = metadata.row_group(rg)
-    if column >= group.num_columns:
-        raise OSError(f"row group {rg} has {group.num_columns:,} columns, and the schema more")
-    chunk = group.column(column)
-    rows, text_bytes, stored = group.num_rows, chunk.total_uncompressed_size, chunk.total_compressed_size
+def _row_group(number: int, chunk: Chunk, levels: tuple[int, int], file_bytes: int) -> RowGroup:
+    rows, text_bytes, stored = chunk.rows, chunk.text_bytes, chunk.stored_bytes
     if not (0 <= rows <= MOST and 0 <= text_bytes <= MOST and 0 <= stored <= file_bytes):
-        raise OSError(f"row group {rg} claims {rows:,} rows, {text_bytes:,} bytes of text and {stored:,} of {file_bytes:,} bytes")
-    if chunk.num_values != rows:
-        raise OSError(f"row group {rg} claims {rows:,} rows, and {chunk.num_values:,} texts")
+        raise OSError(f"row group {number} claims {rows:,} rows, {text_bytes:,} bytes of text and {stored:,} of {file_bytes:,} bytes")
+    if chunk.values != rows:
+        raise OSError(f"row group {number} claims {rows:,} rows, and {chunk.values:,} texts")
+    if any(count not in (0, most + 1) for count, most in zip(chunk.levels, levels, strict=True)):
+        raise OSError(f"row group {number} has a histogram of levels of the wrong length")
     return RowGroup(rows, text_bytes)
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from threading import Event, Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +28,7 @@ from picotrain.errors import DataError
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     from picotrain.data.slices import Encoder
 
@@ -117,12 +119,11 @@ def inspect(
     total = sum(shard.row_groups[rg].text_bytes for shard, rg in groups)
     reader = _Reader(found, tokenizer, set(random.Random(seed).sample(range(rows), min(samples, rows))))
     done = 0
-    for shard, rg in groups:
-        for row, column in _columns(folder, shard, rg):
-            reader.add(Place(shard.name, rg, row), column)
-            if progress is not None:
-                progress("reading", min(done + row * shard.row_groups[rg].text_bytes // max(1, shard.row_groups[rg].rows), total), total)
-        done += shard.row_groups[rg].text_bytes
+    for place, column in _columns(folder, groups):
+        reader.add(place, column)
+        done += column.nbytes
+        if progress is not None:
+            progress("reading", min(done, total), total)
     if progress is not None:
         progress("reading", total, total)
     reader.finish()
@@ -146,20 +147,26 @@ def _chosen(groups: list[tuple[Shard, int]], max_bytes: int | None) -> list[tupl
     return [groups[i * len(groups) // count] for i in range(count)]
 
 
-def _columns(folder: Path, shard: Shard, rg: int) -> Iterator[tuple[int, pa.Array]]:
-    """A row group's text in batches, each with its first row. Raises DataError naming shard and row group."""
-    row, where = 0, f"{folder / shard.name}, row group {rg}"
+def _columns(folder: Path, groups: Sequence[tuple[Shard, int]]) -> Iterator[tuple[Place, pa.Array]]:
+    """The text of row groups in batches, each with its first row's place. Raises DataError naming shard and row group."""
+    row, where = 0, ""
     with raising(lambda why: DataError(f"{where} cannot be read: {why}; `picotrain data verify {folder}` lists all that is bad")):
-        for batch in _batches(folder / shard.name, shard, rg, [TEXT]):
-            yield row, batch.column(0)
-            row += batch.num_rows
+        for shard, of_shard in groupby(groups, key=lambda group: group[0]):
+            where = f"{folder / shard.name}"
+            with opened(folder / shard.name) as file:
+                for _, rg in of_shard:
+                    row, where = 0, f"{folder / shard.name}, row group {rg}"
+                    for batch in _batches(file, shard, rg, [TEXT]):
+                        yield Place(shard.name, rg, row), batch.column(0)
+                        row += batch.num_rows
+                    if row != shard.row_groups[rg].rows:
+                        raise OSError(f"it holds {row:,} rows, and the footer promises {shard.row_groups[rg].rows:,}")
 
 
-def _batches(path: Path, shard: Shard, rg: int, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
+def _batches(file: pq.ParquetFile, shard: Shard, rg: int, columns: list[str] | None) -> Iterator[pa.RecordBatch]:
     group = shard.row_groups[rg]
     rows = max(1, min(group.rows, READ_BYTES * group.rows // max(1, group.text_bytes)))
-    with opened(path) as file:
-        yield from file.iter_batches(rows, row_groups=[rg], columns=columns, use_threads=False)
+    yield from file.iter_batches(rows, row_groups=[rg], columns=columns, use_threads=False)
 
 
 def _binary(column: pa.Array) -> pa.Array:
@@ -354,9 +361,10 @@ def _verify_shard(path: Path, prints: dict[str, Shard], hashes: dict[str, dict[s
         if entry is not None and entry.fingerprint != shard.fingerprint:
             bad.append(Bad(path.name, None, f"it is not the shard that {MANIFEST} has (fingerprint): rewritten or damaged"))
         per_group = size // max(1, len(shard.row_groups))
-        for rg in range(len(shard.row_groups)):
-            bad += [Bad(path.name, rg, reason) for reason in _verify_row_group(path, shard, rg)]
-            read(per_group)
+        with raising(lambda why: DataError(f"cannot be read: {why}")), opened(path) as file:
+            for rg in range(len(shard.row_groups)):
+                bad += [Bad(path.name, rg, reason) for reason in _verify_row_group(file, shard, rg)]
+                read(per_group)
     except DataError as error:
         bad.append(Bad(path.name, None, str(error).removeprefix(str(path)).lstrip(": ")))
     except OSError as error:
@@ -364,13 +372,13 @@ def _verify_shard(path: Path, prints: dict[str, Shard], hashes: dict[str, dict[s
     return bad
 
 
-def _verify_row_group(path: Path, shard: Shard, rg: int) -> Iterator[str]:
+def _verify_row_group(file: pq.ParquetFile, shard: Shard, rg: int) -> Iterator[str]:
     """What is wrong with a row group, at most one thing."""
     import pyarrow as pa
 
     rows = 0
     try:
-        for batch in _batches(path, shard, rg, None):
+        for batch in _batches(file, shard, rg, None):
             try:
                 _binary(batch.column(TEXT)).cast(pa.large_string())
             except pa.ArrowInvalid:

@@ -39,7 +39,7 @@ from picotrain.disk import find_json, read_plain, write_whole
 from picotrain.errors import ConfigError, DataError, Problem, TokenizerError
 from picotrain.places import expanded
 from picotrain.signals import ending
-from picotrain.text import clock, size
+from picotrain.text import clock, several, size
 from picotrain.ticker import ticking
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
     if (corpus := known(data, cache, say)) is not None:
         return corpus
     files, undecodable = inputs(data)
-    say(f"preparing {data.name} from {len(files):,} files")
+    say(f"preparing {data.name} from {several(len(files), 'file')}")
     with _lines_of_bytes(say) as progress:
         identified = identify(files, read=_adding("reading", sum(file.path.stat().st_size for file in files), progress))
     folder = cache / "corpora" / f"{_label(data)}-{identified[0][:16]}"

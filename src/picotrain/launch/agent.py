@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -29,6 +28,7 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from picotrain import hardware, invocation
 from picotrain.config.schema import LaunchConfig
 from picotrain.errors import ArchiveBehind, Diverged, Hung, LaunchError, OutOfMemory, PicotrainError, Stopped
+from picotrain.launch.nodes import wait_for_node_0
 from picotrain.parallel import STACKS_SIGNAL
 from picotrain.ranks import LAUNCHER_PID
 from picotrain.signals import PATIENCE_S, STOP_SIGNALS, StopSignal, ending, noticed
@@ -36,9 +36,6 @@ from picotrain.terminal import say
 
 POLL_S = 0.1  # how often the agent looks at its workers
 JOIN_TIMEOUT_S = 600  # how long nodes wait for each other: schedulers start them minutes apart at worst
-NODE_0_S = 24 * 3600.0  # how long the other nodes wait for node 0, which may have a corpus to download and a tokenizer to train
-NAME_S = 600.0  # and for its name to be known at all: schedulers announce it when they start it
-NODE_0_POLL_S, CONNECT_S, SAY_S = 1.0, 10.0, 30.0  # how often they look, for how long a look takes at most, and a line between
 STACKS_S = 0.3  # what a rank gets to print its stacks in
 KILL_WAIT_S = 10  # how long a killed worker may take to go; one stuck in a driver call is given up
 DONE = (0, Stopped.exit_code, ArchiveBehind.exit_code)  # of workers whose run is saved
@@ -58,7 +55,7 @@ def run_workers(command: Sequence[str], nproc: int, launch: LaunchConfig, run_id
             for number in count(1):
                 with ending("waiting for node 0" if launch.node_rank else "starting the workers"):
                     if launch.node_rank:
-                        _wait_for_node_0(launch.rdzv_endpoint or "")
+                        wait_for_node_0(launch.rdzv_endpoint or "", seen=number > 1)
                     spec = _spec(command, nproc, launch, run_id)
                 agent = Agent(spec, launch)
                 try:
@@ -73,31 +70,6 @@ def run_workers(command: Sequence[str], nproc: int, launch: LaunchConfig, run_id
         except RendezvousError as error:
             where = launch.rdzv_endpoint or "this machine"
             raise LaunchError(f"this node could not meet the others at {where}, or lost them: {error.__cause__ or error}") from error
-
-
-def _wait_for_node_0(endpoint: str) -> None:
-    """Return once somebody listens at node 0's host:port, which is when it has prepared the run: download, tokenizer and all.
-
-    Torch itself gives up after one or two minutes. Raises LaunchError after NODE_0_S, or NAME_S for a name that nobody knows.
-    """
-    host, _, port = endpoint.rpartition(":")
-    began_s = said_s = time.monotonic()
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-            return
-        except OSError as error:
-            waited_s, limit_s = time.monotonic() - began_s, NAME_S if isinstance(error, socket.gaierror) else NODE_0_S
-            why = error.strerror or str(error)
-        if waited_s > limit_s:
-            raise LaunchError(
-                f"node 0 was not to be reached at launch.rdzv_endpoint={endpoint} within {limit_s / 60:g} min ({why}): is it "
-                "started, and is this its address, with a port that no firewall closes?"
-            )
-        if said_s == began_s or time.monotonic() - said_s > SAY_S:
-            said_s = time.monotonic()
-            say(f"picotrain: waiting for node 0 at {endpoint}, which prepares the run; {waited_s / 60:.1f} min so far ({why})")
-        time.sleep(NODE_0_POLL_S)
 
 
 class WorkersDied(LaunchError):

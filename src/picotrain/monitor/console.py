@@ -16,7 +16,7 @@ from rich.text import Text
 from picotrain import invocation
 from picotrain.config.schema import Config
 from picotrain.terminal import Printer
-from picotrain.text import brief, clock, flops, printable, short, size
+from picotrain.text import brief, clock, flops, printable, several, short, size
 
 LABEL, STRONG, GOOD, BAD = "dim", "bold", "green", "yellow"
 LEAST_BAR = 10  # columns
@@ -71,14 +71,17 @@ class Console:
         self._print(Text.assemble(kept[0], "  "), Text("  ").join(kept[1:]))
 
     def val(self, step: int, val_bpb: float | None, val_loss: float | None, tokens: int, best_bpb: float | None) -> None:
-        """A validation; `best_bpb` is the lowest before it, None at the first."""
-        line = Text.assemble(("val_bpb ", LABEL), (_fixed(val_bpb), STRONG), ("  val_loss ", LABEL), _fixed(val_loss))
-        line.append(f"  {short(tokens)} tokens", LABEL)
+        """A validation; `best_bpb` is the lowest before it, None at the first. A narrow terminal gets what matters most."""
+        fields = [
+            (0, _field("val_bpb", _fixed(val_bpb), STRONG)),
+            (1, _field("val_loss", _fixed(val_loss))),
+            (2, Text(f"{short(tokens)} tokens", LABEL)),
+        ]
         if val_bpb is not None and best_bpb is not None:
-            change = f"{val_bpb - best_bpb:+.4f}"
-            better = val_bpb < best_bpb
-            line.append(*((f"  * best so far, {change}", GOOD) if better else (f"  {change} on the best, {best_bpb:.4f}", BAD)))
-        self._print(self._step(step), line)
+            change, better = f"{val_bpb - best_bpb:+.4f}", val_bpb < best_bpb
+            fields.append((0, Text(*((f"* best so far, {change}", GOOD) if better else (f"{change} on the best, {best_bpb:.4f}", BAD)))))
+        head = self._step(step)
+        self._print(head, Text("  ").join(fit(fields, self._width - head.cell_len) if self.live else [text for _, text in fields]))
 
     def core(self, step: int, record: Mapping[str, Any]) -> None:
         """The CORE metric, over how many tasks, and why any is missing."""
@@ -154,9 +157,9 @@ def banner(plan: Mapping[str, Any], config: Config, run_dir: Path) -> list[tuple
         ("", plan["name"]),
         ("model", f"{short(parts['total'])} parameters ({by_part}), {flops(plan['flops_per_token'])}s a token"),
         ("batch", f"{plan['total_batch_size']:,} tokens a step = {batch}"),
-        ("horizon", f"{plan['num_steps']:,} steps = {short(plan['num_steps'] * plan['total_batch_size'])} tokens{epochs}"),
+        ("horizon", f"{several(plan['num_steps'], 'step')} = {short(plan['num_steps'] * plan['total_batch_size'])} tokens{epochs}"),
         ("device", f"{plan['world_size']} x {plan['hardware_name']} ({plan['device']}), {plan['precision']}{peak}, {kernels}"),
-        ("data", f"{config.data.name}, {plan['lanes']} lanes, vocabulary of {config.tokenizer.vocab_size:,}"),
+        ("data", f"{config.data.name}, {several(plan['lanes'], 'lane')}, vocabulary of {config.tokenizer.vocab_size:,}"),
         ("run", invocation.shown(run_dir)),
     ]
 

@@ -42,7 +42,7 @@ from picotrain.plan.memory import (
 )
 from picotrain.plan.problems import attention_problems, batch_problems, lane_problems, nearest, profiler_problems, total_problems
 from picotrain.plan.resolve import choose_data, decide, estimate_bytes_per_token, horizon_tokens, resolve
-from picotrain.text import size
+from picotrain.text import several, size
 
 __all__ = [
     "Plan",
@@ -243,7 +243,7 @@ def _decay_notes(o: OptimizerConfig, rates: shape.Rates, num_steps: int) -> list
     shrink = rates.matrix_lr * rates.weight_decay
     if o.scale and shrink > shape.MOST_SHRINK * (1 - 1e-9):
         return [
-            f"warning: over {num_steps:,} steps optimizer.weight_decay={o.weight_decay:g} shrinks the matrices by more than "
+            f"warning: over {several(num_steps, 'step')} optimizer.weight_decay={o.weight_decay:g} shrinks the matrices by more than "
             f"{shape.MOST_SHRINK:.0%} a step; it is held at {rates.weight_decay:.3g}, which is {shape.MOST_SHRINK:.0%}"
         ]
     if not o.scale and shrink > shape.MOST_SHRINK:

@@ -9,7 +9,7 @@ from picotrain.report.charts import Charts
 from picotrain.report.content import Block, Columns, Note, Prose, Section, Table, number, percent
 from picotrain.report.html import fill, tile
 from picotrain.report.markdown import write
-from picotrain.text import short
+from picotrain.text import several, short
 
 Results = Mapping[str, Any]
 MINUS = "−"  # between names, of which one may hold a hyphen
@@ -65,10 +65,10 @@ def headlines(results: Results) -> list[str]:
         if bpb and bpb["low"] is not None:
             better, worse = (other, first) if bpb["value"] < 0 else (first, other)
             low, high = sorted((abs(bpb["low"]), abs(bpb["high"])))
-            reach = f"{_level(results)} interval {low:.4f} to {high:.4f}, {rows[0]['documents']:,} documents"
+            reach = f"{_level(results)} interval {low:.4f} to {high:.4f}, {several(rows[0]['documents'], 'document')}"
             text = f"{better} is better than {worse} by more than the noise: {abs(bpb['value']):.4f} bits per byte less ({reach})"
             if verdict == "no larger":
-                reach = f"{_level(results)} interval {_range(bpb)}, {rows[0]['documents']:,} documents"
+                reach = f"{_level(results)} interval {_range(bpb)}, {several(rows[0]['documents'], 'document')}"
                 text = (
                     f"The difference of {other} from {first} is no larger than the noise: {_signed(bpb['value'])} bits per byte ({reach})"
                 )
@@ -164,9 +164,9 @@ def _bpb(results: Results) -> Iterator[Block]:
         return
     spread = f" (of {bpb['of']:,}, spread evenly)" if bpb["spread"] else ""
     yield Prose(
-        f"Measured on {bpb['documents']:,} documents{spread} of the validation shard of {bpb['text_of']}, in windows of {bpb['window']:,} "
-        f"tokens, each led by the model's own token for a beginning. Below zero the further model is the better one; intervals are "
-        f"paired bootstraps over documents at {_level(results)}."
+        f"Measured on {several(bpb['documents'], 'document')}{spread} of the validation shard of {bpb['text_of']}, in windows of "
+        f"{bpb['window']:,} tokens, each led by the model's own token for a beginning. Below zero the further model is the better one; "
+        f"intervals are paired bootstraps over documents at {_level(results)}."
     )
     rows = []
     for row in bpb["rows"]:
@@ -239,7 +239,7 @@ def _samples(results: Results) -> Iterator[Block]:
     )
     yield Prose(f"At most {samples['max_tokens']:,} tokens, {how}.")
     for i, prompt in enumerate(samples["prompts"]):
-        yield Prose(f"[{prompt}]" if prompt else "without a prompt", "Prompt:")
+        yield Prose(f"[{prompt}]" if prompt else "none", "Prompt:")
         yield Columns([(name, texts[i]) for name, texts in zip(names, samples["texts"], strict=True)])
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from picotrain.report.markdown import fence
+from picotrain.report.markdown import cell, fence
 from picotrain.text import printable
 
 
 def render(title: str, results: Mapping[str, Any]) -> str:
     """results.md of an evaluation's results.json."""
-    lines = [f"# {title}", "", "| split | bits per byte | loss (nats per token) | tokens |", "|---|---|---|---|"]
+    lines = [f"# {cell(title)}", "", "| split | bits per byte | loss (nats per token) | tokens |", "|---|---|---|---|"]
     for split, name in (("val", "validation"), ("train", "training")):
         if results["bpb"].get(split) is not None:
             bpb, loss, tokens = results["bpb"][split], results[f"{split}_loss"], results["tokens"][split]
@@ -21,13 +21,13 @@ def render(title: str, results: Mapping[str, Any]) -> str:
     if "window" in results:
         lines += ["", f"Whole documents, in windows of {results['window']:,} tokens."]
     if by_source := results["bpb"].get("by_source"):
-        lines += ["", "| source | bits per byte |", "|---|---|", *(f"| {_cell(name)} | {bpb:.4f} |" for name, bpb in by_source.items())]
+        lines += ["", "| source | bits per byte |", "|---|---|", *(f"| {cell(name)} | {bpb:.4f} |" for name, bpb in by_source.items())]
     missing = results.get("missing") or {}
     lines += ["", *_core(results["core"])] if results["core"] or "CORE" not in missing else []
     if missing:
-        lines += ["", "Not measured:", "", *(f"- {name}: {' '.join(why.split())}" for name, why in missing.items())]
+        lines += ["", "Not measured:", "", *(f"- {cell(name)}: {cell(why)}" for name, why in missing.items())]
     for sample in results["samples"]:
-        what = f"prompt {sample['prompt']!r}" if sample["prompt"] else "from nothing"
+        what = f"prompt {cell(repr(sample['prompt']))}" if sample["prompt"] else "from nothing"
         lines += ["", f"Sample, {what}:", "", fence(sample["prompt"] + sample["text"])]
     return printable("\n".join(lines) + "\n")
 
@@ -41,12 +41,7 @@ def _core(core: Mapping[str, Any] | None) -> list[str]:
     lines += ["| task | examples | accuracy | centered |", "|---|---|---|---|"]
     for label, task in core["tasks"].items():
         if task["centered"] is None:
-            lines.append(f"| {_cell(label)} | {task['n']:,} | not evaluated: {_cell(core['problems'].get(label, ''))} | |")
+            lines.append(f"| {cell(label)} | {task['n']:,} | not evaluated: {cell(core['problems'].get(label, ''))} | |")
         else:
-            lines.append(f"| {_cell(label)} | {task['n']:,} | {task['accuracy']:.3f} ± {task['stderr']:.3f} | {task['centered']:+.3f} |")
+            lines.append(f"| {cell(label)} | {task['n']:,} | {task['accuracy']:.3f} ± {task['stderr']:.3f} | {task['centered']:+.3f} |")
     return lines
-
-
-def _cell(text: str) -> str:
-    """A text that stays in its table cell."""
-    return " ".join(text.replace("|", "\\|").split())

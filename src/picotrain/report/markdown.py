@@ -29,26 +29,26 @@ def write(name: str, found: Iterable[Section], pictures: Mapping[str, str | None
     for section in found:
         blocks = [text for block in section.blocks if (text := _block(block, pictures))]
         if blocks:
-            parts += [f"## {_cell(section.title)}" if section.title else f"# {_cell(name)}", *blocks]
+            parts += [f"## {cell(section.title)}" if section.title else f"# {cell(name)}", *blocks]
     return "\n\n".join(parts) + "\n"
 
 
 def _block(block: Block, pictures: Mapping[str, str | None]) -> str:
     match block:
         case Prose():
-            return f"**{_cell(block.lead)}** {_cell(block.text)}" if block.lead else _cell(block.text)
+            return f"**{cell(block.lead)}** {cell(block.text)}" if block.lead else cell(block.text)
         case Note():
-            return f"> **Note:** {_cell(block.text)}"
+            return f"> **Note:** {cell(block.text)}"
         case Bullets():
-            return "\n".join(f"* {_cell(item)}" for item in block.items)
+            return "\n".join(f"* {cell(item)}" for item in block.items)
         case Facts() | Table():
             return _table(block.head, block.rows)
         case Code(title=""):
             return fence(block.text, block.language)
         case Code():
-            return f"<details><summary>{_cell(block.title)}</summary>\n\n{fence(block.text, block.language)}\n\n</details>"
+            return f"<details><summary>{cell(block.title)}</summary>\n\n{fence(block.text, block.language)}\n\n</details>"
         case Columns():
-            return "\n\n".join(f"**{_cell(name)}**\n\n{fence(text, 'text')}" for name, text in block.texts)
+            return "\n\n".join(f"**{cell(name)}**\n\n{fence(text, 'text')}" for name, text in block.texts)
         case Picture():
             file = pictures.get(block.kind)
             return f"![{CAPTIONS[block.kind]}]({file})" if file else ""
@@ -61,12 +61,12 @@ def fence(text: str, language: str = "") -> str:
     return f"{ticks}{language}\n{printable(text)}\n{ticks}"
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
     """A value as one line in which Markdown and HTML see no markup."""
     text = " ".join(printable("" if value is None else str(value)).split())
-    return re.sub(r"[\\`*\[\]<>|&~#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
+    return re.sub(r"[\\`*\[\]<>|&~#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)  # max_steps may stay, __main__ would be bold
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *([_cell(value) for value in row] for row in rows)]
+    lines = [head, ["---"] * len(head), *([cell(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 from picotrain.disk import is_own_picture
 from picotrain.report.curves import MAX_MARKERS, Panel, Series, course_panels, learned_panels, resumed_at
 from picotrain.report.facts import Run, core_points
+from picotrain.terminal import say
 from picotrain.text import encodable, printable, short
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def draw_pictures(run: Run, folder: Path) -> dict[str, str]:
     found = {}
     for kind, file, function in draw:
         if not is_own_picture(folder / file):
-            print(f"{folder / file} was not drawn by picotrain and stays as it is; move it away to have it drawn", file=sys.stderr)
+            say(f"{folder / file} was not drawn by picotrain and stays as it is; move it away to have it drawn")
         elif function(run, folder / file):
             found[kind] = file
     return found

@@ -39,7 +39,7 @@ class Tokenizer:
 
     path: the file. vocab_size: ids are 0 .. vocab_size - 1, specials included. bos_id: the id of `<|bos|>`.
     fingerprint: hash of the file. encoder: "gigatoken" or "tokenizers", the one in use; note: why it is not the fast one.
-    changes: what in the file was switched off, a sentence each.
+    switched_off: what in the file cuts, pads or draws, in words; "" for nothing. changes: a sentence for each thing that is not as it says.
     """
 
     _fast: Any  # gigatoken's Tokenizer, or None
@@ -49,7 +49,9 @@ class Tokenizer:
         self.fingerprint = hashlib.blake2b(without_bom(data), digest_size=16).hexdigest()
         found = artifact.read(path, data)
         self._plain, self._json, self._specials, self._bytes = found.bpe, found.json, found.specials, found.bytes
-        self.vocab_size, self.bos_id, self.changes = len(found.bytes), found.bos_id, found.notes
+        self.vocab_size, self.bos_id, self.switched_off = len(found.bytes), found.bos_id, found.off
+        verb = "are" if " and " in found.off else "is"
+        self.changes = [f"{path}: {found.off} {verb} switched off; every text is encoded whole"] if found.off else []
         texts = proof.texts([*found.specials.values()])
         with self._faults("tokenizers"):
             if reason := proof.lost(self._encode_plain, texts, self._bytes_of_text):

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ class Artifact:
     specials: dict[int, str]  # the added tokens, which no text yields
     bytes: list[bytes]  # by id; a special's are its name's, those of an id without a token b""
     bos_id: int
-    notes: list[str] = field(default_factory=list)  # what was switched off
+    off: str = ""  # what was switched off, in words
 
 
 def without_bom(data: bytes) -> bytes:
@@ -78,7 +78,7 @@ def read(path: Path, data: bytes) -> Artifact:
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(f"{path} is no tokenizer.json that `tokenizers` can load: {str(error)[:200]}") from error
     _check_parts(path, loaded)
-    notes = _switch_off(path, loaded)
+    off = _switch_off(loaded)
     bpe = tokenizers.Tokenizer(loaded.model)  # no truncation, padding, normalizer or post-processor
     bpe.pre_tokenizer = loaded.pre_tokenizer
     if loaded.decoder is not None:
@@ -87,8 +87,8 @@ def read(path: Path, data: bytes) -> Artifact:
     _check_ids(path, vocab, specials)
     specials = _out_of_reach(path, bpe, specials, {token["id"] for token in added if token.get("special", True)})
     bos_id = next(id for id, content in specials.items() if content == BOS)
-    plain = bpe.to_str() if notes else cut  # writing it anew takes time
-    return Artifact(bpe, plain, specials, _bytes(path, vocab, specials), bos_id, notes)
+    plain = bpe.to_str() if off else cut  # writing it anew takes time
+    return Artifact(bpe, plain, specials, _bytes(path, vocab, specials), bos_id, off)
 
 
 class Panic(Exception):
@@ -211,8 +211,8 @@ def _cutting(pre_tokenizer: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _switch_off(path: Path, loaded: tokenizers.Tokenizer) -> list[str]:
-    """What was switched off, a sentence each. (Truncation and padding are left behind with `loaded`.)"""
+def _switch_off(loaded: tokenizers.Tokenizer) -> str:
+    """What was switched off, in words; "" for nothing. (Truncation and padding are left behind with `loaded`.)"""
     found = []
     if loaded.truncation:
         found.append(f"truncation to {loaded.truncation['max_length']:,} tokens")
@@ -221,9 +221,7 @@ def _switch_off(path: Path, loaded: tokenizers.Tokenizer) -> list[str]:
     if dropout := loaded.model.dropout:  # type: ignore[attr-defined]
         loaded.model.dropout = None  # type: ignore[attr-defined]
         found.append(f"BPE dropout {dropout:.2g}")
-    return (
-        [f"{path}: {' and '.join(found)} {'is' if len(found) == 1 else 'are'} switched off; every text is encoded whole"] if found else []
-    )
+    return " and ".join(found)
 
 
 def _check_ids(path: Path, vocab: dict[str, int], specials: dict[int, str]) -> None:

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from picotrain.config.places import redacted
 from picotrain.data.corpus import ORIGIN, Shard, read_footer
+from picotrain.data.footers import fingerprint_of
 from picotrain.data.remote.errors import Cancelled, Transient, retry
 from picotrain.data.remote.manifest import manifest_name
 from picotrain.data.remote.store import RemoteFile, Store, open_store
@@ -51,7 +52,7 @@ class Fetcher:
             key = (shard.fingerprint, stat.st_ino, stat.st_size, stat.st_mtime_ns)
             if self._verified.get(shard.name) == key:
                 return True
-            if stat.st_size != shard.bytes or read_footer(path).fingerprint != shard.fingerprint:
+            if stat.st_size != shard.bytes or fingerprint_of(path) != shard.fingerprint:
                 return False
         except (OSError, DataError):
             return False
