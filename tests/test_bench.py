@@ -272,7 +272,6 @@ def lives(pid: int) -> bool:
 
 
 def test_a_busy_process_ends_when_whoever_started_it_is_gone():
-    busy = benchmark("busy")
     popen = f"subprocess.Popen([sys.executable, '-c', {benchmark('busy').BUSY!r}, str(os.getpid())], stdout=subprocess.DEVNULL)"
     code = f"import os, subprocess, sys; print({popen}.pid)"
     pid = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
