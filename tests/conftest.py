@@ -126,6 +126,16 @@ def losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in train]
 
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def benchmark(name: str) -> Any:
+    """The script benchmarks/NAME.py as a module."""
+    from picotrain import bench
+
+    return bench.load(str(BENCHMARKS / f"{name}.py"))
+
+
 @pytest.fixture(autouse=True)
 def _no_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """No test reads or writes the cache of whoever runs it."""

@@ -1,4 +1,4 @@
-"""`picotrain bench` and the scripts over it: every benchmark in a tiny setting, the table, the JSON, and what is refused."""
+"""`picotrain bench` and the scripts beside it: every benchmark in a tiny setting, the table, the JSON, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ from subprocess import DEVNULL
 from typing import Any
 
 import pytest
-from conftest import picotrain, start
+from conftest import BENCHMARKS, benchmark, picotrain, start
 from test_bundle import write_bundle
 
 from picotrain import bench, hardware, shape
 from picotrain import plan as planning
-from picotrain.bench import busy, core, corpus, environment, peers, processes, sampling, sets, step, table, time_to_bpb
-from picotrain.bench.sets import Task
+from picotrain.bench import environment, processes, step, table
 from picotrain.cli import bench as command_module
 from picotrain.cli import main
 from picotrain.config.schema import ModelConfig
+from picotrain.errors import PicotrainError
 from picotrain.evaluation import Bpb
 from picotrain.hardware import Machine
 
-REPO = Path(__file__).resolve().parent.parent
+REPO = BENCHMARKS.parent
+SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in ("common", "live"))
 H100 = Machine("cuda", "NVIDIA H100 80GB HBM3", 1, 80 * 2**30, 9.0, True, 16)
 LAPTOP = Machine("cpu", "a CPU", 1, 16 * 2**30, 0.0, False, 2)
 TINY_STEP = ["--depth", "1", "--seq-len", "16", "--batch", "2", "--vocab", "300", "--steps", "2", "--warmup", "1"]
@@ -63,10 +64,14 @@ def run_here(name: str, arguments: Sequence[str]) -> Iterator[dict[str, Any]]:
     return bench.load(name).run(bench.parser(name).parse_args(arguments))
 
 
+def script(name: str) -> str:
+    return str(BENCHMARKS / f"{name}.py")
+
+
 def measure(name: str, *arguments: str) -> list[dict[str, Any]]:
-    """The lines of a benchmark, each as its JSON has it and with rows for the table."""
-    found = [json.loads(json.dumps(line)) for line in run_here(name, arguments)]
-    for line in found:
+    """The lines of a benchmark, or else of a script, each as its JSON has it; those of the command's own with rows for its table."""
+    found = [json.loads(json.dumps(line)) for line in run_here(name if name in bench.NAMES else script(name), arguments)]
+    for line in found if name in bench.NAMES else []:
         assert all(isinstance(cell, str) for row in table.rows(line) for cell in row)
     return found
 
@@ -116,9 +121,12 @@ def test_step_interleaves_settings_and_takes_medians_over_repeats(monkeypatch: p
 
 
 def test_loader_and_the_usual_method_read_the_same_corpus(corpus_dir: Path):
-    wide, narrow = measure("loader", "--path", str(corpus_dir), "--seconds", "0.05", "--vocab", "300")
+    options = ["--path", str(corpus_dir), "--seconds", "0.05", "--vocab", "300"]
+    wide, narrow = measure("loader", *options)
     assert (wide["rows"], wide["seq_len"], narrow["rows"], narrow["seq_len"]) == (32, 2048, 8, 512)
-    assert wide["tokens_per_s"] > 0 and narrow["usual"]["tokens_per_s"] > 0
+    assert wide["tokens_per_s"] > 0 and 0 <= narrow["dropped_percent"] < 5
+    beside = next(run_here(script("loader"), [*options, "--short"]))
+    assert beside.keys() > wide.keys() and beside["usual"]["tokens_per_s"] > 0 and beside["corpus"].endswith("-short")
 
 
 def test_checkpoint_says_how_long_a_save_holds_the_loop(tmp_path: Path):
@@ -146,22 +154,25 @@ def test_time_to_bpb_trains_what_its_recipes_say_and_counts_without_the_first_te
 
 
 def test_time_to_bpb_plans_the_steps_of_a_budget_by_a_short_run(monkeypatch: pytest.MonkeyPatch):
+    time_to_bpb = benchmark("time_to_bpb")
     found = {"steps": 30, "step_ms": 250.0, "steps_s": 5.0, "command_s": 9.0}
     monkeypatch.setattr(time_to_bpb, "_train", lambda words, run_dir: {**found, "words": words})
     monkeypatch.setattr(time_to_bpb, "_seconds", lambda words: 1.0)
-    monkeypatch.setattr(time_to_bpb, "_validated", lambda run_dir, max_tokens: Bpb(val_bpb=1.0, val_loss=1.0, tokens=64, bytes=64))
+    monkeypatch.setattr(
+        benchmark("time_to_bpb"), "_validated", lambda run_dir, max_tokens: Bpb(val_bpb=1.0, val_loss=1.0, tokens=64, bytes=64)
+    )
     (line,) = measure("time_to_bpb", "--recipes", "fast", "--budget", "5")
     assert "train.max_steps=30" in line["words"] and line["reached"], "ten, which are not counted, and 5 s of 250 ms"
 
 
-def test_a_corpus_that_is_not_there_is_one_message(command):
-    found = command("time_to_bpb", "--corpus", "/nowhere", "--recipes", "fast")
-    assert found.code == 2 and "there is no /nowhere" in found.err
-    assert found.err.count("error:") == 1 and "tokenizer train" not in found.err
+def test_a_corpus_that_is_not_there_is_one_message():
+    with pytest.raises(PicotrainError, match="there is no /nowhere") as found:
+        measure("time_to_bpb", "--corpus", "/nowhere", "--recipes", "fast")
+    assert "tokenizer train" not in str(found.value)
 
 
 def test_sampling_times_both_ways(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sampling, "NEW_TOKENS", 3)
+    monkeypatch.setattr(benchmark("sampling"), "NEW_TOKENS", 3)
     (line,) = measure("sampling", "--depth", "1", "--repeats", "1", "--threads", "1")
     assert line["batch_1"] > 0 and line["batch_8"] > 0 and line["batch_1_without_cache"] > 0
 
@@ -173,13 +184,15 @@ def test_peers_have_our_matrices_and_are_trained():
         "2",
         *["--seq-len", "64", "--batch", "2", "--vocab", "300", "--steps", "1", "--warmup", "1", "--precision", "fp32"],
     ]
+    peers, options = benchmark("peers"), bench.parser(script("peers")).parse_args(options)
     model = ModelConfig(depth=2, head_dim=64)
     matrices = shape.parameters(shape.dims(model), 300, model).matrices
     tables = ("wte.", "wpe.", "embed_tokens.", "lm_head.")
     for peer in peers.PEERS:
-        theirs = peers._build(peer, 2, bench.parser("peers").parse_args(options))
+        theirs = peers._build(peer, 2, options)
         assert matrices == sum(p.numel() for name, p in theirs.named_parameters() if p.ndim == 2 and not any(t in name for t in tables))
-    line = next(peers.run(bench.parser("peers").parse_args([*options, "--one", "gpt2"])))
+    options.one = "gpt2"
+    line = next(peers.run(options))
     assert (line["peer"], line["tok_per_sec"] > 0) == ("gpt2", True)
 
 
@@ -212,18 +225,22 @@ def test_variants_are_compared_with_the_config_as_it_is_within_a_round(monkeypat
         assert low <= line["times"] <= high
 
 
-def test_variants_have_one_process(command):
+def test_variants_have_one_process():
     threads = f"hardware.threads={hardware.cores() + 1}"
-    found = command("variants", *TINY_VARIANTS, "--variants", threads, "model.smear=true")
-    assert found.code == 2 and threads in found.err and "bench step" in found.err and "smear" not in found.err
+    with pytest.raises(PicotrainError) as found:
+        measure("variants", *TINY_VARIANTS, "--variants", threads, "model.smear=true")
+    assert threads in str(found.value) and "bench step" in str(found.value) and "smear" not in str(found.value)
 
 
-def test_a_variant_that_is_no_config_is_one_message_and_exit_code_2(command):
-    found = command("variants", *TINY_VARIANTS, "--variants", "model.smeer=true")
-    assert found.code == 2 and "model.smeer" in found.err and "model.smear" in found.err
+def test_a_variant_that_is_no_config_is_one_message_and_exit_code_2():
+    command = [sys.executable, script("variants"), *TINY_VARIANTS, "--variants", "model.smeer=true"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1 and "model.smeer" in done.stderr and "model.smear" in done.stderr
 
 
 def test_busy_compares_the_ways_to_wait_beside_processes_that_end_with_it(monkeypatch: pytest.MonkeyPatch):
+    busy = benchmark("busy")
     rates, beside = {str(hardware.SPINS): 90, "300000": 20, "0": 100}, []
 
     def measured(name: str, arguments: Sequence[str], variables: dict[str, str]) -> list[dict[str, Any]]:
@@ -245,7 +262,7 @@ def test_busy_compares_the_ways_to_wait_beside_processes_that_end_with_it(monkey
 
 def test_busy_measures_all_three_kinds_of_work():
     (line,) = measure("busy", "--here", "--seconds", "0")
-    assert all(line[work] > 0 for work in busy.WORK)
+    assert all(line[work] > 0 for work in benchmark("busy").WORK)
 
 
 def lives(pid: int) -> bool:
@@ -255,7 +272,7 @@ def lives(pid: int) -> bool:
 
 
 def test_a_busy_process_ends_when_whoever_started_it_is_gone():
-    popen = f"subprocess.Popen([sys.executable, '-c', {busy.BUSY!r}, str(os.getpid())], stdout=subprocess.DEVNULL)"
+    popen = f"subprocess.Popen([sys.executable, '-c', {benchmark('busy').BUSY!r}, str(os.getpid())], stdout=subprocess.DEVNULL)"
     code = f"import os, subprocess, sys; print({popen}.pid)"
     pid = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
     deadline = time.monotonic() + 20
@@ -284,6 +301,7 @@ def test_startup_says_what_it_cannot_measure(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_corpus_reads_every_row_once_and_starts_in_a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    corpus = benchmark("corpus")
     real, starts = corpus.start, []
 
     def once(folder: Path) -> dict[str, float]:
@@ -303,7 +321,7 @@ def test_core_agrees_with_the_plain_implementation(tmp_path: Path, corpus_dir: P
     *tasks, whole = measure("core", *options, "--vocab", "300", "--depth", "1", "--threads", "1")
     assert [line["task"] for line in tasks] == ["choice", "pairs", "words"]
     assert whole["examples"] == 3 and whole["mismatches_beyond_margin"] == []
-    with pytest.raises(core.DataError, match="no task typo; it has choice, pairs, words"):
+    with pytest.raises(PicotrainError, match="no task typo; it has choice, pairs, words"):
         measure("core", *options, "--vocab", "300", "--tasks", "typo")
 
 
@@ -311,8 +329,8 @@ def test_core_agrees_with_the_plain_implementation(tmp_path: Path, corpus_dir: P
 
 
 def test_a_set_becomes_one_table_and_one_file(command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    tiny = [Task("matmul", [*TINY_MATMUL, "--precision", "fp32"]), Task("step", TINY_STEP)]
-    monkeypatch.setattr(sets, "quick_set", lambda machine: tiny)
+    tiny = [("matmul", [*TINY_MATMUL, "--precision", "fp32"]), ("step", TINY_STEP)]
+    monkeypatch.setattr(command_module, "quick_set", lambda machine: tiny)
     result = command("--device", "cpu", "--out", str(tmp_path / "out.json"))
     assert result.code == 0, result.err
     assert "fp32, 512 x 512" in result.out and "GFLOP/s" in result.out
@@ -350,6 +368,9 @@ def test_a_benchmark_that_fails_costs_no_other_and_decides_the_exit_code(command
     [
         (["stp"], ["no benchmark 'stp'", "nearest: step", "loader"]),
         (["step", "lodr"], ["no benchmark 'lodr'", "nearest: loader"]),
+        (["stp", "lodr"], ["no benchmark 'stp'", "no benchmark 'lodr'"]),
+        (["sampling", "--depth", "2"], ["`python benchmarks/sampling.py --depth 2`"]),
+        (["step", "memory", "core"], ["`python benchmarks/memory.py`", "`python benchmarks/core.py`"]),
         (["--depth", "2"], ["--depth", "picotrain bench step --depth 6"]),
         (["step", "loader", "--depth", "2"], ["--depth"]),
         (["--device", "tpu"], ["tpu", "cpu or cuda"]),
@@ -422,52 +443,71 @@ def measures(pid: int) -> bool:
 
 @pytest.mark.parametrize("machine", [H100, LAPTOP])
 def test_the_options_of_every_set_are_those_of_their_benchmarks(machine: Machine):
-    quick, full = sets.quick_set(machine), sets.full_set(machine)
-    for task in [*quick, *full]:
-        bench.parser(task.name).parse_args(task.arguments)
-    assert {task.name for task in quick} <= {task.name for task in full} == {*bench.NAMES} - {"core", "peers", "busy"}
+    for tasks in (command_module.quick_set(machine), command_module.full_set(machine)):
+        for name, options in tasks:
+            bench.parser(name).parse_args(options)
+        assert {name for name, _ in tasks} == {*bench.NAMES}
 
 
 def test_a_gpu_measures_compiled_bf16_at_2048_tokens():
-    settings = [bench.parser("step").parse_args(task.arguments) for task in sets.full_set(H100) if task.name == "step"]
+    settings = [bench.parser(name).parse_args(options) for name, options in command_module.full_set(H100) if name == "step"]
     assert settings[0].depth == [12, 20]
     for options in settings:
         assert options.device == "cuda" and options.seq_len == 2048 and options.compile
         assert options.precision == ["bf16"] and options.batch == "auto" and options.repeats == 3
 
 
-def test_a_name_that_the_quick_set_lacks_runs_as_in_the_full_one():
-    assert sets.tasks(["startup", "step"], False, LAPTOP) == [Task("startup", ["--device", "cpu"]), sets.quick_set(LAPTOP)[1]]
-    for machine in (H100, LAPTOP):
-        for name in bench.NAMES:
-            assert [task.name for task in sets.tasks([name], False, machine)][:1] == [name]
-
-
-@pytest.mark.parametrize("name", bench.NAMES)
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_answers_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bench, "end_on_sigterm", lambda: None)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    monkeypatch.syspath_prepend(BENCHMARKS)
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(REPO / "benchmarks" / f"{name}.py"), run_name="__main__")
+        runpy.run_path(script(name), run_name="__main__")
     assert not ended.value.code
     out = capsys.readouterr().out
     assert f"usage: {name}.py" in out and f"python benchmarks/{name}.py" in out
 
 
-def test_every_script_in_the_docs_is_there_and_takes_the_options_it_is_shown_with():
-    texts = {path: path.read_text() for path in [*(REPO / "docs").glob("*.md"), REPO / "README.md"]}
-    shown = [match for text in texts.values() for match in re.findall(r"python benchmarks/(\w+)\.py([^`|\n]*)", text)]
-    assert {name for name, _ in shown} >= {"step", "loader", "checkpoint", "sampling", "corpus", "core"}
+def test_what_the_command_names_and_what_the_docs_show_is_there_and_takes_its_options():
+    texts = [path.read_text() for path in [*(REPO / "docs").glob("*.md"), REPO / "README.md"]]
+    shown = [match for text in texts for match in re.findall(r"python benchmarks/(\w+)\.py([^`|\n]*)", text)]
+    assert {name for name, _ in shown} >= {"step", "loader", "checkpoint", "sampling", "corpus", "core", "peers", "busy", "variants"}
     for name, options in shown:
-        if name in bench.NAMES:
-            bench.parser(name).parse_args(shlex.split(options))
-    scripts = {path.stem for path in (REPO / "benchmarks").glob("*.py")}
-    assert scripts >= {*bench.NAMES} | {name for name, _ in shown}
-    for name in scripts - {*bench.NAMES}:  # scripts of their own
-        help_text = subprocess.run(
-            [sys.executable, f"benchmarks/{name}.py", "--help"], cwd=REPO, capture_output=True, text=True, check=True
-        ).stdout
-        assert f"python benchmarks/{name}.py" in help_text
+        own = hasattr(benchmark(name), "arguments")  # the others are the command's
+        if name != "tinyshakespeare":  # which is no benchmark of this kind
+            bench.parser(script(name) if own else name).parse_args(shlex.split(options, comments=True))
+    assert {*bench.SCRIPTS, *bench.NAMES, "tinyshakespeare"} == {*SCRIPTS}
+    assert not {*bench.SCRIPTS} & {*bench.NAMES}
+
+
+# Each script in a process forked before torch is there, whose import is not made.
+FIRST = """
+import os, runpy, sys
+
+class Torch:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), file=sys.stderr, flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Torch)
+for script in sys.argv[1:]:
+    if not os.fork():
+        sys.path.insert(0, os.path.dirname(script))
+        sys.argv = [script, "--help"]
+        runpy.run_path(script, run_name="__main__")
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp's variable is set on Linux alone")
+def test_scripts_say_how_threads_wait_before_torch_is_loaded():
+    environment = {key: value for key, value in os.environ.items() if key not in hardware.WAITING_VARIABLES}
+    command = [sys.executable, "-c", FIRST, *map(script, [*bench.NAMES, *bench.SCRIPTS])]
+    done = subprocess.run(command, stdout=DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, check=True)
+    said = done.stderr.split()
+    assert len(said) >= 6 and {*said} == {str(hardware.SPINS)}
 
 
 # Where it was measured -------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ SMALL = {  # what follows the words of a page, by the command's first word
     "tokenizer": TEXT.split(),
 }
 # Where the text or the time is not to be had here: a page's URL is read from a folder, two shards stand for a corpus, and of a benchmark
-# that takes minutes the help is asked for.
+# that takes minutes the help is asked for (of those in benchmarks/, too: test_bench.py parses the options that pages show).
 SPECIAL = """
 case " $* " in *" data.path="*://*) set -- "$@" data.path=corpora/mine ;; esac
 case " $* " in *" data=climbmix "*) test "$1" = train && set -- "$@" data.num_shards=2 ;; esac
@@ -101,7 +101,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     by_word = "".join(f'*" {word} "*) set -- "$@" {shlex.join(SMALL[word])} ;; ' for word in ("resume", "eval"))
     stand_in(programs / "torchrun", f'case " $* " in *" train "*) set -- "$@" {train} ;; {by_word}esac\n'
              f'exec {python} -m torch.distributed.run "$@"')  # fmt: skip
-    stand_in(programs / "python", f'case "$*" in *picotrain.minimal*) set -- "$@" {train} ;; esac\nexec {python} "$@"')
+    minimal = f'case "$*" in *picotrain.minimal*) set -- "$@" {train} ;; esac'
+    benchmark = f'case "$1" in benchmarks/*.py) set -- {shlex.quote(str(REPO))}/"$1" --help ;; esac'
+    stand_in(programs / "python", f'{minimal}\n{benchmark}\nexec {python} "$@"')
     stand_in(programs / "pip", EXTRAS.format(python=python, project=shlex.quote(str(REPO / "pyproject.toml"))))
     stand_in(programs / "git", CLONE.format(repo=shlex.quote(str(REPO)), venv=shlex.quote(sys.prefix), small=shlex.join(SMALL["train"])))
     return root

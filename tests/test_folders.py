@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import lines, losses, picotrain, write_corpus
+from conftest import benchmark, lines, losses, picotrain, write_corpus
 from servers import FileServer
 from test_bundle import tar_info, tar_of
 
@@ -450,7 +450,6 @@ def test_the_shard_that_validates_cannot_be_passed_over_and_new_ones_are_named(r
 def test_rows_of_the_other_units_come_in_the_same_order_without_a_shard(tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    from picotrain.bench.corpus import Bytes
     from picotrain.data.lanes import Cursor, Reader, Stream
     from picotrain.data.mixture import Source
 
@@ -458,7 +457,7 @@ def test_rows_of_the_other_units_come_in_the_same_order_without_a_shard(tmp_path
     corpus = scan(root, "c")
 
     def rows(count: int, cursor: Cursor) -> tuple[list[tuple[int, bytes]], Reader]:
-        stream = Stream(Source(corpus), Bytes(), 32, 8192, 2, 0, lambda error: None)
+        stream = Stream(Source(corpus), benchmark("corpus").Bytes(), 32, 8192, 2, 0, lambda error: None)
         with ThreadPoolExecutor(1) as pool:
             reader, found = Reader(stream, 0, cursor, pool, 0.5), []
             while len(found) < count:

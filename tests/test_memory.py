@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import BENCHMARKS, benchmark
 
 from picotrain import bench, hardware, plan
 from picotrain.bench import processes
-from picotrain.bench.live import LiveBytes
 from picotrain.cli.show import plan_table
 from picotrain.config import Config, compose
 from picotrain.data import stream
@@ -20,6 +20,7 @@ from picotrain.optim import muon
 from picotrain.plan import activations, memory
 from picotrain.plan.activations import Step
 
+LiveBytes, MEMORY = benchmark("live").LiveBytes, str(BENCHMARKS / "memory.py")
 fast_bf16 = pytest.mark.skipif(not hardware.cpu().fast_bf16, reason="bf16 is emulated on this CPU, hundreds of times slower")
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap's growth was measured with glibc")
 
@@ -104,7 +105,7 @@ def test_what_an_eager_step_on_a_cpu_keeps_is_counted_to_five_percent(words: tup
 )
 def test_a_step_on_a_gpu_is_predicted_to_ten_percent_of_its_live_tensors(depth: int, words: tuple[str, ...]):
     arguments = ["--count", "--depth", str(depth), "--seq-len", "2048", "--vocab", "32768", "--precision", "bf16", *words]
-    for line in bench.load("memory").run(bench.parser("memory").parse_args(arguments)):
+    for line in bench.load(MEMORY).run(bench.parser(MEMORY).parse_args(arguments)):
         assert line["device"] == "cuda" and line["measured_mib"] > 3000
         assert 0.9 < line["ratio"] < 1.1, line
 
@@ -113,7 +114,7 @@ def test_a_step_on_a_gpu_is_predicted_to_ten_percent_of_its_live_tensors(depth: 
 
 
 def measured(*words: str) -> dict[str, Any]:
-    (line,) = processes.lines("memory", [*words, "--set", "hardware.threads=1"])
+    (line,) = processes.lines(MEMORY, [*words, "--set", "hardware.threads=1"])
     return line
 
 
@@ -133,7 +134,7 @@ def measured(*words: str) -> dict[str, Any]:
     ids=" ".join,
 )
 def test_a_run_on_a_cpu_is_predicted_to_twenty_percent_of_its_resident_memory(words: tuple[str, ...]):
-    line = measured(*words) if "--set" not in words else next(iter(processes.lines("memory", words)))
+    line = measured(*words) if "--set" not in words else next(iter(processes.lines(MEMORY, words)))
     assert 0.8 < line["ratio"] < 1.2, line
 
 

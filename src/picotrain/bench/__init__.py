@@ -1,19 +1,22 @@
-"""Benchmarks: the figures that the docs claim, measured. Run by `picotrain bench` as a set, or one by one by the scripts in benchmarks/.
+"""Benchmarks of this machine, run by `picotrain bench` as a set, or one by one. What holds picotrain against others, and what takes
+long, are scripts of the same kind in a checkout's benchmarks/.
 
-A benchmark is a module of this package, named as in NAMES, with
+A benchmark is a module of this package named in NAMES, or a script, with
 
     __doc__              what it measures and what its figures mean: the help of its script
     arguments(parser)    its options, for its script and for `picotrain bench NAME` alike
     run(options)         an iterator of one dict per setting, each to be printed as one JSON line
 
-How such a line is shown in the table stands in `table`; which settings belong to a set, in `sets`. Nothing here imports torch.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
+import os
 import re
 import signal
 import sys
@@ -25,21 +28,8 @@ from picotrain import hardware, ranks
 from picotrain.errors import PicotrainError
 from picotrain.text import columns, fitted
 
-NAMES = (
-    "matmul",
-    "step",
-    "memory",
-    "loader",
-    "checkpoint",
-    "sampling",
-    "startup",
-    "time_to_bpb",
-    "corpus",
-    "core",
-    "peers",
-    "variants",
-    "busy",
-)
+NAMES = ("matmul", "step", "loader", "startup")
+SCRIPTS = ("busy", "checkpoint", "core", "corpus", "memory", "peers", "sampling", "time_to_bpb", "variants")  # each benchmarks/NAME.py
 
 
 class Benchmark(Protocol):
@@ -52,8 +42,18 @@ class Benchmark(Protocol):
 
 
 def load(name: str) -> Benchmark:
-    """The benchmark of that name; brings what it measures, torch for most."""
-    return cast(Benchmark, importlib.import_module(f"picotrain.bench.{name}"))
+    """The benchmark of that name, or of a script's path; brings what it measures, torch for most."""
+    if name in NAMES:
+        return cast(Benchmark, importlib.import_module(f"picotrain.bench.{name}"))
+    folder, file = os.path.split(os.path.abspath(name))
+    module = f"benchmarks.{file.removesuffix('.py')}"
+    if module not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module, name)
+        assert spec and spec.loader
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        sys.path.append(folder)  # its neighbours, which Python itself finds only for a script that it starts
+        spec.loader.exec_module(sys.modules[module])
+    return cast(Benchmark, sys.modules[module])
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,7 +86,10 @@ def parser(name: str, prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def script(name: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run a benchmark in this process and print a JSON line per setting; the exit code. arguments: None for those of the command line."""
+    """Run a benchmark (NAMES, or a script's path) in this process and print a JSON line per setting; the exit code.
+
+    arguments: None for those of the command line.
+    """
     hardware.wait_briefly()
     end_on_sigterm()
     ranks.settle()

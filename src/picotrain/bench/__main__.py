@@ -1,4 +1,4 @@
-"""`python -m picotrain.bench NAME [OPTION]...`: one benchmark in this process, a JSON line per setting."""
+"""`python -m picotrain.bench NAME|SCRIPT [OPTION]...`: one benchmark in this process, a JSON line per setting."""
 
 import os
 import sys
@@ -8,8 +8,9 @@ from picotrain.ranks import LAUNCHER_PID
 from picotrain.worker import watch_parent
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [] or sys.argv[1] not in NAMES:
-        sys.exit(f"usage: python -m picotrain.bench {'|'.join(NAMES)} [OPTION]...")
+    name, *arguments = sys.argv[1:] or [""]
+    if name not in NAMES and not name.endswith(".py"):
+        sys.exit(f"usage: python -m picotrain.bench {'|'.join(NAMES)}|SCRIPT [OPTION]...")
     watch_parent()
     os.environ.pop(LAUNCHER_PID, None)  # the runs that a benchmark starts have a launcher of their own
-    sys.exit(script(sys.argv[1], sys.argv[2:], prog=f"picotrain bench {sys.argv[1]}"))
+    sys.exit(script(name, arguments, prog=f"picotrain bench {name}" if name in NAMES else f"python {name}"))

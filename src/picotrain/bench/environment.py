@@ -14,12 +14,9 @@ from picotrain.hardware import Machine
 
 # What nvidia-smi is asked for: key -> its name for it.
 FIXED = {
-    "driver": "driver_version",
-    "max_sm_mhz": "clocks.max.sm",
-    "max_memory_mhz": "clocks.max.mem",
-    "power_limit_w": "power.limit",
+    "driver": "driver_version", "max_sm_mhz": "clocks.max.sm", "max_memory_mhz": "clocks.max.mem", "power_limit_w": "power.limit",
     "memory_total_mib": "memory.total",
-}
+}  # fmt: skip
 STATE = {"sm_mhz": "clocks.sm", "memory_mhz": "clocks.mem", "power_w": "power.draw", "temperature_c": "temperature.gpu"}
 
 
@@ -27,12 +24,8 @@ def environment(machine: Machine) -> dict[str, Any]:
     """As a run's environment.json has it, and what figures depend on besides: cores, load, clocks, commit."""
     config = runs.resolve(compose(["data=pystdlib", f"hardware.device={machine.device}", "hardware.nproc_per_node=1"]))
     found: dict[str, Any] = runs.environment(config)
-    found["hardware"] |= {
-        "cores": machine.cores,
-        "memory_bytes": machine.memory_bytes,
-        "fast_bf16": machine.fast_bf16,
-        "load_1m": round(os.getloadavg()[0], 2),
-    }
+    memory = {"memory_bytes": machine.memory_bytes, "fast_bf16": machine.fast_bf16}
+    found["hardware"] |= {"cores": machine.cores, **memory, "load_1m": round(os.getloadavg()[0], 2)}
     if machine.device == "cuda":
         found["gpu"] = gpu(FIXED | STATE)
     return found

@@ -42,17 +42,10 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         flops = 2 * size**3 / statistics.median(times)
         peak = hardware.peak_flops(name) if precision == "bf16" else None
         yield {
-            "benchmark": "matmul",
-            "precision": precision,
-            "size": size,
-            "gflops": round(flops / 1e9, 1),
-            "best_gflops": round(2 * size**3 / min(times) / 1e9, 1),
-            "of_peak": round(flops / peak, 3) if peak else None,
-            "device": options.device,
-            "hardware": name,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
+            "benchmark": "matmul", "precision": precision, "size": size, "gflops": round(flops / 1e9, 1),
+            "best_gflops": round(2 * size**3 / min(times) / 1e9, 1), "of_peak": round(flops / peak, 3) if peak else None,
+            "device": options.device, "hardware": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+        }  # fmt: skip
 
 
 def flops_per_second(device: str, dtype: torch.dtype, size: int | None = None, repeats: int = 5) -> float:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from picotrain.errors import PicotrainError
@@ -20,12 +21,12 @@ class BenchmarkFailed(PicotrainError):
     """A benchmark's process did not end well; its exit code, and as the message what it said."""
 
     def __init__(self, name: str, code: int, said: str):
-        super().__init__(_why(f"the benchmark {name}", code, said))
+        super().__init__(_why(f"the benchmark {Path(name).stem}", code, said))
         self.exit_code = code if code > 0 else 1  # below 0: by a signal
 
 
 def lines(name: str, arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
-    """The lines of a benchmark as they come; variables: of its environment, beside ours.
+    """The lines of a benchmark (a name, or a script's path) as they come; variables: of its environment, beside ours.
 
     Its process, and what that has started, are ended when the iterator is. Raises BenchmarkFailed.
     """
@@ -47,6 +48,18 @@ def lines(name: str, arguments: Sequence[str], variables: Mapping[str, str] | No
         if process.returncode:
             said.seek(0)
             raise BenchmarkFailed(name, process.returncode, said.read())
+
+
+def words(options: Mapping[str, Any]) -> list[str]:
+    """Options of a benchmark as the words of a command line that give them back."""
+    found: list[str] = []
+    for key, value in options.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            found += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return found
 
 
 def command(words: Sequence[str], **variables: str) -> subprocess.Popen[str]:

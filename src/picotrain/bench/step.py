@@ -68,21 +68,9 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     found: list[list[dict[str, Any]]] = [[] for _ in settings]
     for repeat in range(options.repeats):
         for setting, lines in zip(settings, found, strict=True):
-            lines += processes.lines("step", _words(setting))
+            lines += processes.lines("step", processes.words(vars(setting)))
             if repeat == options.repeats - 1:
                 yield lines[0] if options.repeats == 1 else medians(lines)
-
-
-def _words(options: argparse.Namespace) -> list[str]:
-    """Options as the words of a command line that give them back."""
-    found: list[str] = []
-    for key, value in vars(options).items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            found += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return found
 
 
 def medians(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -159,46 +147,27 @@ def measure(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     rss = peak_rss_bytes()
     tokens_per_s = options.grad_accum * plan.device_batch_size * plan.seq_len / step_s
     flops = plan.flops_per_token * tokens_per_s
+    load = environment.gpu(environment.STATE, lambda: clock.seconds(starts[0], training.step(clock)[-1])) if plan.device == "cuda" else {}
     return {
-        "benchmark": "step",
-        **_setting(plan, config, options),
-        "attention": training.kernels.attention,
+        "benchmark": "step", **_setting(plan, config, options), "attention": training.kernels.attention,
         "window_attention": training.kernels.window_attention if plan.window_attention else None,
-        "tok_per_sec": round(tokens_per_s),
-        "step_ms": round(1000 * step_s, 1),
-        **_parts_ms(clock, steps[options.warmup :]),
-        "first_step_s": round(seconds[0], 2),
-        "gflops": round(flops / 1e9, 1),
-        "matmul_gflops": round(ceiling / 1e9, 1),
-        "of_ceiling": round(flops / ceiling, 3),
-        "mfu": round(flops / plan.peak_flops, 4) if plan.peak_flops else None,
-        "peak_rss_mib": round(rss / 2**20),
-        "peak_device_mib": round(peak / 2**20) if peak else None,
-        "predicted_mib": round(plan.predicted_memory_bytes / 2**20),
-        "of_predicted": round((peak or rss) / plan.predicted_memory_bytes, 3),
-        **(environment.gpu(environment.STATE, lambda: clock.seconds(starts[0], training.step(clock)[-1])) if plan.device == "cuda" else {}),
-    }
+        "tok_per_sec": round(tokens_per_s), "step_ms": round(1000 * step_s, 1), **_parts_ms(clock, steps[options.warmup :]),
+        "first_step_s": round(seconds[0], 2), "gflops": round(flops / 1e9, 1), "matmul_gflops": round(ceiling / 1e9, 1),
+        "of_ceiling": round(flops / ceiling, 3), "mfu": round(flops / plan.peak_flops, 4) if plan.peak_flops else None,
+        "peak_rss_mib": round(rss / 2**20), "peak_device_mib": round(peak / 2**20) if peak else None,
+        "predicted_mib": round(plan.predicted_memory_bytes / 2**20), "of_predicted": round((peak or rss) / plan.predicted_memory_bytes, 3),
+        **load,
+    }  # fmt: skip
 
 
 def _setting(plan: planning.Plan, config: Config, options: argparse.Namespace) -> dict[str, Any]:
     """What was measured, and on what."""
     return {
-        "depth": plan.depth,
-        "seq_len": plan.seq_len,
-        "batch": plan.device_batch_size,
-        "grad_accum": options.grad_accum,
-        "vocab": plan.vocab_size,
-        "precision": plan.precision,
-        "compile": plan.compile,
-        "optimizer": config.optimizer.kind,
-        "recompute": plan.recompute,
-        "device": plan.device,
-        "hardware": plan.hardware_name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "set": options.set,
-        **pace.setting(plan, config),
-    }
+        "depth": plan.depth, "seq_len": plan.seq_len, "batch": plan.device_batch_size, "grad_accum": options.grad_accum,
+        "vocab": plan.vocab_size, "precision": plan.precision, "compile": plan.compile, "optimizer": config.optimizer.kind,
+        "recompute": plan.recompute, "device": plan.device, "hardware": plan.hardware_name, "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "set": options.set, **pace.setting(plan, config),
+    }  # fmt: skip
 
 
 def _parts_ms(clock: Clock, steps: list[list[Any]]) -> dict[str, float]:

@@ -278,8 +278,8 @@ def bench_(
       picotrain bench step --depth 4 6 --compile
       picotrain bench loader --path corpora/mine
 
-    Benchmarks: matmul, step, memory, loader, checkpoint, sampling, startup, time_to_bpb, corpus, core, peers, variants, busy; those
-    named run as in the set, with the options that follow a single name (`picotrain bench step --help` lists them). It needs no network.
+    Benchmarks: matmul, step, loader, startup; those named run as in the set, with the options that follow a single name
+    (`picotrain bench step --help` lists them). It needs no network. A checkout has more of them: `python benchmarks/NAME.py`.
     """
     if names and names[0] in ("--help", "-h"):  # after a name it asks for the options of that one
         print(ctx.get_help())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,8 @@ from rich.table import Table
 from picotrain import bench as benchmarks
 from picotrain import hardware
 from picotrain import run as runs
-from picotrain.bench import sets
 from picotrain.bench.environment import environment
 from picotrain.bench.processes import BenchmarkFailed, lines
-from picotrain.bench.sets import Task
 from picotrain.bench.table import Row, rows
 from picotrain.cli import say
 from picotrain.config import compose
@@ -33,6 +32,8 @@ from picotrain.terminal import Printer, is_terminal, rich_console
 from picotrain.text import clock
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+Task = tuple[str, list[str]]  # a benchmark and its options
+GPU_STEP = ["--device", "cuda", "--seq-len", "2048", "--vocab", "32768", "--batch", "auto", "--steps", "20", "--warmup", "5"]
 
 
 def bench(given: Sequence[str], full: bool, device: str, as_json: bool, out: Path | None) -> int:
@@ -44,13 +45,10 @@ def bench(given: Sequence[str], full: bool, device: str, as_json: bool, out: Pat
     if {"-h", "--help"} & {*own}:
         return benchmarks.script(names[0], ["--help"], prog=f"picotrain bench {names[0]}")
     machine = machine_for(device)
-    tasks = [Task(name, [*arguments, *own]) for name, arguments in sets.tasks(names, full, machine)]
+    chosen = full_set(machine) if full else quick_set(machine)
+    tasks = [(name, [*options, *own]) for wanted in names or benchmarks.NAMES for name, options in chosen if name == wanted]
     where = environment(machine)
     record = Record(where, out, as_json)
-    if full and not names:
-        say("left out: core, which needs files of yours (picotrain bench core --bundle FOLDER --corpus FOLDER)")
-        say("left out: peers, which needs the package transformers (picotrain bench peers)")
-        say("left out: busy, which fills the cores with processes of its own (picotrain bench busy)")
     benchmarks.end_on_sigterm()
     codes = []
     try:
@@ -65,18 +63,22 @@ def bench(given: Sequence[str], full: bool, device: str, as_json: bool, out: Pat
 
 
 def split(given: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names of benchmarks, and the options that follow a single one. Raises PicotrainError for an unknown name."""
+    """Names of benchmarks, and the options that follow a single one. Raises PicotrainError for names that are none."""
     first = next((index for index, word in enumerate(given) if word.startswith("-")), len(given))
     names, own = list(given[:first]), list(given[first:])
-    for name in names:
-        if name not in benchmarks.NAMES:
-            meant = f"nearest: {', '.join(found)}; " if (found := nearest(name, benchmarks.NAMES)) else ""
-            raise PicotrainError(f"there is no benchmark {name!r} ({meant}all: {', '.join(benchmarks.NAMES)})")
+    if problems := [_unknown(name, own) for name in names if name not in benchmarks.NAMES]:
+        raise PicotrainError("; ".join(problems))
     if own and len(names) != 1:
-        raise PicotrainError(
-            f"{own[0]} is no option of the set; those of one benchmark follow its name, e.g. `picotrain bench step --depth 6`"
-        )
+        raise PicotrainError(f"{own[0]} is no option of the set; those of one benchmark follow its name: `picotrain bench step --depth 6`")
     return names, own
+
+
+def _unknown(name: str, own: list[str]) -> str:
+    """What is wrong with a name, and what would be right."""
+    if name in benchmarks.SCRIPTS:
+        return f"{name} is measured by a script of a checkout: `{shlex.join(['python', f'benchmarks/{name}.py', *own])}`"
+    meant = f"nearest: {', '.join(found)}; " if (found := nearest(name, (*benchmarks.NAMES, *benchmarks.SCRIPTS))) else ""
+    return f"there is no benchmark {name!r} ({meant}all: {', '.join(benchmarks.NAMES)})"
 
 
 def machine_for(device: str) -> Machine:
@@ -89,6 +91,39 @@ def machine_for(device: str) -> Machine:
     return found if found.device == "cuda" and device != "cpu" else hardware.cpu()
 
 
+def quick_set(machine: Machine) -> list[Task]:
+    """About two minutes on two cores."""
+    depth = ["--depth", "12", *GPU_STEP] if machine.device == "cuda" else ["--depth", "4"]
+    return [
+        ("matmul", ["--device", machine.device]),
+        ("step", [*depth, *best_mode(machine)]),
+        ("loader", ["--seconds", "3"]),
+        ("startup", ["--device", machine.device, "--modes", "help", "eager", "--repeats", "1"]),
+    ]
+
+
+def full_set(machine: Machine) -> list[Task]:
+    """More settings of the same, with repeats."""
+    best = [*best_mode(machine), "--repeats", "3"]
+    if machine.device == "cuda":
+        muon = ["--depth", "20", *GPU_STEP, "--optimizer", "muon", "--grad-accum", "4", *best]
+        steps = [("step", ["--depth", "12", "20", *GPU_STEP, *best]), ("step", muon)]
+    else:
+        steps = [("step", []), ("step", ["--depth", "4", "6", *best])]
+    return [
+        ("matmul", ["--device", machine.device, "--repeats", "50"]),
+        *steps,
+        ("loader", []),
+        ("startup", ["--device", machine.device]),
+    ]
+
+
+def best_mode(machine: Machine) -> list[str]:
+    """How the training step is fastest there: bf16 where the device is fast at it, compiled where that can be done."""
+    precision = ["--precision", "bf16"] if machine.fast_bf16 else []
+    return [*precision, "--compile"] if machine.device == "cuda" or hardware.has_compiler() else precision
+
+
 class Record:
     """The lines so far: on standard output as JSON lines, in a file as one object that is whole after every line."""
 
@@ -97,19 +132,15 @@ class Record:
         self._where, self._out, self._as_json = where, out, as_json
         if out and not is_own_json(out, "environment", "results"):
             raise PicotrainError(f"{out} is there and holds no results of picotrain's, which alone may be written anew: name another file")
-        self._print({"environment": where})
-        self._write()
+        self._say({"environment": where})
 
     def add(self, line: dict[str, Any]) -> None:
         self.results.append(line)
-        self._print(line)
-        self._write()
+        self._say(line)
 
-    def _print(self, line: dict[str, Any]) -> None:
+    def _say(self, line: dict[str, Any]) -> None:
         if self._as_json:
             print(json.dumps(line), flush=True)
-
-    def _write(self) -> None:
         if not self._out:
             return
         try:
@@ -120,15 +151,16 @@ class Record:
 
 def _measure(task: Task, record: Record) -> int:
     """Run one benchmark in a process of its own; its exit code. Of one that fails, what it said is shown and kept."""
+    name, arguments = task
     try:
-        for line in lines(task.name, task.arguments):
+        for line in lines(name, arguments):
             record.add(line)
-            if task.name == "step":
+            if name == "step":
                 _remember(line)
     except BenchmarkFailed as error:
         say(f"error: {error}")
         failure = {"not_measured": f"it ended with exit code {error.exit_code}", "said": str(error)}
-        record.add({"benchmark": task.name, "arguments": task.arguments} | failure)
+        record.add({"benchmark": name, "arguments": arguments} | failure)
         return error.exit_code
     return 0
 
@@ -146,7 +178,7 @@ def _remember(line: dict[str, Any]) -> None:
 def progress(task: Task, number: int, count: int) -> Iterator[None]:
     """What is being measured, on standard error: a spinner on a terminal, elsewhere a line when it is done."""
     drawn, started = is_terminal(sys.stderr), time.monotonic()
-    text = f"{number} of {count}: {' '.join([task.name, *task.arguments])}"
+    text = f"{number} of {count}: {' '.join([task[0], *task[1]])}"
     columns = SpinnerColumn("line"), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with Progress(*columns, console=rich_console(sys.stderr), transient=True, disable=not drawn) as bar:
         bar.add_task(text, total=None)

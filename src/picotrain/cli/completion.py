@@ -10,21 +10,6 @@ from typing import Any, NamedTuple
 
 from picotrain.cli.shells import SHELLS
 
-BENCHMARKS = (
-    "matmul",
-    "step",
-    "memory",
-    "loader",
-    "checkpoint",
-    "sampling",
-    "startup",
-    "time_to_bpb",
-    "corpus",
-    "core",
-    "peers",
-    "variants",
-    "busy",
-)  # those of picotrain.bench, which takes long to import; a test compares them
 PATH_KEYS = ("run.dir", "run.cache_dir", "data.path", "tokenizer.path", "archive.url", "evaluation.core.bundle")
 _SPECIAL = re.compile(r"""([\s"'\\$`&|;<>()*?\[\]{}!#])""")  # to bash and zsh; a ~ stays what it is
 
@@ -144,7 +129,9 @@ def _arguments(command: Any, given: Sequence[str], rest: Sequence[str], current:
         case "models":
             return _models(current)
         case "names":
-            return _starting(current, BENCHMARKS)
+            from picotrain.bench import NAMES
+
+            return _starting(current, NAMES)
         case "shell":
             return _starting(current, SHELLS)
         case "inputs":

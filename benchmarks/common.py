@@ -1,19 +1,29 @@
-"""The model that a run has trained, for benchmarks of what comes after."""
+"""What the scripts share. They import it before torch, which reads how threads are to wait when it is loaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from picotrain import hardware
+from picotrain.bench import script as script
 
-from picotrain import checkpoint
-from picotrain.model import GPT, compute_dtype
-from picotrain.run import Material, read_material
-from picotrain.state import load_model_tensors
+if TYPE_CHECKING:
+    import torch
+
+    from picotrain.model import GPT
+    from picotrain.run import Material
+
+hardware.wait_briefly()
 
 
 def model_of(run_dir: Path, dtype: torch.dtype | None = None) -> tuple[Material, GPT]:
     """The material of a run, and the model of its last checkpoint, on the CPU, in the dtype it computes in (None: the run's own)."""
+    from picotrain import checkpoint
+    from picotrain.model import GPT, compute_dtype
+    from picotrain.run import read_material
+    from picotrain.state import load_model_tensors
+
     material = read_material(run_dir)
     plan = material.plan
     dtype = dtype or compute_dtype(plan.precision)
