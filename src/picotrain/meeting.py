@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from picotrain.errors import LaunchError
 from picotrain.ranks import Ranks
+from picotrain.text import first_line
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -42,7 +43,9 @@ class Meeting:
         try:
             self._store: Store = next(rendezvous("env://", place.rank, place.world_size, timeout=CONNECT))[0]
         except (RuntimeError, ValueError) as error:
-            raise LaunchError(f"rank {place.rank} does not reach torchrun's store at MASTER_ADDR:MASTER_PORT: {_line(error)}") from error
+            raise LaunchError(
+                f"rank {place.rank} does not reach torchrun's store at MASTER_ADDR:MASTER_PORT: {first_line(error)}"
+            ) from error
 
     @property
     def store(self) -> Store:
@@ -119,12 +122,8 @@ class Meeting:
         try:
             return work()
         except RuntimeError as error:  # torch's DistError among them
-            raise LostStore(f"rank {self.place.rank} has lost the others: torchrun's store is gone ({_line(error)})") from error
+            raise LostStore(f"rank {self.place.rank} has lost the others: torchrun's store is gone ({first_line(error)})") from error
 
 
 class LostStore(PeerFailed):
     """The agent that kept the store has ended: what happened was said there."""
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

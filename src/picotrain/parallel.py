@@ -31,6 +31,7 @@ from picotrain.errors import Hung, LaunchError
 from picotrain.meeting import Meeting, PeerFailed
 from picotrain.ranks import Ranks
 from picotrain.signals import StopSignal
+from picotrain.text import first_line
 
 first_calls.settle()
 
@@ -344,7 +345,7 @@ def out_of_memory(error: BaseException) -> str:
         if found:  # NCCL begins with where in torch's source it was called
             return text[text.rfind("\n", 0, found.end()) + 1 :].splitlines()[0].strip()
         if isinstance(cause, torch.OutOfMemoryError | MemoryError):
-            return text.splitlines()[0] if text else type(cause).__name__
+            return first_line(cause)
         cause = cause.__cause__
     return ""
 
@@ -383,7 +384,7 @@ def _reason() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return str(error).strip().splitlines()[0][:200]
+        return first_line(error)
     return "it finds none"
 
 

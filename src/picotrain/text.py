@@ -88,6 +88,12 @@ def printable(text: str) -> str:
     return text.replace("\r\n", "\n").translate(_PICTURES)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line that a terminal can show; the name of its type where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return printable(next(filter(None, lines), type(error).__name__))[:200]
+
+
 def as_typed(text: str) -> str:
     """An argument as it was typed: one that the locale's encoding could not read is read as UTF-8, if it is that."""
     try:

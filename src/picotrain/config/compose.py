@@ -22,6 +22,7 @@ from picotrain.config.saved import read, yaml_reason
 from picotrain.config.schema import HORIZONS, Config, DataConfig
 from picotrain.config.validate import explain, put, strings
 from picotrain.errors import ConfigError, Problem
+from picotrain.text import first_line
 
 PLACES = ("name", "dir", "cache_dir", "resume")  # the keys of `run` that belong to one run, not to the experiment
 # The keys of `train` that the group cadence sets.
@@ -104,7 +105,7 @@ def _resolved(tree: dict[str, Any]) -> dict[str, Any]:
         resolved = OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or texts[0][0]
-        raise ConfigError([Problem(str(key), str(error).splitlines()[0], "${section.key} must name a key that has a value")]) from None
+        raise ConfigError([Problem(str(key), first_line(error), "${section.key} must name a key that has a value")]) from None
     assert isinstance(resolved, dict)
     return resolved  # type: ignore[return-value]
 

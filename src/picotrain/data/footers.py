@@ -20,6 +20,7 @@ from pydantic import AfterValidator, Field, TypeAdapter
 
 from picotrain.data.thrift import Chunk, chunks
 from picotrain.errors import DataError
+from picotrain.text import first_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -176,12 +177,12 @@ def raising(refusal: Any) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:
-        raise refusal(first_line(error)) from error
+        raise refusal(reason_of(error)) from error
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, in one line that a terminal can show."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+def reason_of(error: Exception) -> str:
+    """What an error of pyarrow's says, in one line, and what it means where that is known."""
+    text = first_line(error)
     if isinstance(error, UnicodeError):
         text = f"a name in it is not UTF-8 ({text})"
     if "decrypt" in text.lower():  # of another column: the text's is said when the footer is read

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from picotrain.data.corpus import MANIFEST, ORIGIN, TEXT, Shard, found_in, manifest_entries, manifest_of, read_footer
 from picotrain.data.folder import Chosen, choose
-from picotrain.data.footers import first_line, opened, raising
+from picotrain.data.footers import opened, raising, reason_of
 from picotrain.data.prepare import content_hash
 from picotrain.disk import find_json
 from picotrain.errors import DataError
@@ -388,4 +388,4 @@ def _verify_row_group(file: pq.ParquetFile, shard: Shard, rg: int) -> Iterator[s
         if rows != shard.row_groups[rg].rows:
             yield f"it holds {rows:,} rows, and the footer promises {shard.row_groups[rg].rows:,}"
     except Exception as error:  # whatever pyarrow raises
-        yield f"cannot be read after {rows:,} rows: {first_line(error)}"
+        yield f"cannot be read after {rows:,} rows: {reason_of(error)}"

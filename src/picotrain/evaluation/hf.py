@@ -15,6 +15,7 @@ from torch import Tensor
 
 from picotrain.errors import CheckpointError, ConfigError, Problem
 from picotrain.evaluation.scorer import PLAIN_BATCH_TOKENS, LogitsScorer, Scorer
+from picotrain.text import first_line
 
 LOGITS_AT_ONCE = {"cpu": 1 << 26}  # numbers; it gives them for every position, and they are held two or three times
 LOGITS_AT_ONCE_DEFAULT = 1 << 29
@@ -33,7 +34,7 @@ def read_context(path: Path) -> int | None:
     try:
         return _context(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False))
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} cannot be loaded by transformers: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be loaded by transformers: {first_line(error)}") from error
 
 
 def check_folder(path: Path) -> None:
@@ -47,7 +48,7 @@ def check_folder(path: Path) -> None:
     try:
         AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: its tokenizer cannot be loaded by transformers: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: its tokenizer cannot be loaded by transformers: {first_line(error)}") from error
     if not any(path.glob("*.safetensors")):
         raise CheckpointError(f"{path} holds no weights: there is no *.safetensors in it, and no other format is read")
 
@@ -70,7 +71,7 @@ class HuggingFaceModel:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(path, **local)
             model: Any = AutoModelForCausalLM.from_pretrained(path, use_safetensors=True, dtype=dtype, **local)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path} cannot be loaded by transformers: {_first_line(error)}") from error
+            raise CheckpointError(f"{path} cannot be loaded by transformers: {first_line(error)}") from error
         self._model = model.to(device).eval()
         self._tokenizer.model_max_length = 10**9  # whole documents are encoded and cut here, of which nobody has to be warned
         bos_id = self._tokenizer.bos_token_id
@@ -141,7 +142,3 @@ def _context(config: Any) -> int | None:
 
 def _accelerators(device: torch.device) -> list[int]:
     return [device.index or 0] if device.type == "cuda" else []
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,6 +18,7 @@ from picotrain.disk import parse_json, read_plain
 from picotrain.errors import RunError
 from picotrain.metrics import METRICS, read_metrics
 from picotrain.report.shapes import ConfigShape, DataShape, EvalShape, LineShape, ManifestShape, PlanShape, ScoreShape
+from picotrain.text import first_line
 
 Record = dict[str, Any]
 STEP_FOLDER = "step_[0-9]{1,18}"
@@ -286,7 +287,7 @@ def _parse_yaml(text: str, problems: list[str]) -> Record:
     try:
         value = parse_yaml(text)
     except (yaml.YAMLError, ValueError) as error:
-        problems.append(f"config.yaml is no plain YAML: {str(error).splitlines()[0]}")
+        problems.append(f"config.yaml is no plain YAML: {first_line(error)}")
         return {}
     return _known(value, ConfigShape, "config.yaml", problems) if isinstance(value, dict) else {}
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from picotrain.data.footers import TEXT, first_line, opened, raising, read_footer
+from picotrain.data.footers import TEXT, opened, raising, read_footer, reason_of
 from picotrain.data.prepare.inputs import CSV, JSON_LINES, PARQUET, PLAIN, Input, kind_of
 from picotrain.data.prepare.workers import tick
 from picotrain.errors import DataError
@@ -331,7 +331,7 @@ def _read_parquet(file: Input, span: Span | None) -> Iterator[Found | Skipped]:
                 if seen != group.rows:
                     raise OSError(f"it holds {seen:,} rows, and the footer promised {group.rows:,}")
             except Exception as error:  # whatever pyarrow raises
-                reason = f"cannot be read after {seen:,} rows: {first_line(error)}"
+                reason = f"cannot be read after {seen:,} rows: {reason_of(error)}"
                 yield Skipped(file.source, f"row group {rg}", UNREADABLE, reason, f"{file.path}, row group {rg} {reason}")
             row += group.rows
             tick(group.text_bytes)
