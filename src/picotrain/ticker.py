@@ -34,7 +34,7 @@ def ticking(say: Callable[[str], None], status: Callable[[], str]) -> Iterator[N
 
 
 @contextmanager
-def lines(say: Callable[[str], None]) -> Iterator[Show]:
+def lines(say: Callable[[str], None], amount: Callable[[int], str] = "{:,}".format) -> Iterator[Show]:
     """What shows progress as lines: what is being done every EVERY_S, and when what took as long is done. Short work is not told."""
     what, done, total, started = "", 0, 0, 0.0
 
@@ -45,12 +45,12 @@ def lines(say: Callable[[str], None]) -> Iterator[Show]:
         finished = (name, at, of) != (what, done, total) and at == of > 0
         what, done, total = name, at, of
         if finished and time.monotonic() - started >= EVERY_S:
-            say(f"{name}: {of:,}/{of:,} in {clock(time.monotonic() - started)}")
+            say(f"{name}: {amount(of)}/{amount(of)} in {clock(time.monotonic() - started)}")
 
     def status() -> str:
         if not what or (done == total > 0):
             return ""
-        return f"{what}: {done:,}/{total:,}" if total else f"{what}: {clock(time.monotonic() - started)} so far"
+        return f"{what}: {amount(done)}/{amount(total)}" if total else f"{what}: {clock(time.monotonic() - started)} so far"
 
     with ticking(say, status):
         yield show

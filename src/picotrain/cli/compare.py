@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from picotrain import run as runs
 from picotrain.cli import announced, fairness, say
+from picotrain.cli.bars import bars
 from picotrain.cli.subjects import Given, Loaded, find_all, load
 from picotrain.config.schema import Config, SamplingConfig
 from picotrain.data.origins import Document, validation_documents
@@ -27,11 +25,8 @@ from picotrain.evaluation.suite import core_results
 from picotrain.metrics import plain
 from picotrain.parallel import Parallel, free_memory
 from picotrain.report import compare as pages
-from picotrain.terminal import Printer, is_terminal, rich_console
-from picotrain.text import printable
-from picotrain.ticker import lines
-
-Bars = Callable[[str], Callable[[int, int], None]]  # a new bar by its description; what moves it: (done, of)
+from picotrain.terminal import Printer
+from picotrain.ticker import Show
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,8 @@ def compare(
         prompts=prompts,
         sampling=config.sampling,
     )
-    with _progress() as bars:
-        measured = [_measure(one, work, bars) for one in given]
+    with bars() as show:
+        measured = [_measure(one, work, show) for one in given]
     results = plain(_results(given, home, work, measured, of, core_problem))
     results["headline"] = pages.headlines(results)
     _write(results, html, as_json)
@@ -117,34 +112,32 @@ def _open_bundle(config: Config, bundle: Path | None) -> tuple[Bundle | None, st
         return None, str(error)
 
 
-def _measure(given: Given, work: Work, bars: Bars) -> Measured:
+def _measure(given: Given, work: Work, show: Show) -> Measured:
     """All that is wanted of one model, which is gone from memory afterwards."""
     loaded = load(given, work.home)
     scores, problem = None, "there is no text in the validation shard"
     if work.documents:
         try:
+            progress = partial(show, f"{given.name}: documents")
             texts = [document.text for document in work.documents]
-            scores = score_documents(loaded.subject, texts, work.window, Parallel.single(), bars(f"{given.name}: documents"))
+            scores = score_documents(loaded.subject, texts, work.window, Parallel.single(), progress)
             problem = ""
         except EvaluationFailed as error:
             problem = str(error)
             if error.trace:
                 say(error.trace)
-    tasks = _core_results(loaded, work.bundle, work.max_per_task, bars) if work.bundle else []
+    tasks = _core_results(loaded, work.bundle, work.max_per_task, show) if work.bundle else []
     measured = Measured(scores, problem, tasks, loaded.write(work.prompts, work.sampling), loaded.facts)
     del loaded
     free_memory()
     return measured
 
 
-def _core_results(loaded: Loaded, bundle: Bundle, max_per_task: int, bars: Bars) -> list[TaskResult]:
+def _core_results(loaded: Loaded, bundle: Bundle, max_per_task: int, show: Show) -> list[TaskResult]:
     """The results of all tasks, from `picotrain eval` or an earlier comparison where they are there."""
-    moves: dict[str, Callable[[int, int], None]] = {}
 
     def progress(label: str, done: int, of: int) -> None:
-        if label not in moves:
-            moves[label] = bars(f"{loaded.subject.name}: {label}")
-        moves[label](done, of)
+        show(f"{loaded.subject.name}: {label}", done, of)
 
     key = loaded.key | {"baseline_table": bundle.baseline_table}
     results = core_results(loaded.subject.scorer, bundle, max_per_task, Parallel.single(), loaded.store, key, progress)
@@ -212,25 +205,3 @@ def _write(results: dict[str, Any], html: Path | None, as_json: bool) -> None:
         except OSError as error:
             raise RunError(f"{html} cannot be written: {error.strerror or error}") from error
         say(f"written to {html}")
-
-
-@contextmanager
-def _progress() -> Iterator[Bars]:
-    """Bars on standard error where that is a terminal, each gone when it is full; else lines."""
-    if not is_terminal(sys.stderr):
-        with lines(say) as show:
-            yield lambda description: lambda done, of: show(description, done, of)
-        return
-    done = TextColumn("{task.completed}/{task.total}")
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), done, TimeRemainingColumn())
-    with Progress(*columns, console=rich_console(sys.stderr)) as shown:
-
-        def bars(description: str) -> Callable[[int, int], None]:
-            bar = shown.add_task(printable(description), total=None, visible=False)
-
-            def move(done: int, of: int) -> None:
-                shown.update(bar, completed=done, total=of, visible=done < of)
-
-            return move
-
-        yield bars

@@ -5,65 +5,27 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from picotrain import invocation
+from picotrain.cli.bars import BAR_WIDTH, bars
 from picotrain.config import places
 from picotrain.data import inspect as inspecting
 from picotrain.data.folder import has_shards
 from picotrain.data.inspect import Inspection, Verification
-from picotrain.data.prepare import HARMLESS, KINDS, SKIPPED, Options
+from picotrain.data.prepare import HARMLESS, KINDS, SKIPPED, Options, silent
 from picotrain.data.prepare import prepare as prepare_corpus
 from picotrain.errors import ConfigError, DataError
 from picotrain.places import expanded
-from picotrain.terminal import LABEL_WIDTH, Printer, is_terminal, rich_console, say
-from picotrain.text import printable, several, short, size
+from picotrain.terminal import LABEL_WIDTH, Printer, is_terminal, say
+from picotrain.text import several, short, size
 
-LINE_EVERY_S = 15.0  # where there is no terminal to draw a bar on
-BAR_WIDTH = 40
 SHOWN = 10  # special texts, bad shards without a hash
 INTERRUPTED = 130  # the shell's code for Ctrl-C
-
-
-class Bars:
-    """Progress on standard error: a bar for each thing being done on a terminal, now and then a line elsewhere."""
-
-    def __init__(self, quiet: bool = False):
-        self._drawn = is_terminal(sys.stderr)
-        self._quiet = quiet and not self._drawn
-        columns = TextColumn("{task.description}", markup=False), BarColumn(BAR_WIDTH), DownloadColumn(), TimeRemainingColumn()
-        self._bars = Progress(*columns, console=rich_console(sys.stderr), transient=True, disable=not self._drawn)
-        self._tasks: dict[str, TaskID] = {}
-        self._last = time.monotonic()
-
-    def __enter__(self) -> Bars:
-        self._bars.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bars.stop()
-
-    def say(self, message: str) -> None:
-        """A line above the bars."""
-        if not self._quiet:
-            say(message)
-
-    def update(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` bytes of `what`."""
-        if self._drawn:
-            if what not in self._tasks:
-                self._tasks[what] = self._bars.add_task(printable(what), total=total)
-            self._bars.update(self._tasks[what], completed=done)
-        elif total and done < total and time.monotonic() - self._last > LINE_EVERY_S:
-            self._last = time.monotonic()
-            self.say(f"{what}: {size(done)} of {size(total)}, {done / total:.0%}")
 
 
 def prepare(
@@ -72,8 +34,8 @@ def prepare(
     """Make a corpus folder and say what is in it; the exit code."""
     options = Options(seed, min_chars, keep_duplicates, tolerated=HARMLESS if strict else KINDS)
     try:
-        with Bars() as bars:
-            corpus = prepare_corpus(list(inputs), out, options=options, workers=workers, say=bars.say, progress=bars.update)
+        with bars(in_bytes=True) as show:
+            corpus = prepare_corpus(list(inputs), out, options=options, workers=workers, say=say, progress=show)
     except KeyboardInterrupt:
         say("interrupted; the same command goes on from here")
         return INTERRUPTED
@@ -99,10 +61,9 @@ def inspect(corpus: str, tokenizer: Path | None, max_bytes: int | None, samples:
 
         encoder = load_tokenizer(tokenizer)
     folder = corpus_folder(corpus)
-    with Bars(quiet=as_json) as bars:
-        found = inspecting.inspect(
-            folder, tokenizer=encoder, max_bytes=max_bytes, samples=samples, seed=seed, progress=bars.update, say=bars.say
-        )
+    with bars(in_bytes=True, quiet=as_json) as show:
+        told = silent if as_json and not is_terminal(sys.stderr) else say
+        found = inspecting.inspect(folder, tokenizer=encoder, max_bytes=max_bytes, samples=samples, seed=seed, progress=show, say=told)
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -115,8 +76,8 @@ def verify(corpus: str) -> int:
     from picotrain.config import compose
 
     folder = corpus_folder(corpus)
-    with Bars() as bars:
-        found = inspecting.verify(folder, bars.update, runs.cache_dir(compose()))
+    with bars(in_bytes=True) as show:
+        found = inspecting.verify(folder, show, runs.cache_dir(compose()))
     _show_verification(found)
     if not found.bad:
         return 0
@@ -146,8 +107,7 @@ def download(name: str, overrides: Sequence[str], shards: int | None, config_dir
         count = f"{several(config.data.num_shards or 0, 'training shard')}: {run} passes over them {plan.epochs or 0:.2f} times"
         say(f"{count} in {several(plan.num_steps, 'step')}; --shards N takes another number")
     try:
-        with Bars() as bars:
-            corpus = sources.resolve(config.data, runs.cache_dir(config), bars.say)
+        corpus = sources.resolve(config.data, runs.cache_dir(config), say)
     except KeyboardInterrupt:
         say("interrupted; what is there is kept, and the same command goes on")
         raise SystemExit(INTERRUPTED) from None

@@ -15,20 +15,19 @@ import io
 import json
 import math
 import os
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from picotrain import evaluation, invocation, parallel, sampling
 from picotrain import ranks as ranks_
 from picotrain import run as runs
 from picotrain.cli import checks, say
+from picotrain.cli.bars import bars
 from picotrain.cli.checks import Options as Options
 from picotrain.cli.commands import load_model
 from picotrain.cli.subjects import checkpoint_key, folder_key
@@ -45,9 +44,8 @@ from picotrain.evaluation.subject import RunModel, Subject
 from picotrain.evaluation.suite import core_results
 from picotrain.parallel import Parallel
 from picotrain.report.evaluated import render
-from picotrain.terminal import Printer, is_terminal, rich_console
-from picotrain.text import printable
-from picotrain.ticker import Show, lines
+from picotrain.terminal import Printer
+from picotrain.ticker import Show
 
 
 class Evaluation:
@@ -219,26 +217,8 @@ def _ranks(device: torch.device) -> Iterator[Parallel]:
     ranks.teardown()  # not after an error: that could hang
 
 
-@contextmanager
-def _bars(ranks: Parallel) -> Iterator[Show]:
-    """A progress bar for each thing that is measured, on rank 0's terminal; lines where there is none."""
-    if not ranks.is_main:
-        yield lambda *at: None
-        return
-    if not is_terminal(sys.stderr):
-        with lines(say) as told:
-            yield told
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=rich_console(sys.stderr)) as progress:
-        bars: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in bars:
-                bars[what] = progress.add_task(printable(what))
-            progress.update(bars[what], completed=done, total=total or None)
-
-        yield show
+def _bars(ranks: Parallel) -> AbstractContextManager[Show]:
+    return bars() if ranks.is_main else nullcontext(lambda *at: None)
 
 
 def _bits_per_byte(
