@@ -9,12 +9,16 @@ a part's name stands, which is about how many know of it. Prints one JSON line.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+from picotrain.bench import script
 
 REPO = Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "src" / "picotrain"
@@ -65,12 +69,16 @@ def run_of_four_steps() -> dict[str, object]:
     return found
 
 
-def main() -> None:
+def arguments(parser: argparse.ArgumentParser) -> None:
+    del parser  # there is nothing to choose
+
+
+def run(options: argparse.Namespace) -> Iterator[dict[str, object]]:
     texts = [path.read_text() for path in PACKAGE.rglob("*.py")]
     naming = {name: sum(bool(re.search(pattern, text)) for text in texts) for name, pattern in NAMES.items()}
     sizes = {"src_lines": lines_in(PACKAGE), "test_lines": lines_in(REPO / "tests"), "files_naming": naming}
-    print(json.dumps({"benchmark": "house", **sizes, **run_of_four_steps()}))
+    yield {"benchmark": "house", **sizes, **run_of_four_steps()}
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(script(__file__))
