@@ -138,6 +138,7 @@ def test_checkpoint_says_how_long_a_save_holds_the_loop(tmp_path: Path):
 SMALL_RUN = ["model.depth=1", "tokenizer.vocab_size=300", "train.seq_len=32", "train.total_batch_size=64", "train.device_batch_size=2"]
 
 
+@pytest.mark.slow
 def test_time_to_bpb_trains_what_its_recipes_say_and_counts_without_the_first_ten(corpus_dir: Path, tmp_path: Path):
     small = [*SMALL_RUN, "hardware.compile=false", "data.unit_bytes=8192", "train.eval_tokens=64"]
     recipes = ["--recipes", "fast", "reference", "--steps", "12", "--target", "0.1", "--val-tokens", "640"]
@@ -177,6 +178,7 @@ def test_sampling_times_both_ways(monkeypatch: pytest.MonkeyPatch):
     assert line["batch_1"] > 0 and line["batch_8"] > 0 and line["batch_1_without_cache"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # transformers' and inductor's own
 def test_peers_have_our_matrices_and_are_trained():
     options = [

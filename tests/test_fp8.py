@@ -163,6 +163,7 @@ def cpu_allowed(monkeypatch: pytest.MonkeyPatch, emulated) -> None:
     monkeypatch.setattr(fp8, "device_problems", lambda *args: [])
 
 
+@pytest.mark.slow
 def test_a_run_learns_as_in_bf16_and_is_evaluated_in_bf16(tmp_path: Path, tiny, cpu_allowed):
     run_dir = tmp_path / "fp8"
     common = ("train.max_steps=6", "train.sample_every=6", "train.eval_tokens=1000000")  # eval, too, takes all of the validation shard

@@ -123,9 +123,11 @@ def measured(*words: str) -> dict[str, Any]:
     "words",
     [
         ("--depth", "2", "--batch", "8"),
-        ("--depth", "4", "--batch", "2", "--grad-accum", "2", "--steps", "4"),
-        ("--depth", "2", "--batch", "1", "--seq-len", "64", "--set", "model.width=1024", "hardware.threads=1"),
-        pytest.param(("--depth", "4", "--batch", "4", "--precision", "bf16", "--steps", "4"), marks=fast_bf16),
+        pytest.param(("--depth", "4", "--batch", "2", "--grad-accum", "2", "--steps", "4"), marks=pytest.mark.slow),
+        pytest.param(
+            ("--depth", "2", "--batch", "1", "--seq-len", "64", "--set", "model.width=1024", "hardware.threads=1"), marks=pytest.mark.slow
+        ),
+        pytest.param(("--depth", "4", "--batch", "4", "--precision", "bf16", "--steps", "4"), marks=[pytest.mark.slow, fast_bf16]),
         pytest.param(("--depth", "4", "--batch", "8", "--compile", "true"), marks=pytest.mark.slow),
         pytest.param(("--depth", "4", "--batch", "8", "--compile", "true", "--precision", "bf16"), marks=[pytest.mark.slow, fast_bf16]),
         pytest.param(("--depth", "4", "--batch", "8", "--recompute", "full"), marks=pytest.mark.slow),
