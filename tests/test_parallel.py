@@ -87,7 +87,7 @@ ranks.wrap(model)(ids, ids).backward()
 found["graphs"] = len(graphs)
 ranks.teardown()
 print(json.dumps(found), flush=True)
-os._exit(0)  # as a worker does, see picotrain.worker
+os._exit(0)  # as a rank does, see picotrain.ranks
 """
 
 

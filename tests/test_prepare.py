@@ -735,4 +735,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     grown_mb, size_mb = map(float, done.stdout.split())
     assert size_mb > 160
-    assert grown_mb < 16  # allocators have what they keep after the first; what grows with the text would be 96 more
+    # The text has grown by 96 MB. The peak mostly stays to the MB, up to 384 MB of text; now and then the first one is 18 MB lower, as
+    # the mallocs of threads that come and go happen to fall.
+    assert grown_mb < 48

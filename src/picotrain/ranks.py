@@ -10,6 +10,7 @@ import os
 import socket
 from dataclasses import dataclass
 
+from picotrain import terminal
 from picotrain.errors import PicotrainError
 from picotrain.terminal import say
 
@@ -128,3 +129,14 @@ def _is_gone(place: Ranks) -> bool:
     except OSError:  # slow, or not to be reached from here: to wait for it is the process group's business
         return False
     return False
+
+
+def leave(code: int, at_once: bool = False) -> int:
+    """The exit code; one of several ranks, or one that is to end `at_once`, ends right here. Leaving the interpreter may wait for threads
+    and for peers, which wait for this rank's end, and now and then one of torch's threads aborts in it ("terminate called without an
+    active exception", seen with gloo, torch 2.13): what is finished would look failed.
+    """
+    if at_once or here().world_size > 1:
+        terminal.flush()
+        os._exit(code)
+    return code

@@ -121,11 +121,11 @@ def as_rank(work: Callable[[], int]) -> int:
     try:
         code = work()
     except Stopped as error:
-        return _leave(_fail(error) if ranks.here().rank == 0 else error.exit_code, at_once=True)
+        return ranks.leave(_fail(error) if ranks.here().rank == 0 else error.exit_code, at_once=True)
     except Exception as error:
         _let_others_speak(error)
         code = _fail(error)
-    return _leave(code)
+    return ranks.leave(code)
 
 
 @contextmanager
@@ -256,17 +256,6 @@ def _fail(error: Exception) -> int:
 
 def _exit_code(error: Exception) -> int:
     return error.exit_code if isinstance(error, PicotrainError) else 1
-
-
-def _leave(code: int, at_once: bool = False) -> int:
-    """The exit code; one of several ranks, or one that is to end `at_once`, ends right here. Leaving the interpreter may wait for threads
-    and for peers, which wait for this rank's end, and now and then one of torch's threads aborts in it (seen with gloo, torch 2.13): a
-    finished run would look failed.
-    """
-    if at_once or ranks.here().world_size > 1:
-        terminal.flush()
-        os._exit(code)
-    return code
 
 
 if __name__ == "__main__":

@@ -485,4 +485,4 @@ def main() -> None:
     except SystemExit as ended:
         code = ended.code
     terminal.flush()
-    sys.exit(code)
+    sys.exit(code if isinstance(code, str) else ranks.leave(code or 0))
