@@ -68,7 +68,7 @@ def test_epochs_of_a_mixture_set_the_horizon_and_the_plan_says_the_passes(tmp_pa
     assert plan["sources"]["letters"] > 2 > plan["sources"]["stories"]
 
 
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_damaged_shard_ends_the_run_saved_and_named_and_skipping_it_goes_on(tmp_path, tiny, nproc):
     corpus = write_corpus(tmp_path / "corpus", documents=800)
     run = tmp_path / "run"

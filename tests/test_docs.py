@@ -74,8 +74,12 @@ def blocks(page: Path) -> Iterator[Block]:
         yield Block(page, text.count("\n", 0, match.start()) + 2, match[1])
 
 
+def is_quick(block: Block) -> bool:
+    return block.page.name in QUICK and "torchrun" not in block.text  # README's second block of everyday use: a minute by itself
+
+
 def marked(block: Block) -> object:
-    return pytest.param(block, id=block.id, marks=() if block.page.name in QUICK else pytest.mark.slow)
+    return pytest.param(block, id=block.id, marks=() if is_quick(block) else pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +184,7 @@ def test_what_a_page_shows_can_be_typed(block: Block, home: Path, tmp_path: Path
     for name in ("mine", "books"):
         if f"--out corpora/{name}" not in block.text:
             shutil.copytree(home / "corpora" / "mine", tmp_path / "corpora" / name)
-    if block.page.name not in QUICK:
+    if not is_quick(block):
         made = request.getfixturevalue("made")
         environment |= {"HF_ENDPOINT": request.getfixturevalue("hub"), "HF_HUB_DISABLE_TELEMETRY": "1"}
         shutil.copy(made / "tokenizer.json", tmp_path)

@@ -259,6 +259,7 @@ def test_a_process_whose_interpreter_is_stuck_is_ended_too(tmp_path):
     assert "Timeout" in done.stderr and "stuck_in_native_code" in done.stderr
 
 
+@pytest.mark.slow  # it is waited for
 def test_a_rank_that_stands_still_costs_the_others_their_patience_and_not_the_run(tmp_path, tiny):
     straight, run = tmp_path / "straight", tmp_path / "run"
     words = ("hardware.nproc_per_node=2", "train.eval_every=0", "train.max_steps=60", "train.save_every=10")
