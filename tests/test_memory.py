@@ -122,7 +122,7 @@ def measured(*words: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "words",
     [
-        ("--depth", "2", "--batch", "8"),
+        pytest.param(("--depth", "2", "--batch", "8"), marks=pytest.mark.slow),
         pytest.param(("--depth", "4", "--batch", "2", "--grad-accum", "2", "--steps", "4"), marks=pytest.mark.slow),
         pytest.param(
             ("--depth", "2", "--batch", "1", "--seq-len", "64", "--set", "model.width=1024", "hardware.threads=1"), marks=pytest.mark.slow

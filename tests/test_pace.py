@@ -162,6 +162,7 @@ def test_cpus_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert hardware.cpu_identity.__wrapped__() == "Apple M3 Pro"
 
 
+@pytest.mark.slow
 def test_the_benchmark_adds_its_figure_and_the_next_plan_tells_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PICOTRAIN_CACHE", str(tmp_path))
     wanted = [*TINY, "hardware=cpu", "data=pystdlib", "train.total_batch_size=32", "train.max_steps=7", "train.precision=fp32"]

@@ -157,6 +157,7 @@ def test_compiled_blocks_keep_as_little_share_their_code_and_say_nothing(capfd: 
     assert full < 1.5 and 9 <= selective <= 12 < 1.5 * selective < none
 
 
+@pytest.mark.slow
 def test_runs_of_two_ranks_have_the_same_losses_and_a_resume_may_change_it(tmp_path: Path, tiny):
     common = ("train.device_batch_size=2", "train.max_steps=4", "train.eval_every=4")
     for mode in ("none", "selective"):

@@ -10,6 +10,7 @@ import pytest
 NOTEBOOK = Path(__file__).parent.parent / "docs/walkthrough.ipynb"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_walkthrough_runs_and_was_committed_with_its_outputs(tmp_path: Path):
     with warnings.catch_warnings():
