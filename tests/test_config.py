@@ -672,7 +672,7 @@ def test_hydra_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not GlobalHydra.instance().is_initialized()
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("PICOTRAIN_TEST", "still there")
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+    with initialize_config_dir(str(conf_dir()), **hydra_options()):
         compose(["model=d6"])
         assert hydra_compose("config", ["model=d8"]).model.depth == 8, "the caller's own Hydra goes on working"
     assert OmegaConf.create({"a": "${oc.env:PICOTRAIN_TEST}"}).a == "still there"

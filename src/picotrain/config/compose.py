@@ -181,6 +181,13 @@ def _quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
+def hydra_options() -> dict[str, Any]:
+    """Hydra 1.3 warns where version_base is left out, 1.4 where it is given; both then behave as 1.3."""
+    from hydra import __version__
+
+    return {"version_base": "1.3"} if __version__.startswith("1.3.") else {}
+
+
 @contextmanager
 def _hydra_at(folder: Path) -> Iterator[None]:
     """Hydra set up on a folder, and put back as it was: the caller may be an application of Hydra itself."""
@@ -190,7 +197,7 @@ def _hydra_at(folder: Path) -> Iterator[None]:
     held = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
+        with initialize_config_dir(str(folder), **hydra_options()):
             yield
     finally:
         GlobalHydra.instance().hydra = held
