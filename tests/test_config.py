@@ -667,6 +667,8 @@ def test_hydra_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
+    from picotrain.config.compose import hydra_options
+
     monkeypatch.chdir(tmp_path)
     compose(["model=d6"])
     assert not GlobalHydra.instance().is_initialized()

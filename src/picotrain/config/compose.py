@@ -206,14 +206,17 @@ def _hydra_at(folder: Path) -> Iterator[None]:
 @contextmanager
 def _no_environment() -> Iterator[None]:
     """Refuse ${oc.env:...} where Hydra itself resolves: in a defaults list."""
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, __version__
     from omegaconf.resolvers import oc
+
+    # OmegaConf 2.4 warns of the name that 2.3 wants.
+    register = getattr(OmegaConf, "register_new_resolver" if __version__.startswith("2.3.") else "register_resolver")
 
     def refuse(*_: Any) -> None:
         raise ValueError("values are never taken from the environment (oc.env)")
 
-    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    register("oc.env", refuse, replace=True)
     try:
         yield
     finally:
-        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+        register("oc.env", oc.env, replace=True)
