@@ -475,7 +475,7 @@ def test_unknown_keys_and_wrong_types_in_yaml_are_refused_like_on_the_command_li
         ({"experiment/s.yaml": "# @package _global_\ndefaults:\n  - override /model: d5\n"}, "experiment=s", "nearest: d4, d6"),
         ({"experiment/s.yaml": "# @package _global_\ndefaults:\n  - /model: d6\n"}, "experiment=s", "override"),
         ({"experiment/s.yaml": "defaults: 5\n"}, "experiment=s", "defaults must be a list"),
-        ({"experiment/s.yaml": "run: &a {name: *a}\n"}, "experiment=s", "cannot be composed"),
+        ({"experiment/s.yaml": "run: &a {name: *a}\n"}, "experiment=s", "recurs"),
         ({"experiment/s.yaml": "train: {max_steps: 5}\n"}, "experiment=s", "begins with the line '# @package _global_'"),
         ({"model/d4.yaml": "depth: 5\n"}, "model=d4", "has the name of the built-in model=d4"),
         ({"modle/d5.yaml": "depth: 5\n"}, "model=d4", "has no folder of a config group"),

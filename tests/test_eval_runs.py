@@ -100,7 +100,8 @@ def test_a_bundle_that_is_not_there_ends_the_start_before_anything_is_trained(tm
     assert url.returncode == 2 and "evaluation.core.sha256" in url.stderr
 
 
-@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
 def test_an_evaluation_that_raises_on_one_rank_costs_neither_run_nor_weights(tmp_path, tiny, bundle, nproc):
     code = f"""{ABORTS_AT_EXIT}
 hidden = model.GPT.hidden

@@ -90,7 +90,8 @@ dist.init_process_group = init
 # -- signals
 
 
-@pytest.mark.parametrize("nproc", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("nproc", [1, 2])
 def test_a_signal_between_micro_batches_drops_the_step_that_is_begun_and_loses_nothing(tmp_path, tiny, nproc):
     code = f"""
 count = 0
