@@ -73,8 +73,9 @@ def write_whole(path: Path, data: bytes | str, place: Callable[[Path, Path], obj
     temporary file that it left. place: gives the finished file its name. shared: several processes may write this file at once.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if shared else f".{path.name}.tmp")
+    file = open(temporary, "wb", opener=no_link)  # noqa: SIM115
     try:
-        with temporary.open("wb") as file:
+        with file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -83,9 +84,14 @@ def write_whole(path: Path, data: bytes | str, place: Callable[[Path, Path], obj
         temporary.unlink(missing_ok=True)
 
 
+def no_link(path: str, flags: int) -> int:
+    """Open a file that is no symlink, which in a stranger's folder could lead anywhere."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def write_json(path: Path, value: Any, place: Callable[[Path, Path], object] = os.replace) -> None:
-    """`write_whole` of JSON, for people to read. Raises ValueError for NaN."""
-    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", place)
+    """`write_whole` of JSON, in ASCII: names of files may hold what is no Unicode. Raises ValueError for NaN."""
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n", place)
 
 
 def fsync(path: Path) -> None:

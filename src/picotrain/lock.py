@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
-from picotrain.disk import is_at
+from picotrain.disk import is_at, no_link
 from picotrain.errors import RunError
 from picotrain.terminal import say
 
@@ -107,9 +107,9 @@ class RunLock:
                 missing = [place for place in (folder, *folder.parents) if not place.is_dir()]
                 self._made = [place for place in reversed(missing) if _make(place)][::-1]
                 try:
-                    file = open(self.path, "x+", opener=_no_link)  # noqa: SIM115
+                    file = open(self.path, "x+", opener=no_link)  # noqa: SIM115
                 except FileExistsError:
-                    return open(self.path, "a+", opener=_no_link)
+                    return open(self.path, "a+", opener=no_link)
                 self._made.insert(0, self.path)
                 self._beside = {path.name for path in folder.iterdir()} - {LOCK_FILE}
                 return file
@@ -147,15 +147,10 @@ def _make(folder: Path) -> bool:
     return True
 
 
-def _no_link(path: str, flags: int) -> int:
-    """Open a file that is no symlink, which in a stranger's run could lead anywhere."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
 def is_locked(run_dir: Path) -> bool:
     """Whether a start or one of its workers has the directory now."""
     try:
-        with open(run_dir.absolute() / LOCK_FILE, "a+", opener=_no_link) as file:
+        with open(run_dir.absolute() / LOCK_FILE, "a+", opener=no_link) as file:
             return not _flock(file, fcntl.LOCK_EX)
     except OSError:
         return False

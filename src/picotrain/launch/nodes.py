@@ -16,6 +16,7 @@ from datetime import timedelta
 from picotrain.config.schema import LaunchConfig
 from picotrain.errors import LaunchError
 from picotrain.terminal import say
+from picotrain.text import first_line
 
 PREPARING = "picotrain/preparing"  # a key that only node 0's own store has
 NODE_0_S = 3600.0  # how long the others wait for a node 0 that they have never seen: people start nodes by hand, schedulers minutes apart
@@ -39,7 +40,7 @@ def preparing(launch: LaunchConfig) -> Iterator[None]:
     try:
         store = TCPStore(host, port, is_master=True, wait_for_workers=False)
     except RuntimeError as error:
-        why = str(error).strip().splitlines()[0][:300]
+        why = first_line(error)
         raise LaunchError(
             f"node 0 cannot listen at launch.rdzv_endpoint={launch.rdzv_endpoint} ({why}): a port that is free, and an address of this "
             "machine that it reaches itself, would be right"
