@@ -50,6 +50,7 @@ def is_url(text: str) -> bool:
 
 
 def scheme_of(url: str) -> str:
+    """What stands before "://": https, s3, ...; of a path, the path."""
     return url.partition("://")[0]
 
 

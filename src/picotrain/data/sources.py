@@ -292,6 +292,7 @@ def parts_of(data: DataConfig) -> list[DataConfig]:
 
 
 def mixture_of(data: DataConfig, corpora: list[Corpus]) -> Mixture:
+    """The corpora of a data section, one for each of its parts, with their weights."""
     if data.kind != "mixture":
         return Mixture.of(corpora[0])
     pairs = zip(data.mixture, corpora, strict=True)
@@ -354,6 +355,7 @@ def _hash(value: Any) -> str:
 
 
 def is_remote(data: DataConfig) -> bool:
+    """Whether data.path is a URL; the corpora on the Hub are another kind."""
     from picotrain.data.remote import is_url
 
     return data.kind == "files" and data.path is not None and is_url(data.path)
