@@ -32,9 +32,11 @@ import torch
 
 from picotrain import optim
 from picotrain.checkpoint import Saver
-from picotrain.config.schema import CheckpointConfig, ModelConfig, OptimizerConfig
+from picotrain.config.schema import CheckpointConfig
 from picotrain.errors import PicotrainError
-from picotrain.model import GPT
+from picotrain.models.gpt import GPTConfig
+from picotrain.models.gpt.module import GPT
+from picotrain.optimizers.adamw import AdamWConfig
 from picotrain.shape import Rates
 from picotrain.state import TrainState
 
@@ -56,9 +58,9 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def measure_saves(args: argparse.Namespace) -> dict[str, Any]:
     """Saves of a state in this process."""
-    model = GPT(ModelConfig(depth=args.depth, head_dim=64), VOCAB, SEQ_LEN)
+    model = GPT(GPTConfig(depth=args.depth, head_dim=64), VOCAB, SEQ_LEN)
     model.init_weights(0)
-    optimizer = optim.build(OptimizerConfig(matrix_lr=1e-3, embed_lr=1e-3, head_lr=1e-3), model, Rates(1e-3, 1e-3, 1e-3, 0.1))
+    optimizer = optim.build(AdamWConfig(matrix_lr=1e-3, embed_lr=1e-3, head_lr=1e-3), model, Rates(1e-3, 1e-3, 1e-3, 0.1))
     state = TrainState(model, optimizer, loader={"row": 0, "lanes_count": 1, "lanes": [[[0, 0, 0, 0]]]})
     quiet = [step(state) for _ in range(4)][1:]
 

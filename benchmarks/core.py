@@ -31,12 +31,14 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 
-from picotrain.config.schema import HardwareConfig, ModelConfig
+from picotrain.config.schema import HardwareConfig
 from picotrain.errors import DataError
 from picotrain.evaluation import core
 from picotrain.evaluation.bundle import Example, LanguageModeling, MultipleChoice, Task, read_bundle, read_examples
-from picotrain.evaluation.scorer import GptScorer
-from picotrain.model import DTYPES, GPT
+from picotrain.evaluation.scorer import DecoderScorer
+from picotrain.model import DTYPES
+from picotrain.models.gpt import GPTConfig
+from picotrain.models.gpt.module import GPT
 from picotrain.parallel import Parallel
 from picotrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from picotrain.worker import set_up_process
@@ -146,7 +148,7 @@ def weighted(rows: list[dict[str, Any]]) -> float | None:
 
 def measure(task: Task, model: GPT, tokenizer: Tokenizer, options: argparse.Namespace) -> dict[str, Any]:
     """Both implementations on one task: seconds of each (medians of the repeats, reading aside), and what they predict differently."""
-    scorer, parallel = GptScorer(model, tokenizer), Parallel.single(options.device)
+    scorer, parallel = DecoderScorer(model, tokenizer), Parallel.single(options.device)
     ours_s, plain_s = [], []
     read_s = min(timed(lambda: read_examples(task), options.device)[0] for _ in range(3))
     for _ in range(options.repeats):
@@ -207,7 +209,7 @@ def subject_of(options: argparse.Namespace) -> tuple[GPT, Tokenizer]:
         tokenizer = material.tokenizer
     else:
         tokenizer = tokenizer_of(options)
-        model = perturbed(GPT(ModelConfig(depth=options.depth, head_dim=64), tokenizer.vocab_size, options.seq_len, dtype))
+        model = perturbed(GPT(GPTConfig(depth=options.depth, head_dim=64), tokenizer.vocab_size, options.seq_len, dtype))
     return model.to(options.device, dtype), tokenizer
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from picotrain.config import Config
-from picotrain.model import blocked, build
+from picotrain.model import Decoder, blocked, build
 from picotrain.model.kernels import TorchKernel
 from picotrain.plan import Plan
 
@@ -65,6 +65,7 @@ def gpu_step_bytes(config: Config, plan: Plan) -> int:
     Where a CPU build of torch does otherwise than CUDA, this stands in: flash-attention, and a norm that keeps its input and 1 / rms.
     """
     model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to("meta")
+    assert isinstance(model, Decoder)
     model.use_kernels(FLASH, FLASH)
     ids = torch.empty((plan.device_batch_size, plan.seq_len), dtype=torch.int64, device="meta")
     with _cuda_norms(), LiveBytes() as live:

@@ -26,8 +26,9 @@ from common import script
 
 from picotrain import hardware
 from picotrain.bench import processes
-from picotrain.config.schema import HardwareConfig, ModelConfig
+from picotrain.config.schema import HardwareConfig
 from picotrain.errors import PicotrainError
+from picotrain.models.gpt import GPTConfig
 
 PEERS = ("gpt2", "nanochat")
 OURS = "picotrain"
@@ -121,13 +122,12 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def _build(peer: str, depth: int, options: argparse.Namespace) -> Any:
     """The peer's model in picotrain's shape. Raises PicotrainError where transformers is missing."""
-    from picotrain import shape
 
     try:
         import transformers
     except ImportError as error:
         raise PicotrainError(f"the peers are models of transformers: {error}; pip install 'picotrain[hf]'") from error
-    dims = shape.dims(ModelConfig(depth=depth, head_dim=64))
+    dims = GPTConfig(depth=depth, head_dim=64).dims()
     if peer == "gpt2":
         config = transformers.GPT2Config(
             vocab_size=options.vocab, n_positions=options.seq_len, n_embd=dims.width, n_layer=depth, n_head=dims.n_heads,

@@ -18,8 +18,9 @@ from common import script
 import torch
 from torch import Tensor
 
-from picotrain.config.schema import ModelConfig
-from picotrain.model import DTYPES, GPT
+from picotrain.model import DTYPES
+from picotrain.models.gpt import GPTConfig
+from picotrain.models.gpt.module import GPT
 from picotrain.sampling import generate_rows
 
 VOCAB_SIZE, SEQ_LEN = 8192, 512
@@ -51,7 +52,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(options.threads)
 
-    model = GPT(ModelConfig(depth=options.depth, head_dim=64), VOCAB_SIZE, SEQ_LEN, DTYPES[options.precision]).to(options.device)
+    model = GPT(GPTConfig(depth=options.depth, head_dim=64), VOCAB_SIZE, SEQ_LEN, DTYPES[options.precision]).to(options.device)
     model.init_weights(seed=0)
     generator = torch.Generator().manual_seed(0)
     cases: dict[str, tuple[Callable[[GPT, Tensor], None], Tensor]] = {}

@@ -25,10 +25,10 @@ from picotrain import plan as planning
 from picotrain.bench import environment, processes, step, table
 from picotrain.cli import bench as command_module
 from picotrain.cli import main
-from picotrain.config.schema import ModelConfig
 from picotrain.errors import PicotrainError
 from picotrain.evaluation import Bpb
 from picotrain.hardware import Machine
+from picotrain.models.gpt import GPTConfig
 
 REPO = BENCHMARKS.parent
 SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in ("common", "live"))
@@ -187,7 +187,7 @@ def test_peers_have_our_matrices_and_are_trained():
         *["--seq-len", "64", "--batch", "2", "--vocab", "300", "--steps", "1", "--warmup", "1", "--precision", "fp32"],
     ]
     peers, options = benchmark("peers"), bench.parser(script("peers")).parse_args(options)
-    model = ModelConfig(depth=2, head_dim=64)
+    model = GPTConfig(depth=2, head_dim=64)
     matrices = shape.parameters(shape.dims(model), 300, model).matrices
     tables = ("wte.", "wpe.", "embed_tokens.", "lm_head.")
     for peer in peers.PEERS:

@@ -15,13 +15,15 @@ from torch import nn
 
 from picotrain import checkpoint, optim
 from picotrain.checkpoint.folder import describe
-from picotrain.config.schema import CheckpointConfig, OptimizerConfig
+from picotrain.config.schema import CheckpointConfig
 from picotrain.errors import CheckpointError
+from picotrain.model import LanguageModel
+from picotrain.optimizers.adamw import AdamWConfig
 from picotrain.shape import Rates
 from picotrain.state import LoopState, TrainState, model_tensors, optimizer_tensors
 
 
-class Tiny(nn.Module):
+class Tiny(LanguageModel):
     def __init__(self, width: int = 8):
         super().__init__()
         self.embed = nn.Embedding(16, width)
@@ -35,7 +37,7 @@ class Tiny(nn.Module):
 def trained(step: int, seed: int = 0) -> TrainState:
     torch.manual_seed(seed)
     model = Tiny()
-    optimizer = optim.build(OptimizerConfig(matrix_lr=0.1, embed_lr=0.1, head_lr=0.1), model, Rates(0.1, 0.1, 0.1, 0.0))
+    optimizer = optim.build(AdamWConfig(matrix_lr=0.1, embed_lr=0.1, head_lr=0.1), model, Rates(0.1, 0.1, 0.1, 0.0))
     for _ in range(3):
         model(torch.randint(16, (4, 5))).square().mean().backward()
         optimizer.step()

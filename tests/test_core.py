@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from jinja2 import Template
 
-from picotrain.config.schema import ModelConfig
 from picotrain.evaluation import core
 from picotrain.evaluation.bundle import Example, LanguageModeling, Task, read_bundle, read_examples
 from picotrain.evaluation.prompts import Option, Prompts, choose, shots_of
-from picotrain.evaluation.scorer import GptScorer, LogitsScorer
-from picotrain.model import GPT
+from picotrain.evaluation.scorer import DecoderScorer, LogitsScorer
+from picotrain.models.gpt import GPTConfig
+from picotrain.models.gpt.module import GPT
 from picotrain.parallel import Parallel
 from picotrain.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -66,7 +66,7 @@ FEATURES = {"value_embeds": True, "residual_scalars": True, "smear": True, "qk_s
 
 def build(vocab_size: int, seq_len: int = SEQ_LEN, **options: Any) -> GPT:
     """A model of which every part matters: fresh weights have zero matrices and a head near zero."""
-    config = ModelConfig(**{"depth": 3, "width": 64, "head_dim": 16, **options})
+    config = GPTConfig(**{"depth": 3, "width": 64, "head_dim": 16, **options})
     model = GPT(config, vocab_size, seq_len)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)
@@ -201,7 +201,7 @@ def test_examples_are_shuffled_then_cut():
 @pytest.mark.parametrize("batch_tokens", [1, 400])
 def test_predictions_equal_the_plain_ones(tmp_path: Path, model: GPT, tokenizer: Tokenizer, kind: str, shots: int, batch_tokens: int):
     task = task_of(tmp_path, kind, examples_of(kind, 40), shots)
-    result = core.evaluate_task(GptScorer(model, tokenizer, batch_tokens), task, 32, SINGLE)
+    result = core.evaluate_task(DecoderScorer(model, tokenizer, batch_tokens), task, 32, SINGLE)
     assert_equal(result, reference(model, tokenizer, task, 32, SEQ_LEN))
     assert result.truncated == 0 if shots == 0 else result.truncated > 5 or shots == 2  # both sides of the cut are tried
     assert len({str(one.prediction) for one in result.predictions}) > 1 or kind == "schema"
@@ -212,7 +212,7 @@ def test_predictions_equal_the_plain_ones(tmp_path: Path, model: GPT, tokenizer:
 def test_predictions_equal_the_plain_ones_for_every_kind_of_model(tmp_path: Path, tokenizer: Tokenizer, options: dict[str, Any], kind: str):
     model = build(tokenizer.vocab_size, **options)
     task = task_of(tmp_path, kind, examples_of(kind, 16), 2)
-    assert_equal(core.evaluate_task(GptScorer(model, tokenizer), task, None, SINGLE), reference(model, tokenizer, task, 0, SEQ_LEN))
+    assert_equal(core.evaluate_task(DecoderScorer(model, tokenizer), task, None, SINGLE), reference(model, tokenizer, task, 0, SEQ_LEN))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the shared evaluation bundle is not here")
@@ -220,21 +220,21 @@ def test_predictions_equal_the_plain_ones_for_every_kind_of_model(tmp_path: Path
 def test_predictions_equal_the_plain_ones_on_real_tasks(tokenizer: Tokenizer, label: str):
     model = build(tokenizer.vocab_size, 256)
     task = next(task for task in read_bundle(SHARED).tasks if task.label == label)
-    assert_equal(core.evaluate_task(GptScorer(model, tokenizer), task, 12, SINGLE), reference(model, tokenizer, task, 12, 256))
+    assert_equal(core.evaluate_task(DecoderScorer(model, tokenizer), task, 12, SINGLE), reference(model, tokenizer, task, 12, 256))
 
 
 @pytest.mark.parametrize("kind", list(TEMPLATES))
 def test_any_function_from_ids_to_logits_is_scored_alike(tmp_path: Path, model: GPT, tokenizer: Tokenizer, kind: str):
     task = task_of(tmp_path, kind, examples_of(kind, 24), 2)
     plain = LogitsScorer(model, tokenizer.encode, tokenizer.bos_id, SEQ_LEN)
-    expected = core.evaluate_task(GptScorer(model, tokenizer), task, None, SINGLE)
+    expected = core.evaluate_task(DecoderScorer(model, tokenizer), task, None, SINGLE)
     assert core.evaluate_task(plain, task, None, SINGLE) == expected
 
 
 def test_losses_of_options_are_means_over_their_spans(model: GPT, tokenizer: Tokenizer):
     ids = np.arange(5, 25)
     longer = np.concatenate((ids, [7, 8, 9]))
-    scores = GptScorer(model, tokenizer).score([[Option(ids, 12), Option(longer, 12), Option(ids, len(ids))], [Option(longer, 1)]])
+    scores = DecoderScorer(model, tokenizer).score([[Option(ids, 12), Option(longer, 12), Option(ids, len(ids))], [Option(longer, 1)]])
     for score, option in zip((*scores[0][:2], scores[1][0]), (Option(ids, 12), Option(longer, 12), Option(longer, 1)), strict=True):
         logits = model(torch.from_numpy(option.ids)[None])[0].detach()
         targets = torch.from_numpy(option.ids[option.start :])
@@ -284,7 +284,7 @@ def test_the_first_of_equal_choices_is_chosen_and_an_empty_span_never(tmp_path: 
 def test_identical_choices_have_identical_scores(model: GPT, tokenizer: Tokenizer):
     ids = np.arange(3, 40)
     other = np.concatenate((ids[:-4], ids[:6]))
-    (scores,) = GptScorer(model, tokenizer).score([[Option(ids, 20), Option(other, 20), Option(ids.copy(), 20)]])
+    (scores,) = DecoderScorer(model, tokenizer).score([[Option(ids, 20), Option(other, 20), Option(ids.copy(), 20)]])
     assert scores[0] == scores[2] != scores[1]
 
 
@@ -326,7 +326,7 @@ def test_losses_that_are_not_finite_are_no_prediction(tmp_path: Path, model: GPT
     broken = build(tokenizer.vocab_size)
     torch.nn.init.constant_(broken.head.weight, math.nan)
     for kind in TEMPLATES:
-        result = core.evaluate_task(GptScorer(broken, tokenizer), task_of(tmp_path, kind, examples_of(kind, 5)), None, SINGLE)
+        result = core.evaluate_task(DecoderScorer(broken, tokenizer), task_of(tmp_path, kind, examples_of(kind, 5)), None, SINGLE)
         assert result.nonfinite == 5 and result.accuracy is None
         assert not any(one.correct for one in result.predictions)
 
@@ -363,7 +363,7 @@ def test_a_bug_costs_its_task_and_keeps_its_traceback(tmp_path: Path):
     assert result.accuracy is None
 
 
-class Short(GptScorer):
+class Short(DecoderScorer):
     """Out of memory for more than `room` questions at once."""
 
     room, failed = 3, 0
@@ -378,7 +378,7 @@ class Short(GptScorer):
 @pytest.mark.parametrize("kind", list(TEMPLATES))
 def test_a_batch_that_memory_does_not_hold_is_tried_in_halves_and_further_ones_are_smaller(tmp_path, model, tokenizer, kind):
     task = task_of(tmp_path, kind, examples_of(kind, 60), 2)
-    scorer, plenty = Short(model, tokenizer, 2000), GptScorer(model, tokenizer, 2000)
+    scorer, plenty = Short(model, tokenizer, 2000), DecoderScorer(model, tokenizer, 2000)
     assert core.evaluate_task(scorer, task, None, SINGLE) == core.evaluate_task(plenty, task, None, SINGLE)
     assert 0 < scorer.failed < 10 and scorer.batch_tokens < 2000 == plenty.batch_tokens
     scorer.room = 0  # not even one
@@ -417,9 +417,9 @@ import torch
 import test_core as t
 from picotrain import parallel as p
 torch.set_num_threads(1)
-ranks = p.build("ddp", "cpu")
+ranks = p.build("cpu")
 tokenizer = t.load_tokenizer(Path(os.environ["TOKENIZER"]))
-scorer = t.GptScorer(t.build(tokenizer.vocab_size), tokenizer, 300)
+scorer = t.DecoderScorer(t.build(tokenizer.vocab_size), tokenizer, 300)
 found = []
 for kind in t.TEMPLATES:
     task = t.Task(kind, Path(os.environ["TASKS"]) / f"{kind}.jsonl", kind, 2, " ", 0.0)
@@ -461,7 +461,7 @@ def test_two_ranks_find_what_one_finds_and_one_that_fails_is_reported_by_both(tm
     assert first == second
     *whole, missing, raised, given_up = (core.TaskResult.from_dict(values) for values in first)
     for task, result in zip(tasks, whole, strict=True):
-        assert replace(result, label=task.label) == core.evaluate_task(GptScorer(model, tokenizer), task, None, SINGLE)
+        assert replace(result, label=task.label) == core.evaluate_task(DecoderScorer(model, tokenizer), task, None, SINGLE)
     assert missing.problem.startswith("rank 1: absent cannot be read") and missing.accuracy is None
     assert raised.problem == "rank 1: ZeroDivisionError: division by zero" and "ZeroDivisionError" in raised.traceback
     assert len(raised.predictions) in (10, 11)  # of rank 0

@@ -20,8 +20,9 @@ from test_loop import assert_same_run, wait_for
 
 from picotrain import checkpoint, optim
 from picotrain.checkpoint import saver as saving
-from picotrain.config.schema import CheckpointConfig, OptimizerConfig
-from picotrain.model import GPT
+from picotrain.config.schema import CheckpointConfig
+from picotrain.models.gpt.module import GPT
+from picotrain.optimizers.adamw import AdamWConfig
 from picotrain.shape import Rates
 
 
@@ -162,12 +163,12 @@ def test_a_full_disk_costs_a_save_and_not_the_run_and_the_last_save_goes_elsewhe
 
 
 def guarded(max_z: float | None = None) -> tuple[GPT, torch.optim.Optimizer, optim.Guard]:
-    from picotrain.config.schema import ModelConfig
+    from picotrain.models.gpt import GPTConfig
 
-    model = GPT(ModelConfig(depth=2, head_dim=16, width=32), 100, 16)
+    model = GPT(GPTConfig(depth=2, head_dim=16, width=32), 100, 16)
     model.init_weights(0)
-    section = OptimizerConfig(matrix_lr=0.01, embed_lr=0.01, head_lr=0.01)
-    return model, optim.build(section, model, Rates(0.01, 0.01, 0.01, 0.1)), optim.Guard(max_z, torch.device("cpu"))
+    section = AdamWConfig(matrix_lr=0.01, embed_lr=0.01, head_lr=0.01)
+    return model, optim.build(section, model, Rates(0.01, 0.01, 0.01, 0.1)), optim.Guard(max_z, torch.device("cpu"), on_device=True)
 
 
 def update(model: GPT, optimizer: torch.optim.Optimizer, guard: optim.Guard, loss: float, norm: float = 1.0) -> bool:
@@ -202,7 +203,7 @@ def test_a_spike_is_skipped_once_the_window_is_full_and_does_not_enter_it():
     for _ in range(3):
         assert update(model, optimizer, guard, 4.0)
     assert not update(model, optimizer, guard, 2.1)
-    again = optim.Guard(6.0, torch.device("cpu"))
+    again = optim.Guard(6.0, torch.device("cpu"), on_device=True)
     again.load_state_dict(guard.state_dict())
     assert again.state_dict() == guard.state_dict()
     assert again.skip(optimizer, torch.tensor(4.0), torch.tensor(1.0))

@@ -20,10 +20,12 @@ from torch import Tensor
 from picotrain import hardware, loop, optim, parallel, plan
 from picotrain import run as runs
 from picotrain.config import Config, compose
-from picotrain.config.schema import ModelConfig, OptimizerConfig
 from picotrain.errors import ConfigError
-from picotrain.model import GPT, KVCache, build, float8
+from picotrain.model import KVCache, build, float8
 from picotrain.model.layers import Linear
+from picotrain.models.gpt import GPTConfig
+from picotrain.models.gpt.module import GPT
+from picotrain.optimizers.adamw import AdamWConfig
 from picotrain.plan import fp8
 from picotrain.shape import Rates
 from picotrain.signals import StopSignal
@@ -40,7 +42,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def model(precision: str, mode: str = "none", **config: Any) -> GPT:
-    section = ModelConfig.model_validate({"depth": 2, "head_dim": 16, "width": WIDTH} | config)
+    section = GPTConfig.model_validate({"depth": 2, "head_dim": 16, "width": WIDTH} | config)
     return all_weights_acting(build(section, 300, SEQ_LEN, precision, mode))  # type: ignore[arg-type]
 
 
@@ -129,7 +131,7 @@ def test_training_goes_on_from_its_tensors_to_the_bit(emulated):
         return found
 
     def started(gpt: GPT) -> torch.optim.Optimizer:
-        return optim.build(OptimizerConfig(matrix_lr=1, embed_lr=1, head_lr=1), gpt, Rates(0.01, 0.05, 0.01, 0.1))
+        return optim.build(AdamWConfig(matrix_lr=1, embed_lr=1, head_lr=1), gpt, Rates(0.01, 0.05, 0.01, 0.1))
 
     ours, again = model("fp8"), model("fp8")
     optimizer = started(ours)

@@ -22,7 +22,7 @@ from picotrain.config import load as load_config
 from picotrain.data.corpus import scan
 from picotrain.errors import PicotrainError
 from picotrain.metrics import MetricsFile, read_metrics
-from picotrain.model import GPT
+from picotrain.models.gpt.module import GPT
 from picotrain.report.markdown import render
 from picotrain.shape import Rates
 from picotrain.state import TrainState

@@ -13,7 +13,6 @@ from test_model import nanochat_of
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from picotrain.config.schema import ModelConfig
 from picotrain.errors import CheckpointError, ConfigError
 from picotrain.evaluation import hf
 from picotrain.evaluation.bundle import read_bundle
@@ -21,7 +20,8 @@ from picotrain.evaluation.core import evaluate_task
 from picotrain.evaluation.documents import score_documents
 from picotrain.evaluation.hf import HuggingFaceModel, read_context
 from picotrain.evaluation.subject import RunModel
-from picotrain.model import GPT
+from picotrain.models.gpt import GPTConfig
+from picotrain.models.gpt.module import GPT
 from picotrain.parallel import Parallel
 from picotrain.tokenizer import load_tokenizer, train_tokenizer
 
@@ -120,7 +120,7 @@ def test_without_transformers_it_says_what_to_install(gpt2: Path, monkeypatch: p
 
 def test_a_run_and_the_same_weights_as_a_folder_have_the_same_figures(tmp_path: Path):
     """NanoChat in transformers is this model."""
-    config = ModelConfig(depth=2, width=32, head_dim=16)
+    config = GPTConfig(depth=2, width=32, head_dim=16)
     path = tmp_path / "tokenizer.json"
     train_tokenizer([Path(__file__).read_text()] * 3, 300, path)
     tokenizer = load_tokenizer(path)
@@ -141,7 +141,7 @@ def test_a_run_and_the_same_weights_as_a_folder_have_the_same_figures(tmp_path: 
     assert own.problem == theirs.problem == "" and own.predictions == theirs.predictions
 
 
-def as_nanochat(model: GPT, config: ModelConfig, folder: Path) -> Path:
+def as_nanochat(model: GPT, config: GPTConfig, folder: Path) -> Path:
     nanochat_of(model, config).save_pretrained(folder)
     save_tokenizer(folder, bos_token="<|eot|>")
     return folder

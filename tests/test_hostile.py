@@ -25,7 +25,7 @@ from picotrain import run as runs
 from picotrain.config import load as load_config
 from picotrain.errors import CheckpointError, PicotrainError
 from picotrain.metrics import MetricsFile, read_metrics
-from picotrain.model import GPT
+from picotrain.models.gpt.module import GPT
 from picotrain.shape import Rates
 from picotrain.state import TrainState
 

@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, flex_attention
 
 from picotrain import hardware
-from picotrain.config.schema import ModelConfig
 from picotrain.errors import ConfigError
-from picotrain.model import GPT, KVCache, attention_mask, gpt, kernels
+from picotrain.model import KVCache, attention_mask, decoder, kernels
 from picotrain.model.kernels import (
     KERNELS,
     Attend,
@@ -39,6 +38,8 @@ from picotrain.model.kernels import (
     reference,
     select,
 )
+from picotrain.models.gpt import GPTConfig
+from picotrain.models.gpt.module import GPT
 
 CPU = torch.device("cpu")
 
@@ -59,7 +60,7 @@ def results(attend: Callable[..., Tensor], tensors: Sequence[Tensor], scale: flo
 
 def small_model(seq_len: int = 160, **config: Any) -> GPT:
     """One whose attention acts: at first a model's would be nothing."""
-    model = GPT(ModelConfig.model_validate({"depth": 4, "head_dim": 16, "width": 64} | config), 100, seq_len)
+    model = GPT(GPTConfig.model_validate({"depth": 4, "head_dim": 16, "width": 64} | config), 100, seq_len)
     model.init_weights(0)
     for block in model.blocks:
         torch.nn.init.normal_(block.attn.o.weight, std=0.1, generator=torch.Generator().manual_seed(1))
@@ -233,7 +234,7 @@ def test_full_rows_go_through_the_kernels_and_all_else_through_masks(monkeypatch
         masks.append((start, tokens))
         return attention_mask(start, tokens, window, device)
 
-    monkeypatch.setattr(gpt, "attention_mask", spy)
+    monkeypatch.setattr(decoder, "attention_mask", spy)
     model.use_kernels(full, windowed)
     ids = torch.randint(100, (2, 160), generator=torch.Generator().manual_seed(2))
     for _ in range(2):
@@ -519,7 +520,7 @@ def test_a_cpu_attends_in_blocks_up_to_a_length(monkeypatch):
 
 
 def test_training_on_a_cpu_builds_no_mask_of_all_pairs(monkeypatch):
-    monkeypatch.setattr(gpt, "attention_mask", partial(pytest.fail, "a mask"))
+    monkeypatch.setattr(decoder, "attention_mask", partial(pytest.fail, "a mask"))
     model = small_model(window_pattern="SL")
     ids = torch.randint(100, (2, 160), generator=torch.Generator().manual_seed(2))
     model(ids, ids).backward()

@@ -16,7 +16,6 @@ from picotrain.cli.show import plan_table
 from picotrain.config import Config, compose
 from picotrain.data import stream
 from picotrain.model import blocked, build, loss
-from picotrain.optim import muon
 from picotrain.plan import activations, memory
 from picotrain.plan.activations import Step
 
@@ -43,7 +42,6 @@ def test_the_numbers_that_the_plan_repeats_are_those_of_the_code():
     assert activations.LOGIT_CHUNK_BYTES == loss.LOGIT_CHUNK_BYTES
     assert activations.LOGIT_CHUNK_BYTES_DEFAULT == loss.LOGIT_CHUNK_BYTES_DEFAULT
     assert activations.CAP_WITHOUT_MAXIMUM == loss.BOUNDED
-    assert memory.STACK_BYTES == muon.STACK_BYTES
     assert memory.WORKERS == stream.WORKERS
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from picotrain import shape
-from picotrain.config.schema import ModelConfig
-from picotrain.model import GPT, KVCache, attention, attention_mask, gpt, rms_norm, rotate
+from picotrain.model import KVCache, attention_mask, rms_norm, rotate
 from picotrain.model import loss as loss_module
 from picotrain.model.compiling import set_up_compiler
+from picotrain.models.gpt import GPTConfig, attention, module
+from picotrain.models.gpt.module import GPT
 
 VOCAB = 300  # no multiple of 64: the last 20 of 320 rows are padding
 SEQ_LEN = 32
@@ -22,7 +22,7 @@ SEQ_LEN = 32
 
 def small(depth: int = 2, vocab_size: int = VOCAB, seq_len: int = SEQ_LEN, dtype: torch.dtype = torch.float32, **config: object) -> GPT:
     """A model all of whose weights act: redrawn so that attention is sharp and logits reach the soft-cap."""
-    model = GPT(ModelConfig.model_validate({"depth": depth, "head_dim": 16, "width": 64} | config), vocab_size, seq_len, dtype)
+    model = GPT(GPTConfig.model_validate({"depth": depth, "head_dim": 16, "width": 64} | config), vocab_size, seq_len, dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def nanochat_name(name: str) -> str:
     return f"model.layers.{layer}.{theirs}.weight"
 
 
-def nanochat_of(ours: GPT, config: ModelConfig):
+def nanochat_of(ours: GPT, config: GPTConfig):
     """NanoChat of transformers with the same weights."""
     from transformers import NanoChatConfig, NanoChatForCausalLM
 
@@ -92,7 +92,7 @@ class Parity:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, head_dim: int = 64, n_kv_heads: int | None = None):
         self.monkeypatch = monkeypatch
-        config = ModelConfig(depth=2, head_dim=head_dim, width=4 * head_dim, n_kv_heads=n_kv_heads, norm_eps=1e-5, rope_theta=5000.0)
+        config = GPTConfig(depth=2, head_dim=head_dim, width=4 * head_dim, n_kv_heads=n_kv_heads, norm_eps=1e-5, rope_theta=5000.0)
         self.ours = small(seq_len=256, **config.model_dump())
         self.theirs = nanochat_of(self.ours, config)
         self.ids = ids_of(2, self.ours.seq_len)
@@ -110,7 +110,7 @@ class Parity:
             return self.norm(x, eps)
 
         self.monkeypatch.setattr(attention, "rms_norm", spy)
-        self.monkeypatch.setattr(gpt, "rms_norm", spy)
+        self.monkeypatch.setattr(module, "rms_norm", spy)
         for layer in self.theirs.model.layers:
             for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
                 norm.register_forward_hook(lambda module, inputs, output: their_heads.append(inputs[0].transpose(1, 2)))
@@ -255,13 +255,13 @@ def test_each_feature_changes_the_model_and_no_position_sees_later_tokens(featur
 
 
 def test_fresh_features_count_as_planned_and_all_but_value_embeddings_and_scale_begin_as_the_plain_model():
-    config = ModelConfig(depth=4, head_dim=16, width=64, **FEATURES)
+    config = GPTConfig(depth=4, head_dim=16, width=64, **FEATURES)
     model = GPT(config, VOCAB, SEQ_LEN)
     model.init_weights(0)
-    planned = shape.parameters(model.dims, VOCAB, config)
+    planned = config.parameters(VOCAB)
     assert model.num_parameters() == planned.total
     assert planned.value_embeds == 2 * 320 * 64 and planned.scalars == 2 * 4 + 32 + 1
-    plain = GPT(ModelConfig(depth=4, head_dim=16, width=64), VOCAB, SEQ_LEN)
+    plain = GPT(GPTConfig(depth=4, head_dim=16, width=64), VOCAB, SEQ_LEN)
     plain.init_weights(0)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.state_dict().items())
     ids = ids_of(1, SEQ_LEN)
@@ -371,7 +371,7 @@ def test_parameter_names_are_those_of_a_checkpoint():
 
 
 def test_initial_weights_have_the_documented_distributions():
-    model = GPT(ModelConfig(depth=2, head_dim=64, width=256), 2048, SEQ_LEN)
+    model = GPT(GPTConfig(depth=2, head_dim=64, width=256), 2048, SEQ_LEN)
     model.init_weights(seed=0)
     for name, weight in model.state_dict().items():
         if name.endswith(("attn.o.weight", "mlp.down.weight")):

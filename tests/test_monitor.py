@@ -20,12 +20,13 @@ from pydantic import BaseModel, ConfigDict
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from picotrain.config.schema import Config
-from picotrain.config.validate import with_values
+from picotrain.config.validate import validate, with_values
 from picotrain.errors import ConfigError, Diverged
 from picotrain.metrics import read_metrics
-from picotrain.monitor import TRACKERS, Console, Monitor, Pace, Smoother, build_trackers, mfu, slow
+from picotrain.monitor import Console, Monitor, Pace, Smoother, build_trackers, mfu, slow
 from picotrain.monitor.console import fit, train_fields
 from picotrain.monitor.events import EventTimer
+from picotrain.trackers.tensorboard import TensorBoard
 
 PLAN = {
     "name": "d2-tiny", "parameters": {"embedding": 1_000, "matrices": 2_000, "head": 1_000, "total": 4_000}, "flops_per_token": 1_000,
@@ -108,7 +109,7 @@ class Terminal(io.StringIO):
 
 
 def config(**logger: Any) -> Config:
-    return Config.model_validate(
+    return validate(
         {
             "model": {"depth": 2, "head_dim": 64},
             "data": {"kind": "pystdlib", "name": "tiny"},
@@ -542,7 +543,7 @@ def tracker(monkeypatch: pytest.MonkeyPatch) -> type[FakeTracker]:
     package = types.ModuleType("tensorboard")
     package.__spec__ = importlib.machinery.ModuleSpec("tensorboard", None)
     monkeypatch.setitem(sys.modules, "tensorboard", package)
-    monkeypatch.setitem(TRACKERS, "tensorboard", FakeTracker)
+    monkeypatch.setattr(TensorBoard, "__new__", lambda cls, *args: FakeTracker(*args))
     monkeypatch.setattr(FakeTracker, "fail", False)
     return FakeTracker
 
@@ -584,7 +585,7 @@ def test_a_tracker_that_does_not_start_is_a_users_error(
     def refuse(run_dir: Path, config: Any) -> None:
         raise PermissionError("not logged in")
 
-    monkeypatch.setitem(TRACKERS, "tensorboard", refuse)
+    monkeypatch.setattr(TensorBoard, "__new__", lambda cls, *args: refuse(*args))
     with pytest.raises(ConfigError, match="tensorboard does not start: not logged in"):
         build_trackers(["tensorboard"], tmp_path, {})
 

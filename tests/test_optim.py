@@ -8,18 +8,20 @@ import pytest
 import torch
 
 from picotrain import optim
-from picotrain.config.schema import ModelConfig, OptimizerConfig
-from picotrain.model import GPT
+from picotrain.models.gpt import GPTConfig
+from picotrain.models.gpt.module import GPT
+from picotrain.optimizers.adamw import AdamWConfig
+from picotrain.optimizers.muon import MuonConfig
 from picotrain.parallel import Parallel
 from picotrain.shape import Rates
 from picotrain.state import load_optimizer_tensors
 
 RATES = Rates(matrix_lr=0.01, embed_lr=0.2, head_lr=0.004, weight_decay=0.1)
-SECTION = OptimizerConfig(matrix_lr=1, embed_lr=1, head_lr=1, eps=1e-8)
+SECTION = AdamWConfig(matrix_lr=1, embed_lr=1, head_lr=1, eps=1e-8)
 
 
 def model(seed: int = 0) -> GPT:
-    gpt = GPT(ModelConfig(depth=2, head_dim=16, width=32), 100, 16)
+    gpt = GPT(GPTConfig(depth=2, head_dim=16, width=32), 100, 16)
     gpt.init_weights(seed)
     return gpt
 
@@ -34,7 +36,7 @@ def test_every_parameter_is_in_exactly_one_group_and_only_matrices_decay():
 
 
 def test_value_embeddings_go_with_the_embedding_and_scalars_have_a_rate_of_their_own():
-    gpt = GPT(ModelConfig(depth=2, head_dim=16, width=32, value_embeds=True, residual_scalars=True, smear=True), 100, 16)
+    gpt = GPT(GPTConfig(depth=2, head_dim=16, width=32, value_embeds=True, residual_scalars=True, smear=True), 100, 16)
     names = {id(parameter): name for name, parameter in gpt.named_parameters()}
     groups = {g["name"]: g for g in optim.param_groups(gpt, Rates(0.01, 0.2, 0.004, 0.1, scalar_lr=0.02))}
     assert [names[id(p)] for p in groups["embed"]["params"]] == ["embed.weight", "value_embeds.1.weight"]
@@ -81,10 +83,12 @@ UNLIKE = {
 }
 
 
+SECTIONS = {"adamw": SECTION, "muon": MuonConfig(**(SECTION.model_dump() | {"kind": "muon", "momentum": 0.9, "ns_steps": 2}))}
+
+
 def on_mps(kind: str) -> tuple[GPT, torch.optim.Optimizer]:
     gpt = model()
-    section = SECTION.model_copy(update={"kind": kind, "momentum": 0.9, "ns_steps": 2})
-    return gpt, optim.build(section, gpt, RATES, Parallel.single("mps"))  # its tensors stay here, its kernels are chosen for MPS
+    return gpt, optim.build(SECTIONS[kind], gpt, RATES, Parallel.single("mps"))  # its tensors stay here, its kernels are chosen for MPS
 
 
 @pytest.mark.parametrize("kind", [*UNLIKE, "adamw on mps", "muon on mps"])
@@ -99,7 +103,7 @@ def test_an_update_is_skipped_whatever_the_optimizer_and_the_device(kind):
             pairs.append(on_mps(kind.split()[0]))
     ids = torch.randint(100, (4, 16), generator=torch.Generator().manual_seed(0))
     for gpt, optimizer in pairs:
-        guard = optim.Guard(None, torch.device("cpu"))
+        guard = optim.Guard(None, torch.device("cpu"), on_device=False)
         for loss in (2.0, math.nan, 2.0) if gpt is pairs[0][0] else (2.0, 2.0):
             gpt(ids, ids).backward()
             if math.isnan(loss):
@@ -120,6 +124,7 @@ def test_on_mps_adamw_is_not_the_fused_one_which_takes_no_decision_there():
     for kind in ("adamw", "muon"):
         optimizer = on_mps(kind)[1]
         assert not any(group.get("fused") for group in optimizer.param_groups)
+        assert not SECTIONS[kind].skips(torch.device("mps"))
 
 
 def test_the_counters_of_an_unfused_adamw_stay_on_the_host_when_they_are_loaded():

@@ -35,7 +35,7 @@ sys.path.insert(0, os.environ["TEST_DIR"])
 from test_parallel import net, rows
 
 torch.set_num_threads(1)
-ranks = p.build("ddp", "cpu")
+ranks = p.build("cpu")
 r, found = ranks.rank, {}
 found["place"] = [ranks.dp_rank, ranks.dp_size, ranks.is_main]
 found["agree"] = [ranks.agree(False), ranks.agree(r == 1), ranks.agree(True)]
@@ -68,8 +68,8 @@ found["trained"] = [parameter.flatten().tolist() for parameter in model.paramete
 # The real model, its graphs counted and not compiled: each is run as it is.
 import warnings
 from functools import partial
-from picotrain.config.schema import ModelConfig
-from picotrain.model import GPT
+from picotrain.models.gpt import GPTConfig
+from picotrain.models.gpt.module import GPT
 warnings.simplefilter("default")  # the compiler has some of its own
 graphs = []
 def count(graph, inputs):
@@ -79,7 +79,7 @@ torch.compile = partial(torch.compile, backend=count)
 def compile_in_place(self, **how):
     self._compiled_call_impl = torch.compile(self._call_impl, **how)
 nn.Module.compile = compile_in_place
-model = GPT(ModelConfig(depth=2, head_dim=64, width=384), 128, 16)  # a block holds more than DDP's first bucket
+model = GPT(GPTConfig(depth=2, head_dim=64, width=384), 128, 16)  # a block holds more than DDP's first bucket
 model.init_weights(0)
 model.compile_blocks()
 ids = torch.randint(128, (2, 16))
@@ -192,7 +192,7 @@ def test_clip_scales_to_the_norm_and_without_one_only_measures() -> None:
 
 
 def test_one_process_needs_no_process_group() -> None:
-    single = parallel.build("ddp", "cpu")
+    single = parallel.build("cpu")
     assert not torch.distributed.is_initialized()
     assert (single.dp_rank, single.dp_size, single.is_main) == (0, 1, True)
     assert single.agree(True) and not single.agree(False)

@@ -19,15 +19,16 @@ from picotrain import plan
 from picotrain.cli import show
 from picotrain.config import compose
 from picotrain.config.identity import classify_change
-from picotrain.config.schema import ModelConfig
-from picotrain.model import GPT, KVCache, build, recompute
+from picotrain.model import KVCache, build, recompute
+from picotrain.models.gpt import GPTConfig
+from picotrain.models.gpt.module import GPT
 
 MODES = ("none", "selective", "full")
 WIDTH, SEQ_LEN, ROWS = 64, 64, 4
 
 
 def model(mode: str, precision: str = "fp32", depth: int = 2, **config: Any) -> GPT:
-    section = ModelConfig.model_validate({"depth": depth, "head_dim": 16, "width": WIDTH} | config)
+    section = GPTConfig.model_validate({"depth": depth, "head_dim": 16, "width": WIDTH} | config)
     return all_weights_acting(build(section, 300, SEQ_LEN, precision, mode))  # type: ignore[arg-type]
 
 

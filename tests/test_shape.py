@@ -7,44 +7,38 @@ import math
 import pytest
 
 from picotrain import shape
-from picotrain.config.schema import ModelConfig
+from picotrain.models.gpt import GPTConfig
 
 
-def d4(**changes: object) -> ModelConfig:
-    return ModelConfig(**({"depth": 4, "head_dim": 64} | changes))
+def d4(**changes: object) -> GPTConfig:
+    return GPTConfig(**({"depth": 4, "head_dim": 64} | changes))
 
 
 def test_width_is_64_times_depth_rounded_up_to_whole_heads():
-    assert shape.dims(d4()).width == 256
-    odd = shape.dims(ModelConfig(depth=13, head_dim=128))  # 832 = 6.5 heads
+    assert d4().dims().width == 256
+    odd = GPTConfig(depth=13, head_dim=128).dims()  # 832 = 6.5 heads
     assert (odd.width, odd.n_heads) == (896, 7)
 
 
 def test_grouped_query_attention_shrinks_only_key_and_value():
-    full, grouped = (shape.parameters(shape.dims(d4(n_kv_heads=n)), 8192) for n in (None, 1))
+    full, grouped = (d4(n_kv_heads=n).parameters(8192) for n in (None, 1))
     assert full.matrices - grouped.matrices == 4 * 2 * 256 * (256 - 64)
     assert full.head == grouped.head
 
 
 def test_flops_of_d4_match_the_published_baseline():
-    model = d4()
-    d = shape.dims(model)
-    flops = shape.flops_per_token(d, shape.parameters(d, 8192), shape.windows(model, 512), 512)
-    assert flops == 37_748_736  # 37.7 M in the peers' own count
+    assert d4().flops_per_token(8192, 512) == 37_748_736  # 37.7 M in the peers' own count
 
 
 def test_a_sliding_window_counts_only_what_it_sees():
     model = d4(window_pattern="SSSL")
-    d = shape.dims(model)
-    params = shape.parameters(d, 8192)
-    windows = shape.windows(model, 512)
-    assert windows == (256, 256, 256, 512)
-    saved = shape.flops_per_token(d, params, (512,) * 4, 512) - shape.flops_per_token(d, params, windows, 512)
+    assert model.windows(512) == (256, 256, 256, 512)
+    saved = d4().flops_per_token(8192, 512) - model.flops_per_token(8192, 512)
     assert saved == 3 * 12 * 256 * 256
 
 
 def test_the_last_layer_sees_the_whole_row_whatever_the_pattern():
-    assert shape.windows(d4(window_pattern="S"), 128) == (64, 64, 64, 128)
+    assert d4(window_pattern="S").windows(128) == (64, 64, 64, 128)
 
 
 def test_the_vocabulary_is_padded_to_64():
@@ -52,14 +46,13 @@ def test_the_vocabulary_is_padded_to_64():
 
 
 def test_the_reference_model_keeps_the_reference_batch_and_rates():
-    model = ModelConfig(depth=12, head_dim=128)
-    d = shape.dims(model)
-    params = shape.parameters(d, 32_768)
+    model = GPTConfig(depth=12, head_dim=128)
+    params = model.parameters(32_768)
     assert params.scaling == shape.REFERENCE_PARAMS
     batch = shape.derive_batch_tokens(params, 2048)
     assert batch == 2**19
     base = shape.Rates(0.003, 0.2, 0.004, 0.1)
-    scaled = shape.scale_rates(base, d.width, batch, round(12 * params.scaling))
+    scaled = shape.scale_rates(base, model.dims().width, batch, round(12 * params.scaling))
     assert scaled == base
 
 
@@ -75,13 +68,13 @@ def test_a_quarter_of_the_batch_halves_every_rate_and_twice_the_tokens_halve_the
 @pytest.mark.parametrize(("orthogonal", "rate", "expected"), [(False, 0.003, 0.756), (True, 0.02, 5.04)])
 def test_decay_has_one_time_scale_at_every_width_batch_and_horizon(orthogonal: bool, rate: float, expected: float):
     for depth in (2, 4, 6, 12, 20, 26):
-        model = ModelConfig(depth=depth, head_dim=128)
-        params = shape.parameters(shape.dims(model), 32_768)
+        model = GPTConfig(depth=depth, head_dim=128)
+        params = model.parameters(32_768)
         derived = shape.derive_batch_tokens(params, 512)
         for batch in (derived, derived // 4):
             for ratio in (1, 12, 100):
                 steps = math.ceil(ratio * params.scaling / batch)
-                scaled = shape.scale_rates(shape.Rates(rate, 0.2, 0.004, 0.1), shape.dims(model).width, batch, steps * batch, orthogonal)
+                scaled = shape.scale_rates(shape.Rates(rate, 0.2, 0.004, 0.1), model.dims().width, batch, steps * batch, orthogonal)
                 shrink = scaled.matrix_lr * scaled.weight_decay
                 assert shrink * steps == pytest.approx(min(expected, 0.1 * steps), rel=0.01)
 
@@ -107,7 +100,7 @@ def test_matrices_fall_with_width_faster_than_tables():
 
 def test_the_derived_batch_is_a_power_of_two_and_holds_a_row():
     for depth in (2, 6, 20, 32):
-        params = shape.parameters(shape.dims(ModelConfig(depth=depth, head_dim=64)), 32_768)
+        params = GPTConfig(depth=depth, head_dim=64).parameters(32_768)
         batch = shape.derive_batch_tokens(params, 512)
         assert math.log2(batch).is_integer()
     tiny = shape.Parameters(embedding=10, matrices=10, head=10)

@@ -41,6 +41,12 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a record under the names that trackers show: {"kind": "val", "val_bpb": 1.2} -> {"val/val_bpb": 1.2}."""
+    numbers = {key: value for key, value in record.items() if key != "step" and isinstance(value, (int, float))}
+    return {f"{record['kind']}/{key}": float(value) for key, value in numbers.items()}
+
+
 @dataclass(frozen=True)
 class Cut:
     """What `truncate_to` found: bytes cut off, where they are kept, or bytes that should have been there and are not."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from picotrain import optim, ranks, schedule
+from picotrain import optim, ranks
 from picotrain.config import Config, compose, with_values
 from picotrain.data.stream import Loader
 from picotrain.errors import PicotrainError
@@ -26,7 +26,6 @@ def losses(config: Config) -> Iterator[float]:
     model = build(config.model, p.vocab_size, p.seq_len, p.precision)
     model.init_weights(config.run.seed)
     optimizer = optim.build(config.optimizer, model, p.rates)
-    factor = schedule.build(config.schedule, p.num_steps)
     with Loader(corpus, tokenizer, **p.stream, seed=config.run.seed) as batches:
         for step in range(p.num_steps):
             total = 0.0
@@ -35,7 +34,7 @@ def losses(config: Config) -> Iterator[float]:
                 loss = model(batch.inputs, batch.targets) / p.grad_accum_steps  # forward: how surprised is the model by the next token?
                 loss.backward()  # backward: how would each weight change that?
                 total += loss.item()
-            optim.set_lr(optimizer, factor(step))
+            optim.set_lr(optimizer, config.schedule.factor(step, p.num_steps))
             optimizer.step()  # step: change every weight a little
             optimizer.zero_grad()
             yield total

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -298,14 +298,11 @@ class Parallel:
         return value
 
 
-STRATEGIES: dict[str, Callable[..., Parallel]] = {"ddp": Parallel.setup}
-
-
-def build(kind: str, device: str, meeting: Meeting | None = None) -> Parallel:
-    """Join the run's ranks, where they have met if they have, under the strategy of `parallel.kind`. Raises LaunchError, also where the
-    device has no memory left for that: smaller micro-batches would not help, there are none yet."""
+def build(device: str, meeting: Meeting | None = None) -> Parallel:
+    """Join the run's ranks, where they have met if they have. Raises LaunchError, also where the device has no memory left for that:
+    smaller micro-batches would not help, there are none yet."""
     try:
-        return STRATEGIES[kind](device, meeting=meeting)
+        return Parallel.setup(device, meeting=meeting)
     except Exception as error:
         if not (said := out_of_memory(error)):
             raise

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from picotrain.config.schema import SamplingConfig
-from picotrain.model import GPT, KVCache
+from picotrain.model import Decoder, KVCache, LanguageModel
 from picotrain.tokenizer import Tokenizer
 
 # A small model's matrices take microseconds, and threads that meet after each of them mostly wait for each other: beside other
@@ -32,7 +32,7 @@ class Sample:
 
 
 def complete(
-    model: GPT,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: SamplingConfig,
@@ -49,7 +49,12 @@ def complete(
 
 
 def stream_text(
-    model: GPT, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig, seed: int, given_up: Callable[[], bool] = lambda: False
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: str,
+    sampling: SamplingConfig,
+    seed: int,
+    given_up: Callable[[], bool] = lambda: False,
 ) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, as text; an empty prompt starts a document from nothing.
 
@@ -69,10 +74,16 @@ def stream_text(
 
 
 def generate(
-    model: GPT, prompt_ids: Sequence[int], max_tokens: int, temperature: float, top_k: int | None, seed: int, stop_id: int | None = None
+    model: LanguageModel,
+    prompt_ids: Sequence[int],
+    max_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    stop_id: int | None = None,
 ) -> Iterator[int]:
     """Yield up to `max_tokens` ids that follow a prompt of at least one id; end before `stop_id`. See `generate_rows`."""
-    ids = torch.tensor([list(prompt_ids)], device=model.embed.weight.device)
+    ids = torch.tensor([list(prompt_ids)], device=model.device)
     for row in generate_rows(model, ids, max_tokens, temperature, top_k, seed):
         id = int(row)
         if id == stop_id:
@@ -81,31 +92,35 @@ def generate(
 
 
 @torch.no_grad()
-def generate_rows(model: GPT, prompt_ids: Tensor, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> Iterator[Tensor]:
+def generate_rows(
+    model: LanguageModel, prompt_ids: Tensor, max_tokens: int, temperature: float, top_k: int | None, seed: int
+) -> Iterator[Tensor]:
     """Yield `max_tokens` times the next id of each row, int64 (B,).
 
     prompt_ids: int64 (B, T), T >= 1. temperature 0 takes the likeliest id; top_k None draws among all.
     A context that would outgrow the model's seq_len is read anew from its first id (`<|bos|>`, which leads every row of
-    training) and its last seq_len // 2 ids. That costs one such forward pass per seq_len // 2 tokens.
+    training) and its last seq_len // 2 ids. That costs one such forward pass per seq_len // 2 tokens. A model without a cache reads all
+    ids anew for each.
     """
     model = model.cast()
     rows, prompt_tokens = prompt_ids.shape
     total_tokens = prompt_tokens + max_tokens
     generator = torch.Generator(prompt_ids.device).manual_seed(seed)
-    cache = KVCache(model, rows, min(model.seq_len, total_tokens))
+    cache = KVCache(model, rows, min(model.seq_len, total_tokens)) if isinstance(model, Decoder) else None
     history = prompt_ids.new_empty(rows, total_tokens)
     history[:, :prompt_tokens] = prompt_ids
     unread = prompt_ids
     threads = torch.get_num_threads()
     threads_of_a_token = 1 if model.num_parameters() <= ONE_THREAD_PARAMETERS else threads
     for end in range(prompt_tokens, total_tokens):
-        if cache.length + unread.size(1) > model.seq_len:
-            cache.clear()
+        if (cache.length if cache else 0) + unread.size(1) > model.seq_len:
+            if cache:
+                cache.clear()
             unread = torch.cat((history[:, :1], history[:, end - model.seq_len // 2 : end]), dim=1)
         with _on_threads(threads_of_a_token if unread.numel() == 1 else threads):
-            logits = model(unread, cache=cache, last_only=True)[:, 0]  # (B, vocab_size)
+            logits = model(unread, cache=cache, last_only=True)[:, 0] if cache else model(unread)[:, -1]  # (B, vocab_size)
         history[:, end] = next_ids(logits, temperature, top_k, generator)
-        unread = history[:, end : end + 1]
+        unread = history[:, end : end + 1] if cache else torch.cat((unread, history[:, end : end + 1]), dim=1)
         yield history[:, end]
 
 

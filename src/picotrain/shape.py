@@ -1,4 +1,4 @@
-"""From the depth dial to dimensions, parameters, FLOPs and scaled rates. Plain arithmetic, no torch.
+"""What sizes follow from: dimensions, parameters, FLOPs, and the rules that scale batch and learning rates. Plain arithmetic, no torch.
 
 The reference point of the scaling rules is depth 12 (width 768, vocabulary 32,768) at a data:parameter
 ratio of 12 and a batch of 2^19 tokens.
@@ -7,35 +7,13 @@ ratio of 12 and a batch of 2^19 tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
 
 REFERENCE_WIDTH = 768
 REFERENCE_BATCH_TOKENS = 2**19
 REFERENCE_PARAMS = 12 * 12 * 768**2 + 32_768 * 768  # matrices and head at depth 12
 DEFAULT_RATIO = 12.0  # training tokens per matrix or head parameter
 MOST_SHRINK = 0.1  # of a matrix by one step's decay; one that shrinks faster forgets what it learned within ten steps
-
-
-class ModelSection(Protocol):
-    """The part of `picotrain.config.schema.ModelConfig` that decides the dimensions."""
-
-    @property
-    def depth(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def width(self) -> int | None: ...
-    @property
-    def n_kv_heads(self) -> int | None: ...
-    @property
-    def window_pattern(self) -> str: ...
-    @property
-    def value_embeds(self) -> bool: ...
-    @property
-    def residual_scalars(self) -> bool: ...
-    @property
-    def smear(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -52,13 +30,14 @@ class Dims:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts by part. `scaling` (matrices and head) is what the data:parameter ratio counts."""
+    """Parameter counts by part. `scaling` (matrices and head) is what the data:parameter ratio counts. A table that is embedding and head
+    at once counts as the head."""
 
     embedding: int
     matrices: int
     head: int
     value_embeds: int = 0
-    scalars: int = 0  # residual scalars and smear
+    scalars: int = 0  # vectors: residual scalars, smear, norms with weights
 
     @property
     def total(self) -> int:
@@ -67,6 +46,19 @@ class Parameters:
     @property
     def scaling(self) -> int:
         return self.matrices + self.head
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a model keeps of a token from the forward to the backward, counted in values; a tensor that two operators keep counts once."""
+
+    norms: int  # of a layer: what enters norms, which work in fp32 where they are made of operators
+    values: int  # of a layer: all else, in the compute dtype
+    keys_values: int  # of a layer: keys and values, by the heads that there are
+    matmuls: int  # of a layer: results of matmuls with weights, but for the last one, which nothing keeps
+    widest: int  # of a layer: gradients that are alive together where most are, in its backward
+    model_norms: int = 0  # outside of the layers
+    model_values: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,13 +72,6 @@ class Rates:
     scalar_lr: float = 0.0
 
 
-def dims(model: ModelSection) -> Dims:
-    """Width is 64 x depth rounded up to a whole number of heads, the MLP four times as wide."""
-    width = model.width or math.ceil(64 * model.depth / model.head_dim) * model.head_dim
-    n_heads = width // model.head_dim
-    return Dims(model.depth, width, n_heads, model.n_kv_heads or n_heads, model.head_dim, 4 * width)
-
-
 def default_seq_len(depth: int) -> int:
     """Tokens per row when the config leaves it open: 512 for models that train on a laptop, else 2,048."""
     return 512 if depth < 12 else 2048
@@ -95,40 +80,6 @@ def default_seq_len(depth: int) -> int:
 def pad_vocab(vocab_size: int) -> int:
     """Rows of the embedding and the head: the vocabulary rounded up to 64, which matmul kernels prefer."""
     return math.ceil(vocab_size / 64) * 64
-
-
-def windows(model: ModelSection, seq_len: int) -> tuple[int, ...]:
-    """Attention window of each layer in tokens: L sees the whole row, S half of it; the last layer is always L."""
-    pattern = model.window_pattern
-    sizes = [seq_len if pattern[i % len(pattern)] == "L" else seq_len // 2 for i in range(model.depth)]
-    return (*sizes[:-1], seq_len)
-
-
-def gate_channels(width: int) -> int:
-    """How many channels of a hidden state the gates of value embeddings and smear look at: a few are as good as all."""
-    return min(32, width)
-
-
-def value_embedding_layers(model: ModelSection) -> tuple[int, ...]:
-    """The layers with value embeddings: every other one, the last among them."""
-    return tuple(range((model.depth - 1) % 2, model.depth, 2)) if model.value_embeds else ()
-
-
-def parameters(d: Dims, vocab_size: int, model: ModelSection | None = None) -> Parameters:
-    """Weights by part; norms carry none and there are no biases. model: whose optional parts count; None: it has none."""
-    attention = d.width * d.head_dim * (2 * d.n_heads + 2 * d.n_kv_heads)
-    rows = pad_vocab(vocab_size)
-    matrices = d.depth * (attention + 2 * d.width * d.mlp_width)
-    plain = Parameters(embedding=rows * d.width, matrices=matrices, head=rows * d.width)
-    if model is None:
-        return plain
-    tables, gate = len(value_embedding_layers(model)), gate_channels(d.width)
-    return replace(
-        plain,
-        matrices=matrices + tables * gate * d.n_kv_heads,
-        value_embeds=tables * rows * d.n_kv_heads * d.head_dim,
-        scalars=2 * d.depth * model.residual_scalars + (gate + 1) * model.smear,
-    )
 
 
 def flops_per_token(d: Dims, params: Parameters, layer_windows: tuple[int, ...], seq_len: int) -> int:

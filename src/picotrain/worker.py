@@ -152,7 +152,7 @@ def run(run_dir: Path, meeting: Meeting | None = None) -> int:
             set_up_process(config.hardware)
             from picotrain import loop, parallel
 
-            group = parallel.build(config.parallel.kind, config.hardware.device, meeting)
+            group = config.parallel.build(config.hardware.device, meeting)
         try:
             with group.passing_on(stop):
                 outcome = loop.train(run_dir, group, stop)

@@ -46,7 +46,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp8"], nargs="+", default=["fp32"])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--optimizer", choices=["adamw", "muon"], nargs="+", default=["adamw"])
+    parser.add_argument("--optimizer", nargs="+", default=["adamw"])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more keys of the config, e.g. model.logit_softcap=15")
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
@@ -108,8 +108,8 @@ class Training:
     def __init__(self, plan: planning.Plan, config: Config, grad_accum: int):
         self.model = build(config.model, plan.vocab_size, plan.seq_len, plan.precision, plan.recompute).to(plan.device)
         hw = config.hardware
-        full, windowed = self.model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())
-        self.kernels = Names(full.kernel.name, windowed.kernel.name)
+        chosen = self.model.choose_kernels(Names(hw.attention, hw.window_attention), kept=Names())
+        self.kernels = Names(*(choice.kernel.name for choice in chosen)) if chosen else Names()
         self.model.init_weights(0)
         if plan.compile:
             self.model.compile_blocks()

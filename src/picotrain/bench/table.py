@@ -38,7 +38,7 @@ def _matmul(line: Line) -> Found:
 
 
 def _step(line: Line) -> Found:
-    mode = [line["precision"], *["compiled"] * line["compile"], *["muon"] * (line["optimizer"] == "muon"), *line["set"]]
+    mode = [line["precision"], *["compiled"] * line["compile"], *[line["optimizer"]] * (line["optimizer"] != "adamw"), *line["set"]]
     setting = f"d{line['depth']} {' '.join(mode)}, {line['batch']} x {line['seq_len']:,}"
     setting += f" x {line['grad_accum']}" if line["grad_accum"] > 1 else ""
     mfu = f"MFU {line['mfu']:.1%}, " if line["mfu"] is not None else ""

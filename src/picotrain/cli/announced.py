@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from picotrain import ranks
+from picotrain import parts, ranks
 from picotrain.config import Config
 from picotrain.config.places import is_url, redacted
+from picotrain.contracts import Tracker
 from picotrain.data import sources
 from picotrain.data.mixture import Mixture
 from picotrain.terminal import say
@@ -37,8 +38,9 @@ def _of_config(config: Config) -> Iterator[tuple[str, str]]:
         yield "evaluation.core.bundle", f"{'downloads' if is_url(core.bundle) else 'reads'} CORE tasks from {redacted(core.bundle)}"
     if config.archive.url:
         yield "archive.url", f"sends the whole run, its weights and its samples to {redacted(config.archive.url)}"
-    if "wandb" in trackers:
-        yield "logger.trackers", "sends config and metrics to Weights & Biases"
+    for name in trackers:
+        if sends := parts.find("trackers", name, Tracker).sends:
+            yield "logger.trackers", f"sends {sends}"
     if config.run.cache_dir and Path(config.run.cache_dir) != _own_cache():
         yield "run.cache_dir", f"keeps corpora, tokenizers and bundles in {config.run.cache_dir}"
     if config.launch.nnodes > 1:

@@ -24,7 +24,7 @@ from picotrain.text import as_typed, printable
 if TYPE_CHECKING:
     from picotrain.cli.estimate import Command
     from picotrain.meeting import Meeting
-    from picotrain.model import GPT
+    from picotrain.model import LanguageModel
 
 
 def resolved(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> Config:
@@ -41,7 +41,7 @@ def composed(overrides: Sequence[str], **how: Any) -> Config:
     if not here.under_torchrun:
         return compose(overrides, **how)
     nproc, nodes = here.local_world_size, here.world_size // here.local_world_size
-    typed = parse(overrides).values
+    typed = parse(overrides).read().values
     problems = [
         Problem(key, f"{typed[key]}, but torchrun has started {there}", "leave the key out: it follows from torchrun")
         for key, there in (("hardware.nproc_per_node", nproc), ("launch.nnodes", nodes))
@@ -205,11 +205,11 @@ def evaluate(run: Path, which: str, hf: Path | None, **options: Any) -> int:
     return as_rank(work)
 
 
-def load_model(run: Path, which: str) -> tuple[runs.Material, GPT, Path]:
+def load_model(run: Path, which: str) -> tuple[runs.Material, LanguageModel, Path]:
     """A run's material and its model with a checkpoint's weights, verified, in evaluation mode on the run's device; on that of this
     rank where torchrun has started several, and nothing on another's."""
     from picotrain import checkpoint, hardware, parallel
-    from picotrain.model import GPT, compute_dtype
+    from picotrain.model import compute_dtype
     from picotrain.state import load_model_tensors
     from picotrain.worker import set_up_process
 
@@ -220,7 +220,7 @@ def load_model(run: Path, which: str) -> tuple[runs.Material, GPT, Path]:
     set_up_process(material.config.hardware.model_copy(update={"device": device, "threads": None}))  # this machine's, shared by its ranks
     path = checkpoint.find(run / "checkpoints", which)
     checkpoint.verify(path)
-    model = GPT(material.config.model, plan.vocab_size, plan.seq_len, compute_dtype(plan.precision if here else "fp32"))
+    model = material.config.model.build(plan.vocab_size, plan.seq_len, compute_dtype(plan.precision if here else "fp32"))
     load_model_tensors(model, checkpoint.load_tensors(path, "model"))
     return material, model.to(parallel.place(device)).eval(), path
 

@@ -212,7 +212,7 @@ def _ranks(device: torch.device) -> Iterator[Parallel]:
     if not ranks_.here().launched:
         yield dataclasses.replace(Parallel.single(), device=device)
         return
-    ranks = parallel.build("ddp", device.type)
+    ranks = parallel.build(device.type)
     yield ranks
     ranks.teardown()  # not after an error: that could hang
 

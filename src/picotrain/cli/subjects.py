@@ -182,7 +182,7 @@ def _load_run(given: Given, run: Path) -> Loaded:
     def write(prompts: Sequence[str], options: SamplingConfig) -> list[str]:
         return [one.text for one in sampling.complete(model, material.tokenizer, prompts, options, seed=0)]
 
-    key = checkpoint_key(path, model.embed.weight.device.type)
+    key = checkpoint_key(path, model.device.type)
     return Loaded(RunModel(given.name, model, material.tokenizer), write, {}, run / "eval" / path.name / "tasks", key)
 
 

@@ -254,7 +254,7 @@ def _of_overrides(values: dict[str, Any]) -> list[Problem]:
     from picotrain.config.overrides import parse
 
     folder = values.get("config_dir")
-    return parse([word for word in values.get("overrides") or () if word], Path(folder) if folder else None).problems
+    return parse([word for word in values.get("overrides") or () if word], Path(folder) if folder else None).read().problems
 
 
 def _shown(text: str) -> str:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
+from picotrain import parts
 from picotrain.config import places
 from picotrain.config.groups import GROUPS, check_config_dir, conf_dir, unknown_choice
 from picotrain.config.overrides import Overrides, interpolation, parse
 from picotrain.config.saved import read, yaml_reason
 from picotrain.config.schema import HORIZONS, Config, DataConfig
-from picotrain.config.validate import explain, put, strings
+from picotrain.config.validate import put, schema_for, strings, validate
 from picotrain.errors import ConfigError, Problem
 from picotrain.text import first_line
 
@@ -44,12 +44,26 @@ def compose(
     """
     words = parse(overrides, config_dir)
     if config_file and config_dir:
-        words.problems.append(Problem(str(config_dir), "a config folder is not read beside --config", "the file has every key already"))
+        words.refuse(Problem(str(config_dir), "a config folder is not read beside --config", "the file has every key already"))
     try:
         tree = _saved_tree(config_file, words, same_run) if config_file else _grouped_tree(words.groups, config_dir)
+    except ConfigError as error:
+        words.read(_schema_of({}, words))
+        raise ConfigError([*words.problems, *error.problems]) from None
+    words.read(_schema_of(tree, words))
+    try:
         return _finish(tree, words)
     except ConfigError as error:
         raise ConfigError([*words.problems, *error.problems]) from None
+
+
+def _schema_of(tree: dict[str, Any], words: Overrides) -> type[Config]:
+    """The schema with the parts that groups and words name; what is wrong with their names is said by `validate`."""
+    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    for key, (_, text) in words.texts.items():
+        if key.endswith(".kind") or key.startswith("evaluation."):
+            put(tree, key, text)
+    return schema_for(tree)[0]
 
 
 def data_preset(name: str) -> DataConfig:
@@ -67,13 +81,14 @@ def _finish(tree: dict[str, Any], words: Overrides) -> Config:
     for key, value in words.values.items():
         put(tree, key, value)
     tree = _resolved(tree)
+    config = None
     try:
-        config = Config.model_validate(tree)
-    except ValidationError as error:
-        problems += [found for found in explain(error, words.doubtful) if found.path not in missing]
+        config = validate(tree, words.doubtful)
+    except ConfigError as error:
+        problems += [found for found in error.problems if found.path not in missing]
     refused = {problem.path.partition("[")[0] for problem in problems}
     problems += [found for found in places.problems(tree) if found.path.partition("[")[0] not in refused]
-    if problems or words.problems:
+    if config is None or problems or words.problems:
         raise ConfigError(problems)
     return config
 
@@ -81,9 +96,7 @@ def _finish(tree: dict[str, Any], words: Overrides) -> Config:
 def _saved_tree(config_file: Path, words: Overrides, same_run: bool) -> dict[str, Any]:
     for group, choice in words.groups.items():
         hint = f"change single keys instead, e.g. {group}.<key>=..." if group in Config.model_fields else "change single keys instead"
-        words.problems.append(
-            Problem(f"{group}={choice}", "a group cannot be chosen beside a saved config, which has every key already", hint)
-        )
+        words.refuse(Problem(f"{group}={choice}", "a group cannot be chosen beside a saved config, which has every key already", hint))
     tree = read(config_file)
     run = tree.get("run")
     if isinstance(run, dict) and not same_run:
@@ -148,8 +161,8 @@ def _hydra(groups: dict[str, str], config_dir: Path | None) -> tuple[dict[str, A
     from omegaconf import OmegaConf
 
     words = [f"{group}={_quoted(choice)}" for group, choice in groups.items()]
-    if config_dir:
-        words.append(f"hydra.searchpath=[{_quoted(f'file://{config_dir.resolve()}')}]")
+    if folders := [*parts.conf_dirs(), *([config_dir] if config_dir else [])]:
+        words.append(f"hydra.searchpath=[{', '.join(_quoted(f'file://{folder.resolve()}') for folder in folders)}]")
     try:
         with _hydra_at(conf_dir()), _no_environment():
             composed = hydra_compose("config", words, return_hydra_config=True)

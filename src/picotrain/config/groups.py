@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from picotrain import parts
 from picotrain.config.keys import nearest
 from picotrain.errors import Problem
 
@@ -18,9 +19,9 @@ def conf_dir() -> Path:
 
 
 def choices(group: str, config_dir: Path | None = None) -> list[str]:
-    """The choices of a group, the user's own last; numbers in names sort as numbers (d4 before d12)."""
+    """The choices of a group, those of installed packages and the user's own last; numbers in names sort as numbers (d4 before d12)."""
     names = []
-    for root in (conf_dir(), config_dir):
+    for root in (conf_dir(), *parts.conf_dirs(), config_dir):
         folder = root / group if root else None
         if folder and folder.is_dir():
             found = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]

@@ -50,8 +50,8 @@ _CHANGES: dict[str, Change] = {
     "launch": "rounding",
     "checkpoint": "free",
     "archive": "free",
-    "evaluation": "rounding",
-    "evaluation.core": "free",
+    "evaluation": "free",
+    "evaluation.bpb": "rounding",
     "sampling": "free",
     "logger": "free",
     "profiler": "free",
@@ -70,7 +70,7 @@ def classify_change(key: str) -> Change:
 def flatten(config: Config) -> dict[str, Any]:
     """Every value by its dotted key, in the schema's order."""
     tree = config.model_dump()
-    return {key: _value(tree, key) for key in leaves()}
+    return {key: _value(tree, key) for key in leaves(type(config))}
 
 
 def _value(tree: Any, key: str) -> Any:
@@ -82,7 +82,8 @@ def _value(tree: Any, key: str) -> Any:
 def diff(a: Config, b: Config) -> list[tuple[str, Any, Any]]:
     """The keys in which two configs differ, with both values."""
     before, after = flatten(a), flatten(b)
-    return [(key, before[key], after[key]) for key in before if before[key] != after[key]]
+    both = dict.fromkeys([*before, *after])  # parts of different kinds have different keys
+    return [(key, before.get(key), after.get(key)) for key in both if before.get(key) != after.get(key)]
 
 
 def experiment_hash(config: Config) -> str:
@@ -101,6 +102,6 @@ def makes_experiment(key: str) -> bool:
 
 
 def run_name(config: Config) -> str:
-    """The default name of a run, fit for a folder: depth, data and the hash of the experiment, e.g. d4-pystdlib-1f0e55ac."""
+    """The default name of a run, fit for a folder: model, data and the hash of the experiment, e.g. d4-pystdlib-1f0e55ac."""
     data = re.sub(r"[^\w.-]+", "-", config.data.name).strip(".-") or "data"
-    return f"d{config.model.depth}-{data}-{experiment_hash(config)}"
+    return f"{config.model.label}-{data}-{experiment_hash(config)}"

@@ -1,18 +1,22 @@
-"""What keys a config has, what each may hold in words, and which known name an unknown one resembles."""
+"""What keys a config has, what each may hold in words, and which known name an unknown one resembles.
+
+Which keys there are depends on the parts that a config names. `schema` is its class; None: all keys of all built-in parts.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from picotrain.config.fields import NO_NUL
-from picotrain.config.schema import Config, Section
+from picotrain import parts
+from picotrain.config.schema import DATA_KINDS, ROOMS, Config, part_of, schema_of
 from picotrain.errors import Problem
+from picotrain.section import NO_NUL, Section
 
 
 @dataclass(frozen=True)
@@ -39,23 +43,36 @@ class Leaf:
 
 
 @cache
-def leaves() -> dict[str, Leaf]:
+def leaves(schema: type[Config] | None = None) -> dict[str, Leaf]:
     """Every key that holds a value, in the schema's order."""
-    return {key: _leaf(key, annotation) for key, annotation in _fields(Config, "") if not _is_section(annotation)}
+    return {key: _leaf(key, annotation) for key, annotation in _fields(schema or Config, "", schema is None) if not _is_section(annotation)}
 
 
 @cache
-def sections() -> tuple[str, ...]:
+def sections(schema: type[Config] | None = None) -> tuple[str, ...]:
     """Every key that holds further keys, in the schema's order."""
-    return tuple(key for key, annotation in _fields(Config, "") if _is_section(annotation))
+    return tuple(key for key, annotation in _fields(schema or Config, "", schema is None) if _is_section(annotation))
 
 
-def _fields(section: type[Section], prefix: str) -> Iterable[tuple[str, Any]]:
+def _fields(section: type[Section], prefix: str, all_kinds: bool) -> Iterable[tuple[str, Any]]:
     for name, field in section.model_fields.items():
         annotation: Any = field.annotation
         yield prefix + name, annotation
-        if _is_section(annotation):
-            yield from _fields(annotation, f"{prefix}{name}.")
+        if all_kinds and section is Config and name in ROOMS:
+            found: dict[str, Any] = {}
+            for kind in DATA_KINDS[:1] if name == "data" else parts.built_in(ROOMS[name].group):
+                found = dict(_fields(part_of(name, kind), f"{name}.", True)) | found
+            yield from found.items()
+        elif _is_section(annotation):
+            yield from _fields(annotation, f"{prefix}{name}.", all_kinds)
+
+
+def owners(key: str) -> list[str]:
+    """The kinds of a section's built-in parts that have a key, e.g. ["muon"] of optimizer.momentum."""
+    section, _, name = key.partition(".")
+    if section not in ROOMS or section == "data":
+        return []
+    return [kind for kind in parts.built_in(ROOMS[section].group) if name in part_of(section, kind).model_fields]
 
 
 def _is_section(annotation: Any) -> bool:
@@ -97,24 +114,24 @@ def _leaf(key: str, annotation: Any) -> Leaf:
 # The rule of a key, in words ------------------------------------------------------------------------------
 
 
-def rule(key: str, value: Any = None) -> str:
+def rule(key: str, value: Any = None, schema: type[Config] | None = None) -> str:
     """What the key may hold, e.g. "a whole number of at least 8, or null". An upper bound that nobody meets by accident is named to
     the `value` that is above it only."""
-    schema = _json_schema()
-    node: dict[str, Any] = schema
+    tree = _json_schema(schema or schema_of({key.partition(".")[0]: owner for owner in owners(key)[:1]}))
+    node: dict[str, Any] = tree
     for name in key.split("."):
         node = node["properties"][name]
         if "$ref" in node:
-            node = schema["$defs"][node["$ref"].rpartition("/")[2]]
-    return ", or ".join(_words(choice, value) for choice in node.get("anyOf", [node]))
+            node = tree["$defs"][node["$ref"].rpartition("/")[2]]
+    return ", or ".join(_words(choice, tree, value) for choice in node.get("anyOf", [node]))
 
 
 @cache
-def _json_schema() -> dict[str, Any]:
-    return Config.model_json_schema()
+def _json_schema(schema: type[Config]) -> dict[str, Any]:
+    return schema.model_json_schema()
 
 
-def _words(node: dict[str, Any], value: Any = None) -> str:
+def _words(node: dict[str, Any], tree: dict[str, Any], value: Any = None) -> str:
     """One branch of a JSON schema, in words."""
     if "enum" in node:
         return "one of " + ", ".join(map(str, node["enum"]))
@@ -128,10 +145,10 @@ def _words(node: dict[str, Any], value: Any = None) -> str:
         case "string":
             return f"text that matches {node['pattern']}" if node.get("pattern", NO_NUL) != NO_NUL else "text"
         case "array" if "$ref" in node["items"]:
-            fields = _json_schema()["$defs"][node["items"]["$ref"].rpartition("/")[2]]["properties"]
+            fields = tree["$defs"][node["items"]["$ref"].rpartition("/")[2]]["properties"]
             return f"a list of sections with {', '.join(fields)}"
         case "array":
-            inner = _words(node["items"])
+            inner = _words(node["items"], tree)
             return "a list of texts" if inner == "text" else f"a list, each {inner}"
         case "boolean":
             return "true or false"
@@ -171,30 +188,39 @@ def _split_number(name: str) -> tuple[str, int | None]:
     return (match[1], int(match[2])) if match else (name, None)
 
 
-def unknown_key(key: str, groups: Iterable[str] = ()) -> Problem:
+def unknown_key(key: str, groups: Iterable[str] = (), schema: type[Config] | None = None) -> Problem:
     """The problem of a key that does not exist, with the key (or config group) that was probably meant."""
     section = key.rpartition(".")[0]
-    inside = [leaf for leaf in leaves() if leaf.startswith(f"{key}." if key in sections() else f"{section}.")]
-    if key in sections():
+    known, all_sections = leaves(schema), sections(schema)
+    inside = [leaf for leaf in known if leaf.startswith(f"{key}." if key in all_sections else f"{section}.")]
+    if key in all_sections:
         return Problem(key, "is a section and takes no value of its own", f"set one of its keys: {', '.join(inside)}")
     if package := {"experiment": "_global_", "cadence": "train"}.get(key):
         return Problem(key, "is a group and no section", f"a file in {key}/ begins with the line '# @package {package}'")
-    if meant := _meant(key, groups):
+    if meant := _meant(key, groups, known, all_sections):
         return Problem(key, "there is no such key", f"did you mean {' or '.join(meant)}?")
-    return Problem(key, "there is no such key", f"{section} has {', '.join(inside)}" if inside else f"sections: {', '.join(sections())}")
+    return Problem(key, "there is no such key", f"{section} has {', '.join(inside)}" if inside else f"sections: {', '.join(all_sections)}")
 
 
-def _meant(key: str, groups: Iterable[str]) -> list[str]:
+def of_another_kind(key: str, kind: str, hint: str = "") -> Problem:
+    """The problem of a key that only parts of other kinds have. hint: what would be right; "": to choose one of those."""
+    section = key.partition(".")[0]
+    others = owners(key)
+    rule = f"is read for {section}.kind={' or '.join(others)} only, and this is {kind}"
+    return Problem(key, rule, hint or f"add {section}={others[0]}")
+
+
+def _meant(key: str, groups: Iterable[str], known: Iterable[str], all_sections: Sequence[str]) -> list[str]:
     section, _, last = key.rpartition(".")
-    by_last = {leaf.rpartition(".")[2]: leaf for leaf in leaves()}
-    here = {name: leaf for leaf in leaves() for start, _, name in [leaf.rpartition(".")] if start == section}
+    by_last = {leaf.rpartition(".")[2]: leaf for leaf in known}
+    here = {name: leaf for leaf in known for start, _, name in [leaf.rpartition(".")] if start == section}
     if close := nearest(last, here):
         return [here[name] for name in close]
-    if exact := [leaf for leaf in leaves() if leaf.rpartition(".")[2] == last]:
+    if exact := [leaf for leaf in known if leaf.rpartition(".")[2] == last]:
         return exact
-    if section in sections():
+    if section in all_sections:
         return []  # its keys are listed instead
-    return nearest(key, [*sections(), *groups]) or [by_last[name] for name in nearest(last, by_last)]
+    return nearest(key, [*all_sections, *groups]) or [by_last[name] for name in nearest(last, by_last)]
 
 
 def shown(value: Any) -> str:

@@ -10,12 +10,14 @@ from typing import Any
 
 import yaml
 
+from picotrain import parts
 from picotrain.config.elsewhere import NOTHING, exact
 from picotrain.config.groups import GROUPS, choices, unknown_choice
-from picotrain.config.keys import Leaf, leaves, nearest, shown, unknown_key
-from picotrain.config.schema import HORIZONS, two_horizons
+from picotrain.config.keys import Leaf, leaves, nearest, of_another_kind, owners, shown, unknown_key
+from picotrain.config.schema import HORIZONS, ROOMS, Config, section_class, two_horizons
 from picotrain.errors import Problem
 
+NO_WORD = 1 << 30  # what is wrong with no single word comes last
 _SWEEP = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)")
 _INT = re.compile(r"[+-]?[0-9][0-9_]*")
 _FLOAT = re.compile(r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
@@ -26,48 +28,67 @@ class Overrides:
     """What the words of a command line ask for, and what is wrong with them."""
 
     groups: dict[str, str] = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    texts: dict[str, tuple[int, str]] = field(default_factory=dict)  # which word, and its value as typed; the last of a repeated key
+    values: dict[str, Any] = field(default_factory=dict)  # filled by `read`
     doubtful: set[str] = field(default_factory=set)  # sections of which a word was refused
+    _found: list[tuple[int, Problem]] = field(default_factory=list)
 
-    def refuse(self, problem: Problem, section: str) -> None:
-        self.problems.append(problem)
+    @property
+    def problems(self) -> list[Problem]:
+        """In the order of the words, then those of no word."""
+        return [problem for _, problem in sorted(self._found, key=lambda found: found[0])]
+
+    def refuse(self, problem: Problem, section: str = "", word: int = NO_WORD) -> None:
+        self._found.append((word, problem))
         self.doubtful.add(section)
+
+    def read(self, schema: type[Config] | None = None) -> Overrides:
+        """Read the values as the keys of this schema want them. None: as those of any part, where it is not known yet which are named."""
+        for key, (word, text) in self.texts.items():
+            section = key.partition(".")[0]
+            if leaf := leaves(schema).get(key):
+                parsed = parse_value(leaf, text)
+                if isinstance(parsed, Problem):
+                    self.refuse(parsed, section, word)
+                else:
+                    self.values[key] = parsed
+            elif schema and owners(key):
+                if isinstance(kind := _kind(schema, section), str):
+                    self.refuse(of_another_kind(key, kind), section, word)
+            elif schema is None and section in ROOMS and parts.installed(ROOMS[section].group):
+                pass  # it may be a package's
+            elif words := NOTHING.get(key):
+                self.refuse(Problem(key, words), section, word)
+            elif "." not in key and (words := exact(key, text)):
+                self.refuse(Problem(key, "there is no such key", f"did you mean {words}?"), section, word)
+            else:
+                self.refuse(unknown_key(key, GROUPS, schema), section, word)
+        horizons = [f"train.{key}" for key in HORIZONS if self.values.get(f"train.{key}") is not None]
+        if len(horizons) > 1:
+            self.refuse(two_horizons(horizons), "train")
+        return self
+
+
+def _kind(schema: type[Config], section: str) -> Any:
+    """The kind that a schema is for; of a section whose kind is not known, no text."""
+    return section_class(schema, section).model_fields["kind"].default
 
 
 def parse(words: Sequence[str], config_dir: Path | None = None) -> Overrides:
-    """Sort the words into group choices and values by key; the last of a repeated key wins."""
+    """Sort the words into group choices and texts by key."""
     result = Overrides()
-    for word in words:
-        _parse_word(word, config_dir, result)
-    horizons = [f"train.{key}" for key in HORIZONS if result.values.get(f"train.{key}") is not None]
-    if len(horizons) > 1:
-        result.refuse(two_horizons(horizons), "train")
-    return result
-
-
-def _parse_word(word: str, config_dir: Path | None, result: Overrides) -> None:
-    key, equals, value = word.partition("=")
-    section = key.lstrip("~+").partition(".")[0]
-    if refused := _refused(word, key, equals):
-        result.refuse(refused, section)
-        return
-    key = key.lstrip("+")  # Hydra's +key=value adds a key; every key is there, so it only sets it
-    if key in GROUPS:
-        _parse_choice(key, value, config_dir, result)
-    elif leaf := leaves().get(key):
-        parsed = parse_value(leaf, value)
-        if isinstance(parsed, Problem):
-            result.refuse(parsed, section)
+    for number, word in enumerate(words):
+        key, equals, value = word.partition("=")
+        if refused := _refused(word, key, equals):
+            result.refuse(refused, key.lstrip("~+").partition(".")[0], number)
+            continue
+        key = key.lstrip("+")  # Hydra's +key=value adds a key; every key is there, so it only sets it
+        if key in GROUPS:
+            _parse_choice(key, value, config_dir, result, number)
         else:
-            result.values.pop(key, None)
-            result.values[key] = parsed
-    elif words := NOTHING.get(key):
-        result.refuse(Problem(key, words), section)
-    elif "." not in key and (words := exact(key, value)):
-        result.refuse(Problem(key, "there is no such key", f"did you mean {words}?"), section)
-    else:
-        result.refuse(unknown_key(key, GROUPS), section)
+            result.texts.pop(key, None)
+            result.texts[key] = number, value
+    return result
 
 
 def _refused(word: str, key: str, equals: str) -> Problem | None:
@@ -87,15 +108,15 @@ def _refused(word: str, key: str, equals: str) -> Problem | None:
     return None
 
 
-def _parse_choice(group: str, choice: str, config_dir: Path | None, result: Overrides) -> None:
+def _parse_choice(group: str, choice: str, config_dir: Path | None, result: Overrides, word: int) -> None:
     if _is_sweep(choice):
-        result.refuse(_sweep(group, choice), group)
+        result.refuse(_sweep(group, choice), group, word)
     elif group == "experiment" and choice == "null":
         result.groups.pop(group, None)  # no preset is the default
     elif choice in choices(group, config_dir):
         result.groups[group] = choice
     else:
-        result.refuse(unknown_choice(group, choice, config_dir), group)
+        result.refuse(unknown_choice(group, choice, config_dir), group, word)
 
 
 # Values ---------------------------------------------------------------------------------------------------

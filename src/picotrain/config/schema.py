@@ -1,6 +1,7 @@
 """The schema of a run's config: frozen, typed, and closed to unknown keys.
 
-A config holds data, never code: replaceable parts are chosen by their `kind`.
+A config holds data, never code: replaceable parts are chosen by their `kind`, and bring their keys (`picotrain.contracts`).
+`schema_of` gives the schema with the parts that a config names.
 `auto` values are decided once, before config.yaml is written (see `picotrain.plan.decide`).
 Units stand in the names: `_tokens`, `_bytes`, `_s`. A rule that ties keys of one section together
 is checked by that section's `_check`, so that no object of these classes contradicts itself.
@@ -9,14 +10,18 @@ is checked by that section's `_check`, so that no object of these classes contra
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, StrictBool
+from pydantic import Field, SerializeAsAny, StrictBool, create_model
 
-from picotrain.config.fields import (
+from picotrain import parts
+from picotrain.contracts import Evaluation, Model, Optimizer, Part, Schedule, Source, Strategy
+from picotrain.errors import Problem
+from picotrain.section import (
     CREDENTIALS,
-    Decay,
-    Fraction,
     Int,
     Large,
     NonNegative,
@@ -24,7 +29,6 @@ from picotrain.config.fields import (
     Number,
     Positive,
     PositiveFloat,
-    Rate,
     Seconds,
     Section,
     Seed,
@@ -33,7 +37,6 @@ from picotrain.config.fields import (
     Text,
     Words,
 )
-from picotrain.errors import Problem
 
 LEAST_SEQ_LEN = 8  # tokens a row
 
@@ -43,6 +46,10 @@ HORIZONS = ("max_steps", "num_train_epochs", "target_tokens", "target_flops", "t
 FullAttention = Literal["auto", "fa4", "fa3", "cudnn", "flash", "sdpa", "blocked"]
 WindowAttention = Literal["auto", "fa4", "fa3", "flash", "flex", "banded", "blocked"]
 Recompute = Literal["none", "selective", "full"]
+if TYPE_CHECKING:
+    TrackerName = str
+else:
+    TrackerName = Literal[tuple(parts.kinds("trackers"))]  # what is installed
 
 
 class RunConfig(Section):
@@ -62,40 +69,6 @@ class RunConfig(Section):
         return [Problem("run.name", rule, "e.g. run.name=first; run.dir=PATH puts a run anywhere")]
 
 
-class ModelConfig(Section):
-    """A GPT from one dial, its depth."""
-
-    depth: Annotated[int, Field(gt=0, le=10_000), Number]
-    head_dim: Annotated[int, Field(ge=2, le=2**16, multiple_of=2), Number]  # rotary embeddings turn pairs of features
-    width: Size | None = None  # null: 64 x depth, rounded up to a multiple of head_dim
-    n_kv_heads: Size | None = None  # null: as many as query heads (no grouped-query attention)
-    window_pattern: Annotated[str, Field(pattern="^[SL]+$")] = "L"  # repeated over layers; S = half of seq_len; last layer L
-    logit_softcap: PositiveFloat | None = 15.0  # null: off
-    norm_eps: PositiveFloat = 1e-6
-    rope_theta: Annotated[float, Field(ge=1, le=1e12, allow_inf_nan=False), Number] = 10_000.0
-    # What the fastest recipes add (picotrain.model.features); the plain model, which export knows, has none of it.
-    value_embeds: StrictBool = False  # a table of values by token in every other layer
-    residual_scalars: StrictBool = False  # learned factors of residual stream and embedding at each layer
-    smear: StrictBool = False  # a gated share of the token before
-    qk_scale: PositiveFloat = 1.0  # factor of the attention logits
-
-    def _problems(self) -> list[Problem]:
-        width = self.width or -(-64 * self.depth // self.head_dim) * self.head_dim
-        if width % self.head_dim:
-            rule = f"must be a multiple of model.head_dim={self.head_dim}, not {width}"
-            return [Problem("model.width", rule, f"nearest: {_nearest_multiples(width, self.head_dim)}")]
-        heads = width // self.head_dim
-        if self.n_kv_heads and heads % self.n_kv_heads:
-            rule = f"must divide the {heads} heads (width {width} / head_dim {self.head_dim}), and {self.n_kv_heads} does not"
-            return [Problem("model.n_kv_heads", rule, f"valid: {', '.join(str(n) for n in range(1, heads + 1) if heads % n == 0)}")]
-        return []
-
-
-def _nearest_multiples(value: int, unit: int) -> str:
-    below = value // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)
-
-
 class MixtureSource(Section):
     """One source of data.kind=mixture."""
 
@@ -111,7 +84,7 @@ class MixtureSource(Section):
         return self.source.rstrip("/").rpartition("/")[2] or self.source
 
 
-class DataConfig(Section):
+class DataConfig(Part):
     """A corpus: Parquet shards with a `text` column."""
 
     kind: Literal["auto", "pystdlib", "files", "hub", "mixture"]
@@ -190,49 +163,6 @@ class TokenizerConfig(Section):
     encoder: Literal["auto", "gigatoken", "tokenizers"] = "auto"
 
 
-class OptimizerConfig(Section):
-    """AdamW, or Muon for matrices beside it, with one rate for matrices, one for the embedding and one for the head."""
-
-    kind: Literal["adamw", "muon"] = "adamw"
-    matrix_lr: Rate
-    embed_lr: Rate
-    head_lr: Rate
-    scalar_lr: Rate = 0.02  # of residual scalars and smear
-    beta1: Decay = 0.9
-    beta2: Decay = 0.95
-    eps: PositiveFloat = 1e-10
-    weight_decay: NonNegative = 0.1  # on matrices only
-    scale: StrictBool = True  # rates and decay follow batch, width and horizon (picotrain.shape.scale_rates)
-    momentum: Decay | None = None  # kind=muon: decay of the gradient's moving average, per step
-    ns_steps: Annotated[int, Field(ge=1, le=10), Number] | None = None  # kind=muon: of the Newton-Schulz iteration
-
-    def _problems(self) -> list[Problem]:
-        given = [key for key in ("momentum", "ns_steps") if getattr(self, key) is not None]
-        if self.kind == "muon" and len(given) < 2:
-            return [Problem("optimizer.kind", "muon needs optimizer.momentum and optimizer.ns_steps, too", "add optimizer=muon")]
-        if self.kind == "adamw":
-            rule = "is read for optimizer.kind=muon only, and this is adamw"
-            return [Problem(f"optimizer.{key}", rule, "add optimizer=muon") for key in given]
-        return []
-
-
-class ScheduleConfig(Section):
-    """The learning-rate factor over the run; fractions are of num_steps."""
-
-    kind: Literal["trapezoid", "cosine", "constant"]
-    warmup_steps: NonNegativeInt = 0
-    warmdown_fraction: Fraction = 0.0  # trapezoid: the share of steps at the end over which the rate falls
-    final_fraction: Fraction = 0.0  # trapezoid, cosine: the rate at the last step over the peak rate
-
-    def _problems(self) -> list[Problem]:
-        unread = {"trapezoid": (), "cosine": ("warmdown_fraction",), "constant": ("warmdown_fraction", "final_fraction")}[self.kind]
-        return [
-            Problem(f"schedule.{key}", f"is not read for schedule.kind={self.kind}, and must be 0", "schedule=trapezoid")
-            for key in unread
-            if getattr(self, key)
-        ]
-
-
 class TrainConfig(Section):
     """Batch, horizon, cadence and precision."""
 
@@ -287,12 +217,6 @@ class HardwareConfig(Section):
             return []
         rule = f"is {self.window_attention} and hardware.attention is {self.attention}, but a process holds one flash-attention"
         return [Problem("hardware.window_attention", rule, "the same for both, or auto for one of them")]
-
-
-class ParallelConfig(Section):
-    """How the model is spread over processes."""
-
-    kind: Literal["ddp"] = "ddp"
 
 
 class LaunchConfig(Section):
@@ -394,7 +318,7 @@ class LoggerConfig(Section):
     """What is shown; metrics.jsonl always has every step."""
 
     log_every: Steps = 10  # steps between console lines
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    trackers: tuple[TrackerName, ...] = ()  # places beside metrics.jsonl that records go to
 
 
 class ProfilerConfig(Section):
@@ -410,14 +334,14 @@ class Config(Section):
 
     schema_version: Literal[1] = SCHEMA_VERSION
     run: RunConfig = RunConfig()
-    model: ModelConfig
+    model: SerializeAsAny[Model]
     data: DataConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
+    optimizer: SerializeAsAny[Optimizer]
+    schedule: SerializeAsAny[Schedule]
     train: TrainConfig = TrainConfig()
     hardware: HardwareConfig = HardwareConfig()
-    parallel: ParallelConfig = ParallelConfig()
+    parallel: SerializeAsAny[Strategy]
     launch: LaunchConfig = LaunchConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     archive: ArchiveConfig = ArchiveConfig()
@@ -425,3 +349,66 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     logger: LoggerConfig = LoggerConfig()
     profiler: ProfilerConfig = ProfilerConfig()
+
+
+# The schema of a config that names these parts ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Room:
+    """A section that a part fills."""
+
+    group: str  # of `picotrain.parts`
+    contract: type[Part]
+    default: str | None = None  # the kind where none is named; None: one has to be
+
+
+ROOMS = {
+    "model": Room("models", Model, "gpt"),
+    "data": Room("sources", Source),
+    "optimizer": Room("optimizers", Optimizer, "adamw"),
+    "schedule": Room("schedules", Schedule),
+    "parallel": Room("strategies", Strategy, "ddp"),
+}
+DATA_KINDS = ("auto", "pystdlib", "files", "hub", "mixture")  # of DataConfig
+
+
+def kinds_of(section: str) -> list[str]:
+    """The kinds that there are for a section."""
+    return [*(DATA_KINDS if section == "data" else ()), *parts.kinds(ROOMS[section].group)]
+
+
+def part_of(section: str, kind: str) -> type[Part]:
+    """The class of a part. Raises ConfigError for a package's part that cannot be used, KeyError for a kind that does not exist."""
+    if section == "data" and kind in DATA_KINDS:
+        return DataConfig
+    return parts.find(ROOMS[section].group, kind, ROOMS[section].contract)
+
+
+def evaluation_of(kind: str) -> type[Part]:
+    """The class of a periodic evaluation; as `part_of`."""
+    return parts.find("evaluations", kind, Evaluation)
+
+
+def section_class(schema: type[Config], section: str) -> type[Section]:
+    """The class of a section of this schema."""
+    found: Any = schema.model_fields[section].annotation
+    return found
+
+
+def schema_of(chosen: Mapping[str, str], evaluations: tuple[str, ...] = ()) -> type[Config]:
+    """The schema where these kinds fill the sections, and with a section `evaluation.<kind>` for each of these evaluations."""
+    return _schema(tuple(sorted(chosen.items())), tuple(sorted(evaluations)))
+
+
+@cache
+def _schema(chosen: tuple[tuple[str, str], ...], evaluations: tuple[str, ...]) -> type[Config]:
+    fields: dict[str, Any] = {}
+    for section, kind in chosen:
+        part, old = part_of(section, kind), Config.model_fields[section]
+        fields[section] = (part, part(kind=kind) if section == "parallel" else ... if old.is_required() else old.default)
+    if evaluations:
+        added: dict[str, Any] = {name: (part, part(kind=name)) for name in evaluations for part in [evaluation_of(name)]}
+        section = create_model("EvaluationConfig", __base__=EvaluationConfig, **added)
+        fields["evaluation"] = (section, section())
+    return create_model("Config", __base__=Config, __doc__=Config.__doc__, **fields)

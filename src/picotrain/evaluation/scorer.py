@@ -1,6 +1,6 @@
-"""Token ids in, losses and likeliest tokens of their scored spans out: for a `GPT`, and for any function ids -> logits.
+"""Token ids in, losses and likeliest tokens of their scored spans out: for a `Decoder`, and for any function ids -> logits.
 
-`GptScorer` computes nothing twice and nothing that is not looked at. The tokens that an example's options share are
+`DecoderScorer` computes nothing twice and nothing that is not looked at. The tokens that an example's options share are
 forwarded once, and the options go on from their keys and values; the last token of an option predicts nothing and is not
 forwarded; past the last block's keys and values only the positions go on whose predictions are scored, and only they go
 through the head. Options that were cut differently on the left share no prefix: their tokens stand at other positions.
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from picotrain.evaluation.prompts import Option, common_prefix
-from picotrain.model import GPT, KVCache
+from picotrain.model import Decoder, KVCache, LanguageModel
 from picotrain.tokenizer import Tokenizer
 
 # Tokens in one forward pass: on a CPU, activations that its cache holds; on an accelerator, enough to fill it.
@@ -117,11 +117,18 @@ class _Tree:
         self.wanted = sorted(scored) or [self.shared - 1]
 
 
-class GptScorer:
-    """A picotrain model. `model.to(model.compute_dtype)` beforehand saves casting its weights at every call."""
+def scorer_of(model: LanguageModel, tokenizer: Tokenizer) -> Scorer:
+    """The quickest scorer that a model allows."""
+    if isinstance(model, Decoder):
+        return DecoderScorer(model, tokenizer)
+    return LogitsScorer(model, tokenizer.encode, tokenizer.bos_id, model.seq_len, model.device)
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, batch_tokens: int | None = None):
-        self._model, self._tokenizer, self._device = model, tokenizer, model.embed.weight.device
+
+class DecoderScorer:
+    """A decoder-only transformer. `model.to(model.compute_dtype)` beforehand saves casting its weights at every call."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, batch_tokens: int | None = None):
+        self._model, self._tokenizer, self._device = model, tokenizer, model.device
         self.seq_len: int | None = model.seq_len
         self.bos_id = tokenizer.bos_id
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self._device.type, BATCH_TOKENS_DEFAULT)
@@ -175,7 +182,7 @@ class GptScorer:
                 slot += len(branch)
         targets = np.concatenate([option.ids[option.start :] for option in flat])
         index = self._tensor(np.concatenate(rows))
-        chunk = max(1, LOGITS_BYTES.get(self._device.type, LOGITS_BYTES_DEFAULT) // (4 * model.head.weight.size(0)))
+        chunk = max(1, LOGITS_BYTES.get(self._device.type, LOGITS_BYTES_DEFAULT) // (4 * model.head_weight().size(0)))
         parts = zip(index.split(chunk), self._tensor(targets).split(chunk), strict=True)
         losses, greedy = zip(*(judge(model.logits(hidden[i]), t) for i, t in parts), strict=True)
         return spans([len(row) for row in rows], torch.cat(losses), torch.cat(greedy))

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from picotrain.evaluation.documents import Reader
-from picotrain.evaluation.scorer import GptScorer, Scorer
-from picotrain.model import GPT
+from picotrain.evaluation.scorer import Scorer, scorer_of
+from picotrain.model import LanguageModel
 from picotrain.tokenizer import Tokenizer
 
 
@@ -26,11 +26,11 @@ class Subject(Reader, Protocol):
 class RunModel:
     """A run's model and tokenizer, by the name it has in results."""
 
-    def __init__(self, name: str, model: GPT, tokenizer: Tokenizer):
+    def __init__(self, name: str, model: LanguageModel, tokenizer: Tokenizer):
         self.name, self._model, self._tokenizer = name, model, tokenizer
         self.bos_id = tokenizer.bos_id
         self.seq_len: int | None = model.seq_len
-        self.scorer: Scorer = GptScorer(model, tokenizer)
+        self.scorer: Scorer = scorer_of(model, tokenizer)
         self.batch_tokens = self.scorer.batch_tokens
 
     def encode(self, texts: Sequence[str]) -> list[NDArray]:
@@ -40,5 +40,5 @@ class RunModel:
     @torch.inference_mode()
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Nats of each target (B, T), 0 where it is -1."""
-        device = self._model.embed.weight.device
+        device = self._model.device
         return self._model(ids.to(device), targets.to(device), reduction="none").cpu()

@@ -14,9 +14,9 @@ import torch
 from picotrain.disk import is_own_json, parse_json, read_plain, write_whole
 from picotrain.evaluation.bundle import Bundle, Task
 from picotrain.evaluation.core import Core, TaskResult, evaluate_task, summary
-from picotrain.evaluation.scorer import GptScorer, Scorer
+from picotrain.evaluation.scorer import Scorer, scorer_of
 from picotrain.evaluation.together import together
-from picotrain.model import GPT
+from picotrain.model import LanguageModel
 from picotrain.parallel import Parallel
 from picotrain.tokenizer import Tokenizer
 
@@ -24,7 +24,7 @@ Progress = Callable[[str, int, int], None]  # task, examples done, examples in a
 
 
 def core_of_model(
-    model: GPT,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     open_bundle: Callable[[], Bundle],
     max_per_task: int,
@@ -36,7 +36,7 @@ def core_of_model(
     the bundle cannot be opened on some; what is wrong with a task costs that task."""
     bundles: list[Bundle] = []
     together(parallel, lambda: bundles.append(open_bundle()))
-    scorer, results = GptScorer(model, tokenizer), []
+    scorer, results = scorer_of(model, tokenizer), []
     was_training = model.training
     model.eval()
     try:

@@ -75,7 +75,7 @@ def train(run_dir: Path, parallel: Parallel, stop: StopSignal) -> Outcome:
             loss = parallel.mean(loss)
             grad_norm = parallel.clip(run.model.parameters(), cadence.grad_clip)
             skipped = run.guard.skip(state.optimizer, loss, grad_norm)  # decided on the device: no sync
-            lr_factor = run.schedule(step)
+            lr_factor = run.config.schedule.factor(step, plan.num_steps)
             optim.set_lr(state.optimizer, lr_factor)
             state.optimizer.step()
             state.optimizer.zero_grad(set_to_none=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from picotrain import checkpoint, evaluation, invocation, optim, report, sampling, schedule
+from picotrain import checkpoint, evaluation, invocation, optim, report, sampling
 from picotrain import run as runs
 from picotrain.config import Config
 from picotrain.data.lanes import merge_states
@@ -93,8 +93,7 @@ class Session:
         chosen = self._choose_kernels()
         optimizer = optim.build(self.config.optimizer, self.model, self.plan.rates, parallel)
         self.state = TrainState(self.model, optimizer)
-        self.guard = optim.Guard(self.config.train.skip_loss_z, parallel.device)
-        self.schedule = schedule.build(self.config.schedule, self.plan.num_steps)
+        self.guard = optim.Guard(self.config.train.skip_loss_z, parallel.device, self.config.optimizer.skips(parallel.device))
         self.monitor = Monitor(
             self.dir, self.config, self.plan, is_main=parallel.is_main, rank=parallel.rank, timer=events.build(parallel.device),
             peak_memory=lambda: peak_memory(parallel.device),
@@ -159,7 +158,10 @@ class Session:
         """Choose the attention's kernels, the same on every rank. A new choice goes into plan.json, for a resume, and is told in words."""
         hw, plan = self.config.hardware, self.plan
         kept = Names(plan.attention, plan.window_attention or "auto")
-        full, windowed = self.model.choose_kernels(Names(hw.attention, hw.window_attention), kept)
+        choice = self.model.choose_kernels(Names(hw.attention, hw.window_attention), kept)
+        if choice is None:
+            return ""
+        full, windowed = choice
         names = self.parallel.gather([full.kernel.name, windowed.kernel.name])
         if any(others != names[0] for others in names):
             text = "; ".join(f"rank {rank}: {', '.join(own)}" for rank, own in enumerate(names))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from picotrain.model.gpt import GPT
+    from picotrain.model.decoder import Decoder
 
 
 class LayerCache:
@@ -31,10 +31,10 @@ class LayerCache:
 class KVCache:
     """The keys and values of `batch` rows of up to `max_len` tokens (at most the model's seq_len), so that each is computed once.
 
-    `more`: room for so many further tokens, of `GPT.branches`, whose positions are not their places in the cache.
+    `more`: room for so many further tokens, of `Decoder.branches`, whose positions are not their places in the cache.
     """
 
-    def __init__(self, model: GPT, batch: int, max_len: int, more: int = 0):
+    def __init__(self, model: Decoder, batch: int, max_len: int, more: int = 0):
         if max_len > model.seq_len:
             raise ValueError(f"a cache of {max_len} tokens for a model of {model.seq_len}")
         self.max_len = max_len + more

@@ -1,4 +1,4 @@
-"""The small parts: a linear layer that casts, the norm, rotary positions, the MLP."""
+"""The small parts: a linear layer that casts, the norm, rotary positions, the soft-cap."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from picotrain import shape
-
 
 class Linear(nn.Linear):
-    """y = x W^T in the dtype of x, whatever the dtype of W; not initialised (see `GPT.init_weights`)."""
+    """y = x W^T in the dtype of x, whatever the dtype of W; not initialised (the model does that)."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
@@ -45,18 +43,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def take(x: Tensor, wanted: Tensor) -> Tensor:
     """The positions `wanted` (B, W) of x (B, T, C): (B, W, C)."""
     return x.gather(1, wanted[..., None].expand(-1, -1, x.size(-1)))
-
-
-class MLP(nn.Module):
-    """down(relu(up(x))^2), four times as wide as the model (Primer, arXiv:2109.08668)."""
-
-    def __init__(self, dims: shape.Dims):
-        super().__init__()
-        self.up = Linear(dims.width, dims.mlp_width)
-        self.down = Linear(dims.mlp_width, dims.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.relu(self.up(x)).square())
 
 
 def softcap(logits: Tensor, cap: float | None) -> Tensor:

@@ -6,7 +6,7 @@ selective   the results of matmuls with weights and of attention kernels are kep
 full        only what enters a block is kept, and the block runs again (arXiv:1604.06174)
 
 The same operations on the same numbers, so that losses and gradients stay what they were. The checkpoint stands inside of what
-`GPT.compile_blocks` compiles, and the compiler takes it as an instruction on what to keep. Around a compiled block, `selective`
+`Decoder.compile_blocks` compiles, and the compiler takes it as an instruction on what to keep. Around a compiled block, `selective`
 would have one opaque kernel to choose from.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from picotrain.config.schema import Recompute
-from picotrain.model.gpt import Block
 
 _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_mm.default}
 
@@ -33,25 +32,12 @@ def recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
         return
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_concerns_us)
     for block in blocks:
-        block.__class__ = {"selective": SelectiveBlock, "full": RecomputedBlock}[mode]
+        block.__class__ = _recomputed(type(block), mode)
 
 
 def _concerns_us(record: logging.LogRecord) -> bool:
     """Not the compiler's advice, given always, against changing kept results in place; a block does not, and eager torch checks it."""
     return "context_fn" not in str(record.msg)
-
-
-class RecomputedBlock(Block):
-    """A block that keeps what enters it. A class and no wrapper, so that names stay and all layers share one compiled code."""
-
-    _contexts: Any = None  # what else is kept: torch's `context_fn`
-
-    def forward(self, *args: Any) -> Tensor:
-        if not torch.is_grad_enabled():  # an evaluation keeps nothing anyway
-            return super().forward(*args)
-        options = {} if self._contexts is None else {"context_fn": self._contexts}
-        # Nothing in a block draws random numbers, so their state is not saved and put back.
-        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -60,7 +46,19 @@ def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> Checkpoi
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-class SelectiveBlock(RecomputedBlock):
-    """A block that also keeps the results of its matmuls and of its attention kernel."""
+@cache  # one class for all layers, so that they share one compiled code
+def _recomputed(kind: Any, mode: Recompute) -> type[nn.Module]:
+    options: dict[str, Any] = {}
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 
-    _contexts = partial(create_selective_checkpoint_contexts, _policy)
+    class Recomputed(kind):
+        """A block that keeps what enters it, and what the mode says. A class and no wrapper, so that names stay."""
+
+        def forward(self, *args: Any) -> Tensor:
+            if not torch.is_grad_enabled():  # an evaluation keeps nothing anyway
+                return super().forward(*args)
+            # Nothing in a block draws random numbers, so their state is not saved and put back.
+            return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+    return Recomputed

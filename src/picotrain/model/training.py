@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from picotrain.config.schema import ModelConfig, Recompute
+from picotrain.config.schema import Recompute
+from picotrain.contracts import Model
+from picotrain.model.decoder import Decoder, LanguageModel
 from picotrain.model.float8 import train_in_float8
-from picotrain.model.gpt import GPT
 from picotrain.model.recompute import recompute as recompute_blocks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -17,10 +18,11 @@ def compute_dtype(precision: str) -> torch.dtype:
     return DTYPES["bf16" if precision == "fp8" else precision]
 
 
-def build(model: ModelConfig, vocab_size: int, seq_len: int, precision: str, recompute: Recompute = "none") -> GPT:
-    """The model of a config for training in `precision`, not initialised; parameters and their names are those of a plain `GPT`."""
-    built = GPT(model, vocab_size, seq_len, compute_dtype(precision))
-    if precision == "fp8":
-        train_in_float8(built.blocks)
-    recompute_blocks(built.blocks, recompute)
+def build(model: Model, vocab_size: int, seq_len: int, precision: str, recompute: Recompute = "none") -> LanguageModel:
+    """The model of a config for training in `precision`, not initialised; parameters and their names are those of `model.build`."""
+    built = model.build(vocab_size, seq_len, compute_dtype(precision))
+    if isinstance(built, Decoder):
+        if precision == "fp8":
+            train_in_float8(built.blocks)
+        recompute_blocks(built.blocks, recompute)
     return built

@@ -4,15 +4,13 @@ from picotrain.metrics import MetricsFile, read_metrics
 from picotrain.monitor.console import Console
 from picotrain.monitor.meters import Pace, Smoother, mfu
 from picotrain.monitor.monitor import Monitor
-from picotrain.monitor.trackers import TRACKERS, Sink, build_trackers, missing_trackers
+from picotrain.monitor.trackers import build_trackers, missing_trackers
 
 __all__ = [
-    "TRACKERS",
     "Console",
     "MetricsFile",
     "Monitor",
     "Pace",
-    "Sink",
     "Smoother",
     "build_trackers",
     "mfu",

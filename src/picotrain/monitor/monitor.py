@@ -13,13 +13,14 @@ from typing import Any, TextIO
 from pydantic import BaseModel
 
 from picotrain.config.schema import Config
+from picotrain.contracts import Tracker
 from picotrain.errors import Diverged
 from picotrain.metrics import METRICS, MetricsFile, plain
 from picotrain.monitor.console import Console, banner
 from picotrain.monitor.meters import Pace, Smoother, mfu
 from picotrain.monitor.slow import SlowSteps
 from picotrain.monitor.timing import HostTimer, Timer
-from picotrain.monitor.trackers import Sink, build_trackers
+from picotrain.monitor.trackers import build_trackers
 
 SILENT_S = 30.0  # without a log line at most, as far as steps end
 FIRST_LINES = 3  # steps of a start that are shown in any case: whoever waits sees that it goes, and how fast
@@ -59,7 +60,7 @@ class Monitor:
         self._first_step = 0
         self.disk_full = False
         self._metrics = MetricsFile(run_dir / METRICS) if is_main else None
-        self._trackers: list[Sink] = build_trackers(config.logger.trackers, run_dir, config.model_dump(mode="json")) if is_main else []
+        self._trackers: list[Tracker] = build_trackers(config.logger.trackers, run_dir, config.model_dump(mode="json")) if is_main else []
         self._console = Console(self.plan["num_steps"], stream) if is_main else None
 
     # -- life of a run
@@ -334,7 +335,7 @@ class Monitor:
             self._guard(tracker, lambda tracker=tracker: tracker.log(clean))
         return clean
 
-    def _guard(self, tracker: Sink, action: Callable[[], None]) -> None:
+    def _guard(self, tracker: Tracker, action: Callable[[], None]) -> None:
         """A tracker that fails is switched off: it must never cost the run."""
         try:
             action()

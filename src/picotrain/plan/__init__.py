@@ -16,7 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from picotrain import hardware, shape
-from picotrain.config.schema import Config, FullAttention, OptimizerConfig, Recompute, WindowAttention
+from picotrain.config.schema import Config, FullAttention, Recompute, WindowAttention
+from picotrain.contracts import Optimizer
 from picotrain.data import amounts, sources
 from picotrain.data.amounts import Amount
 from picotrain.data.corpus import Corpus
@@ -232,13 +233,13 @@ def _val_bytes(config: Config, corpus: Mixture | None) -> int | None:
     return None
 
 
-def _rates(o: OptimizerConfig, width: int, batch: int, total_tokens: int) -> shape.Rates:
+def _rates(o: Optimizer, width: int, batch: int, total_tokens: int) -> shape.Rates:
     """Peak rates and decay: as they stand, or scaled to the model, the batch and the horizon."""
     given = shape.Rates(o.matrix_lr, o.embed_lr, o.head_lr, o.weight_decay, o.scalar_lr)
-    return shape.scale_rates(given, width, batch, total_tokens, orthogonal=o.kind == "muon") if o.scale else given
+    return shape.scale_rates(given, width, batch, total_tokens, orthogonal=o.orthogonal) if o.scale else given
 
 
-def _decay_notes(o: OptimizerConfig, rates: shape.Rates, num_steps: int) -> list[str]:
+def _decay_notes(o: Optimizer, rates: shape.Rates, num_steps: int) -> list[str]:
     """A warning where decay is at the bound of a scaled one, or beyond it because it was typed so."""
     shrink = rates.matrix_lr * rates.weight_decay
     if o.scale and shrink > shape.MOST_SHRINK * (1 - 1e-9):

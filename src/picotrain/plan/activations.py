@@ -2,7 +2,7 @@
 
 The counts are of the tensors that autograd saves, each storage once; a test lists them and holds the counts against the list.
 
-Letters: N tokens of a micro-batch, C width, A and K the widths of queries and of keys, F that of the MLP, V padded vocabulary.
+The counts of a layer stand beside the layers (`kept` of an architecture); what the loss keeps is the same for all.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ class Step:
     dims: shape.Dims
     params: shape.Parameters
     rows: int
+
+    @property
+    def kept(self) -> shape.Kept:
+        return self.config.model.kept()
 
     @property
     def seq_len(self) -> int:
@@ -76,35 +80,26 @@ class Step:
         return self.rows * self.dims.n_heads * seen * self.value
 
     def layer_without_recompute(self, window: int) -> int:
-        """A layer keeps: what enters its two norms and those of queries and keys, what leaves the first two, queries, keys and values,
-        the attention's result, and the MLP's hidden values before and after the square."""
-        c, a, k, f = _widths(self.dims)
-        seen = a if self.blocked(window) else k  # keys and values are repeated for all heads there
+        """A layer keeps what its architecture says. Keys and values are repeated for all heads where attention is blocked."""
+        repeats = self.dims.n_heads // self.dims.n_kv_heads if self.blocked(window) else 1
         norm_value = self.value if self.compiled else self.norm_value
-        own = (2 * c + a + k) * norm_value + (2 * c + 2 * a + 2 * seen + 2 * f) * self.value
-        if self.config.model.residual_scalars:
-            own += c * self.value
+        own = self.kept.norms * norm_value + (self.kept.values + repeats * self.kept.keys_values) * self.value
         return self.tokens * own + self.probabilities(window)
 
     def layer(self, window: int) -> int:
         """What a layer keeps for the backward."""
-        c, a, k, f = _widths(self.dims)
+        c, attention = self.dims.width, self.dims.n_heads * self.dims.head_dim
         if (mode := self.config.hardware.recompute) == "none":
             return self.layer_without_recompute(window)
         if mode == "full":
             return self.tokens * c * self.value
-        attention = 0 if self.blocked(window) else a
         last = 0 if self.compiled else c  # the compiler leaves out the result of the last matmul, which nothing looks at
-        return self.tokens * (2 * c + a + 2 * k + attention + f + last) * self.value
+        return self.tokens * (c + self.kept.matmuls + (0 if self.blocked(window) else attention) + last) * self.value
 
     def layers(self) -> int:
-        """What all layers keep from the forward to the backward."""
-        model, (c, _, k, _) = self.config.model, _widths(self.dims)
-        windows = shape.windows(model, self.seq_len)
-        found = sum(self.layer(window) for window in windows)
-        found += len(shape.value_embedding_layers(model)) * self.tokens * (k + shape.gate_channels(c)) * self.value
-        found += 2 * self.tokens * c * self.norm_value  # what enters the first norm and the last
-        found += self.tokens * c * self.value * (model.smear + model.residual_scalars)
+        """What all layers keep from the forward to the backward, and what is kept around them."""
+        found = sum(self.layer(window) for window in self.config.model.windows(self.seq_len))
+        found += self.tokens * (self.kept.model_norms * self.norm_value + self.kept.model_values * self.value)
         casts = self.config.train.precision == "bf16" and self.config.hardware.recompute == "none"
         return found + (BF16 * self.params.matrices if casts else 0)
 
@@ -112,13 +107,14 @@ class Step:
         """What the layer whose backward runs has computed again."""
         if self.config.hardware.recompute == "none":
             return 0
-        most = max(self.layer_without_recompute(window) - self.layer(window) for window in shape.windows(self.config.model, self.seq_len))
+        most = max(self.layer_without_recompute(window) - self.layer(window) for window in self.config.model.windows(self.seq_len))
         casts = BF16 * self.params.matrices // self.dims.depth if self.config.train.precision == "bf16" else 0
         return most + casts
 
     def backward(self) -> int:
-        """Gradients of activations at the widest place of a layer: two of the MLP's hidden values, one more where it was recomputed."""
-        return (2 if self.config.hardware.recompute == "none" else 3) * self.tokens * self.dims.mlp_width * self.value
+        """Gradients of activations at the widest place of a layer; one more of the MLP's hidden values where it was recomputed."""
+        recomputed = 0 if self.config.hardware.recompute == "none" else self.dims.mlp_width
+        return self.tokens * (self.kept.widest + recomputed) * self.value
 
     # ------------------------------------------------------------ loss
 
@@ -130,7 +126,7 @@ class Step:
         """All that is alive of a chunk of logits when most is, with the slopes of the chunk before and the head in the compute dtype."""
         chunk = LOGIT_CHUNK_BYTES.get(self.config.hardware.device, LOGIT_CHUNK_BYTES_DEFAULT)
         rows = max(1, chunk // (FP32 * self.vocab))
-        cap, value = self.config.model.logit_softcap, self.value
+        cap, value = self.config.model.logit_cap, self.value
         cast = 0 if value == FP32 else FP32  # the logits in fp32, where they are not already
         if self.compiled:
             alive = value + FP32 + value  # logits, their exponentials, slopes
@@ -143,7 +139,3 @@ class Step:
         before = value if self.tokens > rows else 0
         casts = 0 if value == FP32 else value * self.params.head
         return min(rows, self.tokens) * self.vocab * (alive + before) + casts
-
-
-def _widths(d: shape.Dims) -> tuple[int, int, int, int]:
-    return d.width, d.n_heads * d.head_dim, d.n_kv_heads * d.head_dim, d.mlp_width

@@ -28,7 +28,6 @@ CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a larger micro-batch no longer rais
 PROCESS_BYTES = {False: 480 * 2**20, True: 520 * 2**20}
 HEAP_WASTE = {False: {"fp32": 0.5, "bf16": 0.8}, True: {"fp32": 0.3, "bf16": 0.55}}
 
-STACK_BYTES = 2**28  # of matrices that Muon works on at once (picotrain.optim.muon; a test compares)
 SLICE_BYTES = 8 * 2**20  # of text that the loader packs at once, at most
 WORKERS = 2  # of the loader
 
@@ -70,7 +69,7 @@ def predict(config: Config, d: shape.Dims, params: shape.Parameters, device_batc
         Memory(whole, state, accumulated + buckets, kept, step.head_gradients() + step.logits()),
         Memory(whole, state, accumulated + buckets, kept + step.recomputed_layer() + step.backward(), step.head_gradients() + head),
         Memory(whole, state, whole + (last_gradients if accumulated else 0) + (buckets if accumulated else 0), one_layer, 0),
-        Memory(whole, state + _optimizer_step(config, params, step.value), whole, 0, 0),
+        Memory(whole, state + config.optimizer.step_bytes(params, step.value, _world_size(config)), whole, 0, 0),
     ]
     if config.hardware.device == "cpu":
         phases = [_on_cpu(step, phase, data_bytes) for phase in phases]
@@ -119,17 +118,6 @@ def total_batch(config: Config, params: shape.Parameters) -> int:
     return shape.derive_batch_tokens(params, seq_len) if config.train.total_batch_size == -1 else config.train.total_batch_size
 
 
-def _optimizer_step(config: Config, params: shape.Parameters, value: int) -> int:
-    """What a step takes beside the state. AdamW works in place. Muon holds its look-ahead's sources, the results of this rank
-    and of all, and a stack of matrices in the making four times."""
-    if config.optimizer.kind != "muon":
-        return 0
-    matrices, ranks = params.matrices, _world_size(config)
-    gathered = value * matrices // ranks + (value * matrices if ranks > 1 else 0)
-    stack = min(STACK_BYTES, FP32 * matrices // ranks // 3)  # of a third of the matrices at most: those of the MLP one way
-    return FP32 * matrices + gathered + max(4 * stack, FP32 * matrices if value != FP32 else 0)
-
-
 def data_bytes(config: Config, mixture: Mixture | None, bytes_per_token: float) -> int:
     """What a CPU rank's loader holds once all of its lanes are open (see `picotrain.data.stream.Loader`), and the rows that validate."""
     seq_len = config.train.seq_len or shape.default_seq_len(config.model.depth)
@@ -145,8 +133,8 @@ def data_bytes(config: Config, mixture: Mixture | None, bytes_per_token: float) 
 
 
 def checkpoint_bytes(config: Config, params: shape.Parameters) -> int:
-    """Weights and what the optimizer keeps of them, in fp32: two moments, but one of a matrix under Muon."""
-    return 12 * params.total - (4 * params.matrices if config.optimizer.kind == "muon" else 0)
+    """Weights and what the optimizer keeps of them, in fp32."""
+    return FP32 * (params.total + config.optimizer.state_values(params))
 
 
 def staging_bytes(config: Config, params: shape.Parameters) -> int:
@@ -217,7 +205,5 @@ def device_batch(config: Config, d: shape.Dims, params: shape.Parameters, rows: 
 def facts(config: Config) -> tuple[shape.Dims, shape.Parameters, tuple[int, ...], int]:
     """What the model's shape says: dimensions, parameters, each layer's attention window, FLOPs per token."""
     seq_len = config.train.seq_len or shape.default_seq_len(config.model.depth)
-    d = shape.dims(config.model)
-    params = shape.parameters(d, config.tokenizer.vocab_size, config.model)
-    windows = shape.windows(config.model, seq_len)
-    return d, params, windows, shape.flops_per_token(d, params, windows, seq_len)
+    model, vocab_size = config.model, config.tokenizer.vocab_size
+    return model.dims(), model.parameters(vocab_size), model.windows(seq_len), model.flops_per_token(vocab_size, seq_len)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from picotrain import hardware, shape
+from picotrain import hardware
 from picotrain.config.schema import Config
 from picotrain.disk import parse_json, read_plain
 from picotrain.plan import ceilings
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 ASSUMED_MFU = 0.40  # for the time and cost of hardware that has no figures but whose peak is known; shown as an assumption
 SHIPPED = Path(__file__).with_name("figures.jsonl")
-FEATURES = ("value_embeds", "residual_scalars", "smear")  # of the model: work that FLOPs do not count
 # Seconds per FLOP beyond the matmul ceiling, at REST_WIDTH, with one thread, in bf16; fp32 has twice the bytes. Eager: cpu_speedrun on the
 # EPYC with AVX512-BF16 (1.3 to 1.5 with two threads), and d2 to d6 in fp32 without it (2.8, 2.8, 4.2). Compiled: d2 to d8 on that EPYC
 # (0.6 to 0.9), d4 on a Xeon with AMX (1.2). docs/results.md has the lines.
@@ -92,15 +91,22 @@ class Figure(BaseModel):
 
 def setting(plan: Plan, config: Config) -> dict[str, Any]:
     """What a figure holds beside the benchmark's own values, so that plans can tell whether it is about them."""
-    on = [feature for feature in FEATURES if getattr(config.model, feature)]
     threads = [f"{config.hardware.threads} threads"] if plan.device == "cpu" else []
-    words = [_machine(config), *threads, plan.precision, "compiled" if plan.compile else "eager", config.optimizer.kind, *on]
+    words = [
+        _machine(config),
+        *threads,
+        plan.precision,
+        "compiled" if plan.compile else "eager",
+        config.optimizer.kind,
+        *config.model.features,
+    ]
     words += [f"recompute {plan.recompute}"] if plan.recompute != "none" else []
+    params = config.model.parameters(plan.vocab_size)
     return {
         "setting": ", ".join(words),
         "width": plan.width,
         "flops_per_token": plan.flops_per_token,
-        "optimized_parameters": plan.parameters["matrices" if config.optimizer.kind == "muon" else "total"],
+        "optimized_parameters": config.optimizer.works_on(params),
     }
 
 
@@ -163,9 +169,8 @@ def _assumed_optimizer_s(plan: Plan, config: Config, ceiling: ceilings.Ceiling) 
     if plan.device != "cpu":
         return 0.0
     seconds = ADAMW_S * plan.parameters["total"] / (config.hardware.threads or 1)
-    if config.optimizer.kind == "muon":
-        seconds += plan.parameters["matrices"] * 8 * (config.optimizer.ns_steps or 0) * plan.width / (ceiling.gflops * 1e9)
-    return seconds
+    flops = config.optimizer.step_flops(config.model.parameters(plan.vocab_size), plan.width)
+    return seconds + flops / (ceiling.gflops * 1e9)
 
 
 def _missing(plan: Plan, config: Config) -> str:
@@ -328,10 +333,9 @@ def _source(wanted: Figure, found: Sequence[Figure], own: Sequence[Figure]) -> s
 def hint(plan: Plan, config: Config) -> str:
     """The command that measures this plan's step, where the benchmark can."""
     hw = config.hardware
-    if plan.device not in ("cpu", "cuda") or config.optimizer.kind not in ("adamw", "muon"):
+    if plan.device not in ("cpu", "cuda"):
         return ""
-    keys = [f"model.{feature}=true" for feature in FEATURES if getattr(config.model, feature)]
-    keys += [f"model.width={plan.width}"] if shape.dims(config.model.model_copy(update={"width": None})).width != plan.width else []
+    keys = [*config.model.bench_keys]
     keys += [f"hardware.threads={hw.threads}"] if plan.device == "cpu" and hw.threads != hardware.cores() else []
     keys += [f"hardware.recompute={plan.recompute}"] if plan.recompute != "none" else []
     words = [f"--device {plan.device} --depth {plan.depth} --seq-len {plan.seq_len} --batch {plan.device_batch_size}"]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from picotrain.optimizers.muon import STACK_BYTES
 from picotrain.parallel import Parallel
 
 Coefficients = tuple[float, float, float]
@@ -30,7 +31,6 @@ POLAR_EXPRESS: tuple[Coefficients, ...] = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 TINY_NORM = 1e-7  # a matrix of a smaller norm is as good as 0, and stays that small
-STACK_BYTES = 2**28  # of matrices that are worked on at once: enough to fill a GPU, little beside its memory
 
 
 def newton_schulz(x: Tensor, coefficients: Sequence[Coefficients] = POLAR_EXPRESS, dtype: torch.dtype | None = None) -> Tensor:
@@ -100,7 +100,6 @@ class Muon(torch.optim.Optimizer):
             group["keeps"] = ("step", "exp_avg", "exp_avg_sq")
         self._adamw = torch.optim.AdamW(self.param_groups[:-1], **adamw)  # shares the groups, which hold the rates,
         self._adamw.state = self.state  # and the state
-        self._step_supports_amp_scaling = getattr(self._adamw, "_step_supports_amp_scaling", False)  # whether `found_inf` is honoured
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from picotrain.model.layers import Linear
-from picotrain.shape import gate_channels
 
 
 class Smear(nn.Module):
     """x_t + strength sigmoid(gate(x_t)) x_{t-1}; starts as the identity."""
 
-    def __init__(self, width: int):
+    def __init__(self, channels: int):
         super().__init__()
-        self.gate = Linear(gate_channels(width), 1)
+        self.gate = Linear(channels, 1)
         self.strength = nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
@@ -36,11 +35,3 @@ class ResidualScalars(nn.Module):
         super().__init__()
         self.stream = nn.Parameter(torch.empty(depth))
         self.embedding = nn.Parameter(torch.empty(depth))
-
-
-def previous_ids(ids: Tensor, positions: Tensor, visible: Tensor, key_positions: Tensor, key_ids: Tensor) -> Tensor:
-    """The id one position before each token, among the keys it sees; -1 where there is none. Shapes as in `GPT.branches`;
-    key_ids int64 (B, S + T)."""
-    before = visible & (key_positions[:, None] == positions[:, :, None] - 1)  # (B, T, S + T)
-    found, place = before.max(dim=-1)
-    return torch.where(found, key_ids.gather(1, place), torch.full_like(ids, -1))

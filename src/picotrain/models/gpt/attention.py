@@ -14,7 +14,7 @@ from picotrain.model.layers import Linear, rms_norm, rotate, take
 class Attention(nn.Module):
     """Causal self-attention; with fewer key/value heads than query heads it is grouped-query (arXiv:2305.13245)."""
 
-    def __init__(self, dims: shape.Dims, eps: float, qk_scale: float = 1.0, value_gate: bool = False):
+    def __init__(self, dims: shape.Dims, eps: float, qk_scale: float = 1.0, gate_channels: int = 0):
         super().__init__()
         self.head_dim, self.eps = dims.head_dim, eps
         self.scale = qk_scale * dims.head_dim**-0.5
@@ -22,7 +22,7 @@ class Attention(nn.Module):
         self.k = Linear(dims.width, dims.n_kv_heads * dims.head_dim)
         self.v = Linear(dims.width, dims.n_kv_heads * dims.head_dim)
         self.o = Linear(dims.n_heads * dims.head_dim, dims.width)
-        self.value_gate = Linear(shape.gate_channels(dims.width), dims.n_kv_heads) if value_gate else None
+        self.value_gate = Linear(gate_channels, dims.n_kv_heads) if gate_channels else None
 
     def forward(
         self,

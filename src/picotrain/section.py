@@ -1,4 +1,4 @@
-"""What the schema is made of: types of single values, and the section that checks its keys together."""
+"""What a section of a config is made of: types of single values, and the class that checks its keys together."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Learning-rate schedules: a module each, with its section of the config."""
