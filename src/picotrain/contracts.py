@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, StrictBool
 
@@ -154,23 +154,50 @@ class Model(Part):
 
 
 class Source(Part):
-    """Where text comes from. What a source gives is a folder of Parquet shards with a `text` column."""
+    """Where text comes from. A source writes Parquet shards with a `text` column, once: they are kept in the cache folder, under a hash of
+    its own keys."""
 
     name: Text  # shown in run names and reports
     val_shard: Text | None = None  # file name of the validation shard; null: the last one
     licence: Text | None = None  # of the text, in words; shown, and nothing follows from it
     lanes: Size | None = None  # null: the largest power of two <= min(64, units)
     unit_bytes: Positive | None = None  # null: max(1 MiB, 400 x (seq_len + 1))
+    on_bad_shard: Literal["stop", "skip"] = "stop"  # what cannot be read: save and end, or pass over it and note an event
+
+    version: ClassVar[int] = 1  # raise it when the same keys come to mean another text
+
+    def write(self, folder: Path, say: Say) -> None:
+        """Write at least two shards into an empty folder, DataError where that cannot be: `part_00000.parquet`, ... in the order of their
+        names; the last one validates. Row groups of 1 MiB of text or more read well. `say` takes lines for the user. Of several
+        processes one calls it; what it wrote is used when it returns, and thrown away when it raises."""
+        raise NotImplementedError
+
+    @property
+    def text_bytes(self) -> float | None:
+        """About how much text that is, for a plan before it is written; None: not known."""
+        return None
 
     @property
     def reads(self) -> str:
         """What is read and from where, as told before a config from a file is used."""
         return f"gets text by the data source {self.kind}"
 
-    def folder(self, cache: Path, say: Say) -> Path:
-        """The folder with the shards, made in `cache` where it is not there yet; DataError where it cannot be. `say` takes lines for the
-        user. Only rank 0 calls it, and the others wait."""
-        raise NotImplementedError
+    # Keys of the built-in sources that the rest asks for.
+    @property
+    def path(self) -> None:
+        return None
+
+    @property
+    def mixture(self) -> tuple[()]:
+        return ()
+
+    @property
+    def cache_bytes(self) -> None:
+        return None
+
+    @property
+    def num_shards(self) -> None:
+        return None
 
 
 # Evaluations ----------------------------------------------------------------------------------------------

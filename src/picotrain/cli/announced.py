@@ -9,7 +9,7 @@ from pathlib import Path
 from picotrain import parts, ranks
 from picotrain.config import Config
 from picotrain.config.places import is_url, redacted
-from picotrain.contracts import Tracker
+from picotrain.contracts import Source, Tracker
 from picotrain.data import sources
 from picotrain.data.mixture import Mixture
 from picotrain.terminal import say
@@ -27,6 +27,9 @@ def _of_config(config: Config) -> Iterator[tuple[str, str]]:
     """Each key that names a place, and what happens there."""
     data, core, trackers = config.data, config.evaluation.core, config.logger.trackers
     for part in sources.parts_of(data):
+        if isinstance(part, Source):
+            yield "data.kind", part.reads
+            continue
         key = "data.mixture" if data.kind == "mixture" else "data.path" if part.kind == "files" else "data.repo_id"
         if part.kind == "files":
             yield key, f"reads text from {redacted(part.path or '')}"

@@ -16,10 +16,10 @@ import yaml
 
 from picotrain import parts
 from picotrain.config import places
-from picotrain.config.groups import GROUPS, check_config_dir, conf_dir, unknown_choice
+from picotrain.config.groups import GROUPS, check_config_dir, choices, conf_dir, unknown_choice
 from picotrain.config.overrides import Overrides, interpolation, parse
 from picotrain.config.saved import read, yaml_reason
-from picotrain.config.schema import HORIZONS, Config, DataConfig
+from picotrain.config.schema import HORIZONS, ROOMS, Config, DataConfig, section_class
 from picotrain.config.validate import put, schema_for, strings, validate
 from picotrain.errors import ConfigError, Problem
 from picotrain.text import first_line
@@ -50,7 +50,9 @@ def compose(
     except ConfigError as error:
         words.read(_schema_of({}, words))
         raise ConfigError([*words.problems, *error.problems]) from None
-    words.read(_schema_of(tree, words))
+    schema = _schema_of(tree, words)
+    words.read(schema)
+    _leave_to_defaults(tree, words, schema, config_dir)
     try:
         return _finish(tree, words)
     except ConfigError as error:
@@ -64,6 +66,15 @@ def _schema_of(tree: dict[str, Any], words: Overrides) -> type[Config]:
         if key.endswith(".kind") or key.startswith("evaluation."):
             put(tree, key, text)
     return schema_for(tree)[0]
+
+
+def _leave_to_defaults(tree: dict[str, Any], words: Overrides, schema: type[Config], config_dir: Path | None) -> None:
+    """Where a kind was typed that has no choice of its own, the keys that the group's file has for another kind go."""
+    for section in ROOMS:
+        kind, values = words.values.get(f"{section}.kind"), tree.get(section)
+        if isinstance(values, dict) and kind and kind not in choices(section, config_dir):
+            known = section_class(schema, section).model_fields
+            tree[section] = {name: value for name, value in values.items() if name in known}
 
 
 def data_preset(name: str) -> DataConfig:
@@ -172,8 +183,8 @@ def _hydra(groups: dict[str, str], config_dir: Path | None) -> tuple[dict[str, A
             raise
         raise ConfigError([_hydra_problem(error, config_dir)]) from None
     assert isinstance(tree, dict)
-    choices = tree.pop("hydra")["runtime"]["choices"]
-    return tree, choices  # type: ignore[return-value]
+    chosen = tree.pop("hydra")["runtime"]["choices"]
+    return tree, chosen  # type: ignore[return-value]
 
 
 def _hydra_problem(error: Exception, config_dir: Path) -> Problem:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from picotrain.config.schema import DataConfig
+from picotrain.contracts import Source
 from picotrain.data import sources
 from picotrain.data.corpus import hint_for, read_footer
 from picotrain.data.mixture import Mixture
@@ -74,6 +75,8 @@ def sample(data: DataConfig, max_bytes: int) -> list[str]:
 def _of_part(data: DataConfig, cache: Path) -> Amount:
     if (corpus := sources.known(data, cache)) is not None:
         return Amount(corpus.name, corpus.text_bytes)
+    if isinstance(data, Source):
+        return Amount(data.name, data.text_bytes, "what its source says" if data.text_bytes else "")
     if data.kind == "hub":
         if not (data.num_shards and data.shard_text_bytes):
             return Amount(data.name, None)

@@ -18,10 +18,12 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from picotrain.config.compose import data_preset
 from picotrain.config.schema import DataConfig
+from picotrain.contracts import Source as MadeSource
 from picotrain.data import hub
 from picotrain.data.corpus import (
     ORIGIN,
@@ -70,6 +72,8 @@ def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
     """The corpus of this config, made or downloaded into `cache` when it is not there yet; `say` is told what is left out of it.
     Raises DataError."""
     cache = expanded(cache).absolute()
+    if isinstance(data, MadeSource):
+        return scan(_make(data, cache, say), data.name, data.val_shard, cache=cache, on_bad=passing_over(data, say))
     if data.kind == "hub":
         return _download(data, cache, say)
     if is_remote(data):
@@ -98,6 +102,9 @@ def known(data: DataConfig, cache: Path, say: Say = silent) -> Corpus | None:
     Raises DataError for what can never be a corpus, such as a path that does not exist.
     """
     cache = expanded(cache).absolute()
+    if isinstance(data, MadeSource):
+        folder = _made_folder(data, cache)
+        return scan(folder, data.name, data.val_shard, cache=cache, on_bad=passing_over(data, say)) if folder.is_dir() else None
     if data.kind == "hub":
         root, names = _hub_shards(data, cache)
         return _hub_corpus(data, root, names) if all((root / name).is_file() for name in names) else None
@@ -349,6 +356,34 @@ def _stats(files: list[Input]) -> str:
 
 def _hash(value: Any) -> str:
     return hash_bytes(json.dumps(value).encode(), 8)
+
+
+# --- sources of other packages --------------------------------------------------------------------
+
+_NOT_TEXT = {"name", "val_shard", "licence", "lanes", "unit_bytes", "on_bad_shard"}  # keys that do not change what is written
+
+
+def _made_folder(data: MadeSource, cache: Path) -> Path:
+    """Where the shards of a source are that writes its own."""
+    values = [data.version, data.model_dump(mode="json", exclude=_NOT_TEXT)]
+    return cache / "corpora" / f"{data.kind}-{_hash(values)}"
+
+
+def _make(data: MadeSource, cache: Path, say: Say) -> Path:
+    """The folder with a source's shards, written when it is not there: whole or not at all."""
+    folder = _made_folder(data, cache)
+    with locked(folder, say):
+        if folder.is_dir():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial, ending(f"writing {data.name}"):
+            inner = Path(partial) / "shards"
+            inner.mkdir()
+            say(f"preparing {data.name}")
+            data.write(inner, say)
+            scan(inner, data.name, data.val_shard)  # what is no corpus is told now, and not kept
+            inner.rename(folder)
+    return folder
 
 
 # --- URLs ----------------------------------------------------------------------------------------

@@ -90,13 +90,18 @@ def _set(config: Config, section: str, data: DataConfig | None = None, **values:
 
 def _with_absolute_paths(config: Config) -> Config:
     """Every path means the same from every folder: a resume may come from another one."""
-    mixture = tuple(entry.model_copy(update={"source": _absolute_source(entry.source)}) for entry in config.data.mixture)
-    config = _set(config, "data", path=_absolute(config.data.path), mixture=mixture)
+    if isinstance(config.data, DataConfig):
+        config = _with_absolute_data(config)
     config = _set(config, "tokenizer", path=_absolute(config.tokenizer.path))
     config = _set(config, "archive", url=_absolute(config.archive.url))
     core = config.evaluation.core.model_copy(update={"bundle": _absolute(config.evaluation.core.bundle)})
-    config = _set(config, "evaluation", core=core)
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"core": core})})
     return _set(config, "run", cache_dir=str(cache_dir(config)))
+
+
+def _with_absolute_data(config: Config) -> Config:
+    mixture = tuple(entry.model_copy(update={"source": _absolute_source(entry.source)}) for entry in config.data.mixture)
+    return _set(config, "data", path=_absolute(config.data.path), mixture=mixture)
 
 
 def _absolute(path: str | None) -> str | None:
