@@ -8,6 +8,7 @@ loss are fp32. There is no autocast. `build` gives a model that trains in fp8 or
 from __future__ import annotations
 
 from picotrain import first_calls
+from picotrain.model.adapted import adapted
 from picotrain.model.cache import KVCache
 from picotrain.model.decoder import Decoder, LanguageModel
 from picotrain.model.kernels import Names
@@ -15,6 +16,8 @@ from picotrain.model.layers import rms_norm, rotate
 from picotrain.model.masks import attention_mask
 from picotrain.model.training import DTYPES, build, compute_dtype
 
-__all__ = ["DTYPES", "Decoder", "KVCache", "LanguageModel", "Names", "attention_mask", "build", "compute_dtype", "rms_norm", "rotate"]
+__all__ = [
+    "DTYPES", "Decoder", "KVCache", "LanguageModel", "Names", "adapted", "attention_mask", "build", "compute_dtype", "rms_norm", "rotate",
+]  # fmt: skip
 
 first_calls.settle()  # whoever has a model has imported this
