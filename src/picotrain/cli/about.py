@@ -1,20 +1,32 @@
-"""What `--help` says of groups and keys. Written down: to ask the config for it would take --help a second; a test compares the two."""
+"""What `--help` says of groups and keys. The choices are the files in conf/: to ask the config for them would take --help a second."""
 
 from __future__ import annotations
 
-# Each group with its choices, the usual first. {1,8}x{a,b}: every one of them.
-GROUP_CHOICES = {
-    "model": "d2 d4 d6 d8 d12 d16 d20 d24 d26 d32",
-    "data": "auto pystdlib files mixture climbmix fineweb_edu",
-    "tokenizer": "bpe",
-    "optimizer": "adamw muon",
-    "schedule": "trapezoid cosine constant",
-    "cadence": "default smoke none",
-    "hardware": "auto cpu mps 1x4090 {1,8}x{a100,h100,h200}",
-    "parallel": "ddp",
-    "logger": "default",
-    "experiment": "cpu_d4 cpu_speedrun speedrun",
-}
+import re
+from pathlib import Path
+
+USUAL = {  # the choice that comes first in the list of each group
+    "model": "d2", "data": "auto", "tokenizer": "bpe", "optimizer": "adamw", "schedule": "trapezoid", "cadence": "default",
+    "hardware": "auto", "parallel": "ddp", "logger": "default", "experiment": "cpu_d4",
+}  # fmt: skip
+
+
+def group_choices(group: str) -> str:
+    """The choices of a group, the usual first. 1x and 8x of a GPU are told as {1,8}x{a100,h100}."""
+    package = Path(__file__).resolve().parents[1]
+    folder = next(root / "conf" / group for root in (package, package.parents[1]) if (root / "conf").is_dir())
+    names = sorted((path.stem for path in folder.glob("*.yaml")), key=_natural)
+    names.sort(key=lambda name: name != USUAL[group])
+    several = [name.partition("x")[2] for name in names if re.match("8x", name)]
+    shown = [name for name in names if name.partition("x")[2] not in several or not name[0].isdigit()]
+    return " ".join([*shown, *([f"{{1,8}}x{{{','.join(several)}}}"] if several else [])])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """d4 before d12, and names without a number before those with one."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 KEYS = {
     "train.max_steps=500": "how long; or num_train_epochs, target_tokens",
     "train.seq_len=1024": "tokens a row",
@@ -36,7 +48,7 @@ EPILOG = "\n".join(
     [
         "\b",
         "Groups and their choices (model=d6):",
-        *(f"  {group:<11} {choices}" for group, choices in GROUP_CHOICES.items()),
+        *(f"  {group:<11} {group_choices(group)}" for group in USUAL),
         "",
         "\b",
         "Keys, the most used (`picotrain config` prints all of them with their values):",
