@@ -44,6 +44,7 @@ class Overrides:
 
     def read(self, schema: type[Config] | None = None) -> Overrides:
         """Read the values as the keys of this schema want them. None: as those of any part, where it is not known yet which are named."""
+        groups = {section: room.group for section, room in ROOMS.items()} | {"evaluation": "evaluations"}
         for key, (word, text) in self.texts.items():
             section = key.partition(".")[0]
             if leaf := leaves(schema).get(key):
@@ -55,7 +56,7 @@ class Overrides:
             elif schema and owners(key):
                 if isinstance(kind := _kind(schema, section), str):
                     self.refuse(of_another_kind(key, kind), section, word)
-            elif schema is None and section in ROOMS and parts.installed(ROOMS[section].group):
+            elif schema is None and section in groups and parts.installed(groups[section]):
                 pass  # it may be a package's
             elif words := NOTHING.get(key):
                 self.refuse(Problem(key, words), section, word)

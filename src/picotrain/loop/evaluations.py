@@ -1,23 +1,29 @@
-"""What is measured on the weights while they are trained: bits per byte, CORE and samples, in this order, each at its own cadence."""
+"""What is measured on the weights while they are trained, each at its own cadence: bits per byte, CORE, the evaluations of other packages,
+samples."""
 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, partial
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from picotrain import evaluation, sampling
 from picotrain import run as runs
+from picotrain.contracts import EVALUATED_ROWS, Evaluation
 from picotrain.data.stream import validation_rows
 from picotrain.errors import Diverged
 from picotrain.evaluation.suite import core_of_model
 from picotrain.evaluation.together import together
 from picotrain.loop.saves import Saves
 from picotrain.loop.training import Training
+from picotrain.model import LanguageModel
 from picotrain.terminal import say
 
 
@@ -39,6 +45,7 @@ def evaluations(run: Training, saves: Saves) -> list[Periodic]:
     listed = [
         ("bits per byte", train.eval_every, True, made.bits_per_byte),
         ("CORE", train.core_metric_every, False, made.core),
+        *((part.kind, part.every, False, partial(made.part, part)) for _, part in run.config.evaluation if isinstance(part, Evaluation)),
         ("samples", train.sample_every, False, made.samples),
     ]
     return [Periodic(name, every, at_start, partial(made.at_no_cost, name, measure)) for name, every, at_start, measure in listed]
@@ -107,6 +114,25 @@ class _Evaluations:
         self._saves.record(core_metric=result.core_metric)
         return True
 
+    def part(self, part: Evaluation) -> bool:
+        """An evaluation of another package."""
+        run = self._run
+
+        def figures() -> dict[str, float] | None:
+            ids = torch.from_numpy(self._rows[:EVALUATED_ROWS].astype(np.int64)).to(run.parallel.device)
+            found = {str(name): float(value) for name, value in part.measure(run.model, ids, run.parallel).items()}
+            if taken := found.keys() & {"step", "kind"}:
+                raise ValueError(f"a figure is called {taken.pop()!r}, as every line of metrics.jsonl has it")
+            return None if run.stop.requested else found
+
+        with _undisturbed(run.model):
+            found = together(run.parallel, figures)
+        if None in found:
+            return False
+        run.monitor.figures(run.state.step, part.kind, found[0])
+        self._saves.record(**{part.kind: found[0]})
+        return True
+
     def samples(self) -> bool:
         """What the model writes after the configured prompts, the same on every rank."""
         run, section = self._run, self._run.config.sampling
@@ -125,9 +151,23 @@ class _Evaluations:
     @cached_property
     def _rows(self) -> NDArray:
         """Tokenized when the first evaluation wants them, then kept."""
-        plan = self._run.plan
-        return validation_rows(self._run.corpus, self._run.tokenizer, plan.seq_len, plan.eval_rows, plan.unit_bytes).rows
+        run, plan = self._run, self._run.plan
+        count = plan.eval_rows if run.config.train.eval_every > 0 else min(plan.eval_rows, EVALUATED_ROWS)
+        return validation_rows(run.corpus, run.tokenizer, plan.seq_len, count, plan.unit_bytes).rows
 
     def _given_up(self) -> bool:
         self._run.watchdog.beat()
         return self._run.stop.requested
+
+
+@contextmanager
+def _undisturbed(model: LanguageModel) -> Iterator[None]:
+    """Evaluation mode, without gradients and compiled code; then the model and torch's random states are as they were."""
+    was_training = model.training
+    model.eval()
+    gpus = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(gpus):
+            yield
+    finally:
+        model.train(was_training)
