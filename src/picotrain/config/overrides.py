@@ -58,6 +58,8 @@ class Overrides:
                     self.refuse(of_another_kind(key, kind), section, word)
             elif schema is None and section in groups and parts.installed(groups[section]):
                 pass  # it may be a package's
+            elif schema and section == "evaluation" and _lacks_part(schema, key):
+                self.values[key] = text  # what is wrong with that part is said by `validate`
             elif words := NOTHING.get(key):
                 self.refuse(Problem(key, words), section, word)
             elif "." not in key and (words := exact(key, text)):
@@ -68,6 +70,12 @@ class Overrides:
         if len(horizons) > 1:
             self.refuse(two_horizons(horizons), "train")
         return self
+
+
+def _lacks_part(schema: type[Config], key: str) -> bool:
+    """Whether a key is of an evaluation that is installed and that this schema could not take."""
+    name = key.split(".")[1]
+    return name in parts.installed("evaluations") and name not in section_class(schema, "evaluation").model_fields
 
 
 def _kind(schema: type[Config], section: str) -> Any:

@@ -19,19 +19,23 @@ from picotrain.loop.step import Step, warm_up
 from picotrain.loop.training import build
 from picotrain.model import LanguageModel
 from picotrain.parallel import Parallel
+from picotrain.run import Material
 from picotrain.signals import StopSignal
 
 __all__ = ["Outcome", "train"]
 
 
-def train(run_dir: Path, parallel: Parallel, stop: StopSignal, model: LanguageModel | None = None) -> Outcome:
+def train(
+    run_dir: Path, parallel: Parallel, stop: StopSignal, material: Material | None = None, model: LanguageModel | None = None
+) -> Outcome:
     """Train the run in `run_dir` from its newest checkpoint to its last step, or until every rank agrees to stop.
 
-    model: a caller's own, instead of the one that the config names. A new run begins with the weights that it has.
+    material: what stands in the run's files; None: it is read. model: a caller's own, instead of the one that the config names; a new run
+    begins with the weights that it has.
     """
     with ExitStack() as held:
         with stop.ending("starting"):
-            run = build(held, run_dir, parallel, stop, model)
+            run = build(held, run_dir, parallel, stop, material, model)
         plan, state, save_every = run.plan, run.state, run.config.train.save_every
         saves = Saves(run)
         measured = evaluations(run, saves)

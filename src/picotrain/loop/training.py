@@ -56,13 +56,16 @@ class Training:
         self.monitor.event(self.state.step, name, message, shown)
 
 
-def build(held: ExitStack, run_dir: Path, parallel: Parallel, stop: StopSignal, own: LanguageModel | None = None) -> Training:
+def build(
+    held: ExitStack, run_dir: Path, parallel: Parallel, stop: StopSignal, material: runs.Material | None, own: LanguageModel | None
+) -> Training:
     """Build all that the training of `run_dir` holds. `held` closes what needs it, also where building fails, in this order: loader,
     profiler (which waits for the device while the watchdog still watches), watchdog, saver, monitor, and the archive last.
 
-    own: a caller's model, trained instead of the one that the config names; a new run begins with the weights that it has.
+    material: what stands in the run's files; None: it is read. own: a caller's model, trained instead of the one that the config names; a
+    new run begins with the weights that it has.
     """
-    config, plan, corpus, tokenizer = runs.read_material(run_dir)
+    config, plan, corpus, tokenizer = material or runs.read_material(run_dir)
     # Compiled code is kept there, not in the system's temporary folder; torch looks when its compiler is imported.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(runs.cache_dir(config) / "compiled"))
     state: TrainState | None = None
