@@ -92,10 +92,10 @@ def _measured(setting: argparse.Namespace) -> dict[str, Any]:
         config = runs.resolve(compose([*words, f"run.dir={folder}/run"]))
         run_dir = Path(config.run.dir or "")
         with RunLock(run_dir), contextlib.redirect_stdout(sys.stderr):
-            plan = runs.open_run(config, words, lambda text: None)
-            assert plan is not None, "the run is new"
-            train(run_dir)
-    return _line(setting, plan, peak_bytes(plan.device))
+            material = runs.open_run(config, words, lambda text: None)
+            assert material is not None, "the run is new"
+            train(run_dir, material)
+    return _line(setting, material.plan, peak_bytes(material.plan.device))
 
 
 def peak_bytes(device: str) -> int:

@@ -25,6 +25,7 @@ from picotrain.evaluation.bundle import Task
 from picotrain.evaluation.comparison import compare_core, compare_documents, confidence, verdict
 from picotrain.evaluation.core import Prediction, TaskResult
 from picotrain.evaluation.documents import DocumentScores
+from picotrain.launch import launch
 from picotrain.report import compare as pages
 
 Command = Callable[..., tuple[int, str, str]]
@@ -72,7 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny) -> Path:
         "other": ("train.max_steps=1", "run.seed=5", *own),
     }
     for name, more in wanted.items():
-        assert commands.train(tiny(root / name, *more, "train.eval_every=40"), None, None) == 0
+        assert launch(lambda name=name, more=more: commands.new_run(tiny(root / name, *more, "train.eval_every=40"), None, None)) == 0
     return root
 
 

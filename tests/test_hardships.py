@@ -20,7 +20,7 @@ from picotrain import checkpoint
 
 def patched(folder: Path, code: str) -> dict[str, str]:
     """An environment in which every Python process first runs `code`, with `torch`, `model` and the real `forward` at hand."""
-    head = "import os, signal, torch\nfrom picotrain import model\nforward = model.GPT.forward\n"
+    head = "import os, signal, torch\nfrom picotrain.models.gpt import module as model\nforward = model.GPT.forward\n"
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(head + code)
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}

@@ -12,14 +12,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from picotrain import worker
 from picotrain.config.schema import LaunchConfig
 from picotrain.errors import DataError, LaunchError, PicotrainError, RunError
-from picotrain.launch import RunLock, launch
+from picotrain.launch import RunLock, Start, launch
 
 SRC = Path(__file__).parents[1] / "src"
 
@@ -38,12 +41,14 @@ READY = 'note("pid", os.getpid())\n'
 REAL_WORKER = """
 import sys, time, types
 import picotrain, picotrain.worker
-from picotrain.config.schema import HardwareConfig, ParallelConfig
+from picotrain.config.schema import HardwareConfig
 from picotrain.errors import DataError
-section = types.SimpleNamespace(hardware=HardwareConfig(device="cpu", threads=2), parallel=ParallelConfig())
+from picotrain.strategies.ddp import DDPConfig
+section = types.SimpleNamespace(hardware=HardwareConfig(device="cpu", threads=2), parallel=DDPConfig())
+picotrain.worker.require_run = lambda path: None
 picotrain.worker.load = lambda path: section
 Outcome = lambda **facts: types.SimpleNamespace(**dict(dict(behind=None), **facts))
-def train(run, ranks, stop):
+def train(run, ranks, stop, *rest):
 {body}
 sys.modules["picotrain.loop"] = picotrain.loop = types.SimpleNamespace(train=train)
 sys.exit(picotrain.worker.main(sys.argv[1:]))
@@ -69,13 +74,25 @@ def eventually(condition: Callable[[], bool], timeout_s: float = 30.0) -> bool:
 LAUNCHERS = multiprocessing.get_context("forkserver")  # conftest says what it has imported
 
 
+def a_start(run: Path, nproc: int, section: LaunchConfig) -> Start:
+    """A run that is there already."""
+    config: Any = SimpleNamespace(run=SimpleNamespace(dir=str(run)), hardware=SimpleNamespace(nproc_per_node=nproc), launch=section)
+
+    @contextmanager
+    def opened(meeting: Any) -> Iterator[worker.Opened]:
+        with RunLock(run):
+            yield worker.Opened(run)
+
+    return Start(config, opened)
+
+
 def run_launcher(folder: Path, nproc: int, section: LaunchConfig) -> None:
     """launch() as the command line calls it, with its output in files."""
     for name, number in (("out", 1), ("err", 2)):
         os.dup2(os.open(folder / f"{name}_{section.node_rank}", os.O_WRONLY | os.O_CREAT), number)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), str(SRC), os.environ.get("PYTHONPATH", "")])
     try:
-        code = launch(folder / "run", nproc, section, lambda run: 0, module="fake_worker")
+        code = launch(lambda: a_start(folder / "run", nproc, section), module="fake_worker")
     except PicotrainError as error:
         os.write(1, f"told: {error}\n".encode())
         code = error.exit_code
@@ -126,15 +143,16 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_one_process_runs_in_the_callers_own_under_the_lock(tmp_path: Path) -> None:
-    def in_process(run: Path) -> int:
+def test_one_process_runs_in_the_callers_own_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_process(run: Path, *rest: Any) -> int:
         holder = json.loads((run / ".lock").read_text())
         assert (holder["pid"], holder["host"]) == (os.getpid(), socket.gethostname())
         return 75
 
-    with RunLock(tmp_path):  # the command line holds it already while it writes the run's config
-        assert launch(tmp_path, 1, LaunchConfig(), in_process) == 75
-        assert launch(tmp_path, 1, LaunchConfig(), in_process) == 75
+    monkeypatch.setattr(worker, "run", in_process)
+    with RunLock(tmp_path):  # reentrant
+        assert launch(lambda: a_start(tmp_path, 1, LaunchConfig())) == 75
+        assert launch(lambda: a_start(tmp_path, 1, LaunchConfig())) == 75
 
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:
@@ -167,12 +185,13 @@ with RunLock(Path(sys.argv[1])).share():
 def test_a_second_start_is_refused_with_pid_and_host_until_the_first_is_gone(tmp_path: Path) -> None:
     first = python(LOCKER, tmp_path)
     try:
-        with pytest.raises(RunError, match=rf"pid {first.pid} on {socket.gethostname()}"):
-            launch(tmp_path, 1, LaunchConfig(), lambda run: 0)
+        with pytest.raises(RunError, match=rf"pid {first.pid} on {socket.gethostname()}"), RunLock(tmp_path):
+            pass
     finally:
         first.kill()
         first.communicate()
-    assert launch(tmp_path, 1, LaunchConfig(), lambda run: 0) == 0
+    with RunLock(tmp_path):
+        pass
 
 
 def test_a_start_waits_for_the_workers_of_one_that_was_killed(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +17,15 @@ import pytest
 import torch
 from conftest import lines, losses, picotrain, start
 
-from picotrain import checkpoint, hardware, loop, model, ranks, worker
+from picotrain import checkpoint, hardware, loop, ranks, worker
 from picotrain import run as runs
 from picotrain.checkpoint.folder import describe
 from picotrain.cli import commands
 from picotrain.errors import ConfigError
+from picotrain.models.gpt import module
 from picotrain.monitor import events
 from picotrain.run import open_run, read_material, read_plan
+from picotrain.signals import StopSignal
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -103,7 +104,7 @@ def test_a_rank_of_an_evaluation_puts_the_weights_on_its_own_gpu_and_on_no_other
     monkeypatch.setattr(hardware, "detect", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: sent.append(f"cuda:{torch.device('cuda', device).index}"))
-    monkeypatch.setattr(model.GPT, "to", lambda self, device, *rest: sent.append(str(device)) or self)
+    monkeypatch.setattr(module.GPT, "to", lambda self, device, *rest: sent.append(str(device)) or self)
     monkeypatch.setattr(ranks, "here", lambda: ranks.Ranks(rank=1, world_size=2, local_rank=1, local_world_size=2, launched=True))
     made_on_a_gpu = SimpleNamespace(
         **{**read_material(finished)._asdict(), "plan": read_plan(finished).model_copy(update={"device": "cuda"})}
@@ -231,13 +232,15 @@ def test_garbage_is_looked_for_from_the_first_turn_of_the_loop_on_and_after_a_st
         seen.append(gc.isenabled())
         raise StopIteration
 
-    section, watchdog = SimpleNamespace(train=None), SimpleNamespace(beat=beat)
-    run = SimpleNamespace(plan=None, config=section, state=None, resumed_step=None, watchdog=watchdog)
-    run.warm_up = lambda: seen.append(gc.isenabled())
-    monkeypatch.setattr(loop, "Session", lambda *_: nullcontext(run))
+    run = SimpleNamespace(plan=None, config=SimpleNamespace(train=SimpleNamespace(save_every=1)), state=None)
+    run.watchdog = SimpleNamespace(beat=beat)
+    monkeypatch.setattr(loop, "build", lambda *_: run)
+    monkeypatch.setattr(loop, "Saves", lambda *_: None)
+    monkeypatch.setattr(loop, "evaluations", lambda *_: [])
+    monkeypatch.setattr(loop, "warm_up", lambda *_: seen.append(gc.isenabled()))
     nothing: Any = None
-    with worker._without_collector(), pytest.raises(StopIteration):
-        loop.train(tmp_path, nothing, nothing)
+    with StopSignal() as stop, worker._without_collector(), pytest.raises(StopIteration):
+        loop.train(tmp_path, nothing, stop)
     assert seen == [False, True]
     with pytest.raises(ConfigError):
         worker.run(tmp_path)  # holds no run

@@ -13,6 +13,7 @@ from picotrain import hardware, plan
 from picotrain.bench.processes import BenchmarkFailed
 from picotrain.cli import commands, estimate
 from picotrain.config import Config, compose
+from picotrain.launch import launch
 from picotrain.plan import Plan, ceilings, pace
 from picotrain.plan.pace import Figure
 
@@ -302,7 +303,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         for name in ("read_run", "summarise", "what_next"):  # nothing was opened that could have ended
             monkeypatch.setattr(f"picotrain.report.{name}", lambda *anything: None)
         capsys.readouterr()
-        commands.train([f"run.cache_dir={tmp_path}", *words], None, None)
+        launch(lambda: commands.new_run([f"run.cache_dir={tmp_path}", *words], None, None))
         return "\n".join(line for line in capsys.readouterr().err.splitlines() if "run takes" in line)
 
     return run

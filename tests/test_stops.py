@@ -20,14 +20,14 @@ from test_faults import steps
 from test_hardships import patched
 from test_loop import wait_for, wait_until
 
-from picotrain import checkpoint
+from picotrain import checkpoint, loop
 from picotrain import run as runs
 from picotrain.checkpoint import Saver, saver
 from picotrain.cli.completion import complete
 from picotrain.config import compose
 from picotrain.config.schema import CheckpointConfig
 from picotrain.errors import CheckpointError
-from picotrain.loop import session
+from picotrain.loop import training
 from picotrain.parallel import Parallel
 from picotrain.signals import StopSignal
 
@@ -147,7 +147,7 @@ def test_a_signal_ends_the_training_of_a_tokenizer_in_any_command(tmp_path, tiny
 # -- starts that fail half-way
 
 
-@pytest.mark.parametrize("fails", ["build", "Loader"])
+@pytest.mark.parametrize("fails", ["build_model", "Loader"])
 def test_a_start_that_fails_leaves_no_thread(tmp_path, tiny, monkeypatch, fails):
     run_dir = tmp_path / "run"
     overrides = tiny(run_dir, "launch.hang_s=3600", f"archive.url={tmp_path / 'archive'}")
@@ -156,10 +156,10 @@ def test_a_start_that_fails_leaves_no_thread(tmp_path, tiny, monkeypatch, fails)
     def no_memory(*args, **more):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(session, fails, no_memory)
+    monkeypatch.setattr(training, fails, no_memory)
     before = set(threading.enumerate())
-    with StopSignal() as stop, pytest.raises(torch.OutOfMemoryError), session.Session(run_dir, Parallel.single(), stop):
-        pass
+    with StopSignal() as stop, pytest.raises(torch.OutOfMemoryError):
+        loop.train(run_dir, Parallel.single(), stop)
     wait_until(lambda: set(threading.enumerate()) <= before, 10, "a thread is left")
 
 

@@ -203,14 +203,23 @@ class Source(Part):
 # Evaluations ----------------------------------------------------------------------------------------------
 
 
+EVALUATED_ROWS = 256  # of the validation text, that an evaluation gets at most
+
+
 class Evaluation(Part):
-    """Something that is measured every so many steps, after BPB and CORE."""
+    """Something that is measured every so many steps and at the last one, after BPB and CORE and before the samples; not at step 0."""
 
     every: Int = 0  # steps; <= 0: off
 
     def measure(self, model: LanguageModel, rows: torch.Tensor, parallel: Parallel) -> dict[str, float]:
-        """Figures by name, for metrics.jsonl, trackers and the report. All ranks call it with the same rows, int64 (rows, seq_len + 1) of
-        the validation shard, and forward equally often."""
+        """Figures by name, for a line of metrics.jsonl with this kind, the console, trackers and the checkpoint's metrics.json; "step" and
+        "kind" are taken. rows: the first that bits per byte is measured on, at most EVALUATED_ROWS, int64 (N, seq_len + 1), on the device
+        of the model.
+
+        All ranks call it with the same rows and forward equally often; rank 0's figures are kept. The model is in evaluation mode and
+        not compiled, no gradient is recorded, and what is drawn at random changes nothing of the training. An error that is raised on
+        all ranks becomes an event, and training goes on.
+        """
         raise NotImplementedError
 
 

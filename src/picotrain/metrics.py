@@ -2,7 +2,8 @@
 
     {"step": 12, "kind": "train", "loss": 3.21, ...}
 
-`kind` is train, val, core, sample, checkpoint or event. Each line is strict JSON: a number that is not finite stands there as null.
+`kind` is train, val, core, sample, checkpoint, event or that of another package's evaluation (`picotrain.contracts.Evaluation`).
+Each line is strict JSON: a number that is not finite stands there as null.
 One process writes (rank 0 of the run that holds the lock); anyone may read at any time. A line is whole when its newline is there.
 """
 

@@ -76,12 +76,10 @@ class Material(NamedTuple):
 
 def gather(config: Config, say: Say) -> Material:
     """Prepare corpus and tokenizer of a resolved config, downloading and training what is not in the cache yet."""
-    from picotrain.tokenizer import load_tokenizer  # brings numpy, which a plan does not need
-
     cache = cache_dir(config)
     corpus, on_bad = sources.gather(config.data, cache, say), sources.passing_over(config.data, say)
     path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say, on_bad)
-    tokenizer = load_tokenizer(path, config.tokenizer.encoder)
+    tokenizer = sources.tokenizer_of(path, config.tokenizer)
     for change in tokenizer.changes:
         say(change)
     plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])  # its problems come before any counting
@@ -149,8 +147,8 @@ def is_finished(run_dir: Path, num_steps: int) -> bool:
         return False
 
 
-def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
-    """Create the run directory of a resolved config, or open the one that is there; the caller holds its lock.
+def open_run(config: Config, overrides: Sequence[str], say: Say) -> Material | None:
+    """Create the run directory of a resolved config, or open the one that is there, and give what stands in it; the caller holds its lock.
     None: the run is finished, and nothing was changed.
 
     Raises RunError when the directory holds another experiment, naming the keys that differ, or may not be resumed.
@@ -188,7 +186,7 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Plan | None:
     for note in material.plan.notes:
         if note not in repeated:
             say(note)
-    return material.plan
+    return material
 
 
 def _foretell(config: Config, say: Say) -> bool:

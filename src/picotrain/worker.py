@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from picotrain import hardware, ranks, terminal
 from picotrain.config import load
@@ -29,10 +30,13 @@ from picotrain.errors import LaunchError, OutOfMemory, PicotrainError, Stopped
 from picotrain.lock import RunLock
 from picotrain.meeting import Meeting
 from picotrain.plan import lighter_settings
-from picotrain.run import read_plan
+from picotrain.run import Material, read_plan, require_run
 from picotrain.signals import StopSignal, ending
 from picotrain.terminal import say
 from picotrain.text import size
+
+if TYPE_CHECKING:
+    from picotrain.model import LanguageModel
 
 PARENT_POLL_S = 0.5
 
@@ -56,10 +60,10 @@ def main(arguments: list[str]) -> int:
         return _fail(error)
 
     @contextmanager
-    def opened(meeting: Meeting | None = None) -> Iterator[Path]:
-        load(run_dir / "config.yaml")  # a folder without a run is refused before a lock is put into it
+    def opened(meeting: Meeting | None = None) -> Iterator[Opened]:
+        require_run(run_dir)  # a folder without a run is refused before a lock is put into it
         with RunLock(run_dir).share() if here.ours else RunLock(run_dir):
-            yield run_dir
+            yield Opened(run_dir)
 
     def work() -> int:
         with opened():
@@ -68,11 +72,17 @@ def main(arguments: list[str]) -> int:
     return together(opened) if here.under_torchrun else as_rank(work)
 
 
-def together(opened: Callable[[Meeting], AbstractContextManager[Path | None]]) -> int:
+class Opened(NamedTuple):
+    """A run that this process may train: its directory, and what stands in it where this process has just written that."""
+
+    dir: Path
+    material: Material | None = None
+
+
+def together(opened: Callable[[Meeting], AbstractContextManager[Opened | None]]) -> int:
     """Train in the processes that torchrun has started: rank 0 opens a run, under its lock, while the others wait; the exit code.
 
-    `opened` yields its directory, or None where there is nothing to do. What goes wrong in it is said by rank 0 alone, and all end with
-    its code.
+    `opened` yields it, or None where there is nothing to do. What goes wrong in it is said by rank 0 alone, and all end with its code.
     """
     here = ranks.here()
 
@@ -81,15 +91,15 @@ def together(opened: Callable[[Meeting], AbstractContextManager[Path | None]]) -
             with ending("starting"):
                 meeting = Meeting(here)
             try:
-                run_dir = stack.enter_context(opened(meeting))
+                found = stack.enter_context(opened(meeting))
                 with ending("waiting for the other ranks"):
-                    meeting.tell({"run": str(run_dir)} if run_dir else {"code": 0})
+                    meeting.tell({"run": str(found.dir)} if found else {"code": 0})
             except Exception as error:
                 code = _fail(error)
                 with suppress(LaunchError):
                     meeting.tell({"code": code}, within_s=STOPPED_WAIT_S if isinstance(error, Stopped) else OTHERS_WAIT_S)
                 return code
-            return run(run_dir, meeting) if run_dir else 0
+            return run(*found, meeting) if found else 0
 
     def other() -> int:
         if here.local_rank == (1 if here.rank < here.local_world_size else 0):  # one of each node
@@ -98,7 +108,7 @@ def together(opened: Callable[[Meeting], AbstractContextManager[Path | None]]) -
             meeting = Meeting(here)
             told = meeting.hear()
         if "run" in told:
-            return run(Path(told["run"]), meeting)
+            return run(Path(told["run"]), meeting=meeting)
         time.sleep(OTHERS_WAIT_S if told["code"] else 0)  # the agent names the first that fails: rank 0
         return told["code"]
 
@@ -139,14 +149,14 @@ def _without_collector() -> Iterator[None]:
 
 
 @_without_collector()
-def run(run_dir: Path, meeting: Meeting | None = None) -> int:
+def run(run_dir: Path, material: Material | None = None, meeting: Meeting | None = None, model: LanguageModel | None = None) -> int:
     """Train the run in this process, as the rank that torchrun's environment names: 0 finished, 75 stopped.
 
-    `meeting`: where the ranks have met already. Raises PicotrainError for what a user can cause, OutOfMemory among it; then the memory
-    is free again.
+    material: what stands in the run's files; None: it is read. meeting: where the ranks have met already. model: as in `loop.train`.
+    Raises PicotrainError for what a user can cause, OutOfMemory among it; then the memory is free again.
     """
     terminal.keep_going()
-    config = load(run_dir / "config.yaml")
+    config = material.config if material else load(run_dir / "config.yaml")
     with StopSignal() as stop:
         with stop.ending("starting"):
             set_up_process(config.hardware)
@@ -155,7 +165,7 @@ def run(run_dir: Path, meeting: Meeting | None = None) -> int:
             group = config.parallel.build(config.hardware.device, meeting)
         try:
             with group.passing_on(stop):
-                outcome = loop.train(run_dir, group, stop)
+                outcome = loop.train(run_dir, group, stop, material, model)
         except Exception as error:
             if not (said := parallel.out_of_memory(error)):
                 raise

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from picotrain import hardware, ranks, terminal
+from picotrain.cli import usage
 from picotrain.cli.about import EPILOG
 from picotrain.cli.usage import App
 from picotrain.errors import PicotrainError, Problem, Stopped, UsageError
@@ -78,8 +79,9 @@ def train(overrides: Overrides = None, config: ConfigFile = None, config_dir: Co
       picotrain train data=files data.path=docs/     your own text
     """
     from picotrain.cli import commands
+    from picotrain.launch import launch
 
-    raise typer.Exit(commands.train(overrides or [], config, config_dir))
+    raise typer.Exit(launch(lambda: commands.new_run(overrides or [], config, config_dir)))
 
 
 @app.command()
@@ -98,8 +100,9 @@ def resume(
     announced as a changed experiment; the rest is refused.
     """
     from picotrain.cli import commands
+    from picotrain.launch import launch
 
-    raise typer.Exit(commands.resume(run, overrides or []))
+    raise typer.Exit(launch(lambda: commands.resumed(run, overrides or [])))
 
 
 @app.command()
@@ -475,7 +478,9 @@ def main() -> None:
             if command not in TOGETHER or "--help" in sys.argv:
                 return
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (rank 0 says what is wrong with the command line; `as_rank` ends it)
-        app()
+        with usage.in_our_words():
+            code = app(prog_name="picotrain", standalone_mode=False)
+            code = code if isinstance(code, int) else 0
     except Stopped as stopped:
         say(f"picotrain: {stopped}")
         os._exit(stopped.exit_code)  # without waiting for threads that still download

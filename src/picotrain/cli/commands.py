@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,10 @@ from picotrain.text import as_typed, printable
 
 if TYPE_CHECKING:
     from picotrain.cli.estimate import Command
+    from picotrain.launch import Start
     from picotrain.meeting import Meeting
     from picotrain.model import LanguageModel
+    from picotrain.worker import Opened
 
 
 def resolved(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> Config:
@@ -62,27 +65,21 @@ def _refuse(problems: list[Problem]) -> None:
         raise ConfigError(problems)
 
 
-def train(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> int:
-    """Open the run directory under its lock and launch the workers; the exit code."""
+def new_run(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None) -> Start:
+    """What `picotrain train` starts."""
     from picotrain.cli.estimate import Command
+    from picotrain.launch import Start
 
-    command = Command(overrides, config_file, config_dir)
-
-    def resolve() -> tuple[Config, Sequence[str]]:
-        config = resolved(overrides, config_file, config_dir)
-        if config_file:
-            announced.of_config(config, overrides, str(config_file))
-        return config, overrides
-
-    return _start(resolve, command)
+    config = resolved(overrides, config_file, config_dir)
+    if config_file:
+        announced.of_config(config, overrides, str(config_file))
+    return Start(config, partial(_opened, config, overrides, Command(overrides, config_file, config_dir)))
 
 
-def resume(place: str, overrides: Sequence[str]) -> int:
-    """Go on with an existing run, or one that its archive has, its own config under a few overrides."""
-    return _start(lambda: _resumed(place, overrides))
+def resumed(place: str, overrides: Sequence[str]) -> Start:
+    """An existing run, or one that its archive has, that goes on by its own config under a few overrides."""
+    from picotrain.launch import Start
 
-
-def _resumed(place: str, overrides: Sequence[str]) -> tuple[Config, Sequence[str]]:
     if wrong := places.flaw(place, "read"):
         raise UsageError([Problem("RUN", *wrong)])
     run, left = _fetched(place, overrides) if places.is_url(place) else (Path(place), overrides)
@@ -91,7 +88,7 @@ def _resumed(place: str, overrides: Sequence[str]) -> tuple[Config, Sequence[str
     here = config.run.model_copy(update={"dir": str(run.absolute()), "name": run.name})
     config = runs.resolve(config.model_copy(update={"run": here}), say)
     announced.of_config(config, left, str(run / "config.yaml"))
-    return config, left
+    return Start(config, partial(_opened, config, left, None))
 
 
 def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
@@ -109,38 +106,16 @@ def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
     return folder, ["run.cache_dir=null", *rest]
 
 
-def _start(resolve: Callable[[], tuple[Config, Sequence[str]]], command: Command | None = None) -> int:
-    """Train what `resolve` gives, in workers of our own or in the ranks that torchrun has started; the exit code. command: of a new run."""
-    from picotrain.worker import run as in_process
-    from picotrain.worker import together
-
-    if ranks.here().under_torchrun:
-        return together(lambda meeting: _opened(*resolve(), command, meeting))
-    from picotrain.launch import launch
-    from picotrain.launch.nodes import preparing
-
-    config, overrides = resolve()
-    run_dir, nproc = Path(config.run.dir or ""), int(config.hardware.nproc_per_node)
-    if config.launch.node_rank > 0:  # node 0 prepares the shared run directory and holds its lock
-        return launch(run_dir, nproc, config.launch, in_process)
-    with ExitStack() as seen:
-        seen.enter_context(preparing(config.launch))
-        with _opened(config, overrides, command) as opened:
-            seen.close()
-            return launch(opened, nproc, config.launch, in_process) if opened else 0
-
-
 @contextmanager
-def _opened(
-    config: Config, overrides: Sequence[str], command: Command | None = None, meeting: Meeting | None = None
-) -> Iterator[Path | None]:
-    """The config's run directory, created or opened again, under its lock; None when the run is finished.
+def _opened(config: Config, overrides: Sequence[str], command: Command | None, meeting: Meeting | None) -> Iterator[Opened | None]:
+    """The config's run, created or opened again, under its lock; None when it is finished. command: of a new run.
 
     `meeting`: of torchrun's ranks. When it starts them again after one has died, they go on, whatever run.resume says.
     """
     from picotrain.cli.estimate import announce, say_time
     from picotrain.lock import RunLock
     from picotrain.signals import ending
+    from picotrain.worker import Opened
 
     run_dir = Path(config.run.dir or "")
     if meeting and meeting.remembered("run") == str(run_dir):
@@ -150,21 +125,21 @@ def _opened(
         with ending("preparing the run", lock.leave):
             stack.enter_context(lock)
             told = announce(config, command)
-            plan = runs.open_run(config, overrides, say)
-            if plan is None and config.archive.url:
+            material = runs.open_run(config, overrides, say)
+            if material is None and config.archive.url:
                 from picotrain.loop import archiving  # brings torch
 
                 archiving.complete(config, run_dir, runs.read_plan(run_dir).num_steps)
         if meeting:
             meeting.remember("run", str(run_dir))
-        if plan is None:
+        if material is None:
             from picotrain import report as reports
 
             say(f"{invocation.shown(run_dir)} is finished; a larger horizon trains on, another run.name anew")
             reports.what_next(reports.summarise(reports.read_run(run_dir)), sys.stderr)
         elif not told:
-            say_time(plan, config, command)
-        yield run_dir if plan else None
+            say_time(material.plan, config, command)
+        yield Opened(run_dir, material) if material else None
 
 
 def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Path | None, as_json: bool) -> None:

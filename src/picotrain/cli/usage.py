@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,18 @@ _errors: Any = importlib.import_module(typer.BadParameter.__module__)  # click's
 _HELP = ("--help", "-h")
 _WHOLE = 1_000  # characters of a command's line in the list of commands: it is wrapped, never shortened
 _NUMBER = re.compile(r"-?\.?[0-9].*")
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """Around a command: what click finds wrong is raised as a UsageError of ours."""
+    try:
+        yield
+    except _errors.UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            raise SystemExit(error.exit_code) from None
+        raise UsageError([_problem(error.ctx, getattr(error, "param", None), None, error)]) from None
 
 
 class Helped:
@@ -78,17 +91,6 @@ class App(typer.Typer):
 
 class Group(Helped, TyperGroup):
     """Commands by name; an unknown one is answered with the nearest."""
-
-    def main(self, *args: Any, **options: Any) -> Any:
-        """As click has it, but its errors reach the caller as ours."""
-        try:
-            code = super().main(*args, **{"prog_name": "picotrain", **options, "standalone_mode": False})
-        except _errors.UsageError as error:
-            if type(error).__name__ == "NoArgsIsHelpError":
-                error.show()
-                raise SystemExit(error.exit_code) from None
-            raise UsageError([_problem(error.ctx, getattr(error, "param", None), None, error)]) from None
-        raise SystemExit(code if isinstance(code, int) else 0)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and not ctx.resilient_parsing and not set(_HELP) & set(args):

@@ -44,6 +44,7 @@ class Overrides:
 
     def read(self, schema: type[Config] | None = None) -> Overrides:
         """Read the values as the keys of this schema want them. None: as those of any part, where it is not known yet which are named."""
+        groups = {section: room.group for section, room in ROOMS.items()} | {"evaluation": "evaluations"}
         for key, (word, text) in self.texts.items():
             section = key.partition(".")[0]
             if leaf := leaves(schema).get(key):
@@ -55,8 +56,10 @@ class Overrides:
             elif schema and owners(key):
                 if isinstance(kind := _kind(schema, section), str):
                     self.refuse(of_another_kind(key, kind), section, word)
-            elif schema is None and section in ROOMS and parts.installed(ROOMS[section].group):
+            elif schema is None and section in groups and parts.installed(groups[section]):
                 pass  # it may be a package's
+            elif schema and section == "evaluation" and _lacks_part(schema, key):
+                self.values[key] = text  # what is wrong with that part is said by `validate`
             elif words := NOTHING.get(key):
                 self.refuse(Problem(key, words), section, word)
             elif "." not in key and (words := exact(key, text)):
@@ -67,6 +70,12 @@ class Overrides:
         if len(horizons) > 1:
             self.refuse(two_horizons(horizons), "train")
         return self
+
+
+def _lacks_part(schema: type[Config], key: str) -> bool:
+    """Whether a key is of an evaluation that is installed and that this schema could not take."""
+    name = key.split(".")[1]
+    return name in parts.installed("evaluations") and name not in section_class(schema, "evaluation").model_fields
 
 
 def _kind(schema: type[Config], section: str) -> Any:

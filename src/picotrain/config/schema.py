@@ -19,7 +19,7 @@ from pydantic import Field, SerializeAsAny, StrictBool, create_model
 
 from picotrain import parts
 from picotrain.contracts import Evaluation, Model, Optimizer, Part, Schedule, Source, Strategy
-from picotrain.errors import Problem
+from picotrain.errors import ConfigError, Problem
 from picotrain.section import (
     CREDENTIALS,
     Int,
@@ -370,6 +370,7 @@ ROOMS = {
     "schedule": Room("schedules", Schedule),
     "parallel": Room("strategies", Strategy, "ddp"),
 }
+TAKEN = ("train", "val", "core", "sample", "checkpoint", "event", "torn")  # kinds of the lines of metrics.jsonl
 DATA_KINDS = ("auto", "pystdlib", "files", "hub", "mixture")  # of DataConfig
 
 
@@ -387,6 +388,8 @@ def part_of(section: str, kind: str) -> type[Part]:
 
 def evaluation_of(kind: str) -> type[Part]:
     """The class of a periodic evaluation; as `part_of`."""
+    if kind in TAKEN:
+        raise ConfigError([Problem(kind, "cannot be an evaluation's kind, as lines of metrics.jsonl have it already", "another name")])
     return parts.find("evaluations", kind, Evaluation)
 
 

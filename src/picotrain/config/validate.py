@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from picotrain import parts
 from picotrain.config.groups import choices
 from picotrain.config.keys import leaves, nearest, of_another_kind, owners, rule, sections, shown, unknown_key
-from picotrain.config.schema import ROOMS, Config, kinds_of, part_of, schema_of, section_class
+from picotrain.config.schema import ROOMS, Config, EvaluationConfig, evaluation_of, kinds_of, part_of, schema_of, section_class
 from picotrain.errors import ConfigError, Problem
 from picotrain.section import Section
 
@@ -42,17 +42,28 @@ def schema_for(tree: dict[str, Any]) -> tuple[type[Config], list[Problem]]:
         kind = values.get("kind", room.default) if isinstance(values, dict) else room.default
         known = kinds_of(section)
         if kind in known:
-            try:
-                part_of(section, kind)
-            except ConfigError as error:
-                problems += [Problem(f"{section}.kind", f"{found.path} {found.message}", found.hint) for found in error.problems]
-                continue
-            chosen[section] = kind
+            if not (found := _unusable(f"{section}.kind", part_of, section, kind)):
+                chosen[section] = kind
+            problems += found
         elif isinstance(values, dict):
             problems.append(_unknown_kind(section, kind, known))
     evaluation = tree.get("evaluation")
-    wanted = [name for name in evaluation if name in parts.kinds("evaluations")] if isinstance(evaluation, dict) else []
+    wanted = []
+    for name in evaluation if isinstance(evaluation, dict) else ():
+        if name in parts.kinds("evaluations") and name not in EvaluationConfig.model_fields:
+            if not (found := _unusable(f"evaluation.{name}", evaluation_of, name)):
+                wanted.append(name)
+            problems += found
     return schema_of(chosen, tuple(wanted)), problems
+
+
+def _unusable(key: str, find: Callable[..., object], *named: str) -> list[Problem]:
+    """What is wrong with a part that a key names."""
+    try:
+        find(*named)
+    except ConfigError as error:
+        return [Problem(key, f"{found.path} {found.message}", found.hint) for found in error.problems]
+    return []
 
 
 def _unknown_kind(section: str, kind: Any, known: list[str]) -> Problem:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -129,7 +130,7 @@ def obtain_tokenizer(
     `on_bad` is told of text that cannot be read, which is then passed over; None: DataError is raised.
     Raises TokenizerError when the vocabulary is not the config's, or more than the text yields.
     """
-    from picotrain.tokenizer import load_tokenizer, train_tokenizer
+    from picotrain.tokenizer import train_tokenizer
 
     home = _tokenizer_home(section, corpus, cache)
     path = _tokenizer_path(section, home)
@@ -147,7 +148,7 @@ def obtain_tokenizer(
             with ending("training a tokenizer"), _telling_how_far(sample, used, say) as texts:  # most of it is in native code
                 train_tokenizer(texts, section.vocab_size, path)
             say(f"trained it in {time.monotonic() - started:.1f} s: {path}")
-        tokenizer = load_tokenizer(path, section.encoder)
+        tokenizer = tokenizer_of(path, section)
         if tokenizer.vocab_size != section.vocab_size:
             raise TokenizerError(
                 f"{path} has {tokenizer.vocab_size:,} tokens and tokenizer.vocab_size is {section.vocab_size:,}; "
@@ -159,14 +160,25 @@ def obtain_tokenizer(
     return path, meta
 
 
-def named_tokenizer(section: TokenizerConfig) -> Tokenizer | None:
-    """The tokenizer that `path` names; None: one will be trained. Raises ConfigError when it cannot be read or is of another vocabulary."""
+def tokenizer_of(path: Path, section: TokenizerConfig) -> Tokenizer:
+    """The tokenizer in a file, for this section's encoder; loaded once as long as the file stays what it is. Raises TokenizerError."""
+    there = path.stat() if path.is_file() else None
+    return _loaded(path, section.encoder, there and (there.st_ino, there.st_size, there.st_mtime_ns))
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path, encoder: Any, file: object) -> Tokenizer:
     from picotrain.tokenizer import load_tokenizer
 
+    return load_tokenizer(path, encoder)
+
+
+def named_tokenizer(section: TokenizerConfig) -> Tokenizer | None:
+    """The tokenizer that `path` names; None: one will be trained. Raises ConfigError when it cannot be read or is of another vocabulary."""
     if section.path is None:
         return None
     try:
-        tokenizer = load_tokenizer(_tokenizer_path(section, Path()), section.encoder)
+        tokenizer = tokenizer_of(_tokenizer_path(section, Path()), section)
     except TokenizerError as error:
         raise ConfigError([Problem("tokenizer.path", str(error))]) from error
     if tokenizer.vocab_size != section.vocab_size:

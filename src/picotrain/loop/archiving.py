@@ -15,6 +15,8 @@ from picotrain.errors import ArchiveBehind, RunError
 from picotrain.metrics import METRICS, MetricsFile
 from picotrain.terminal import say
 
+FAILED_CLOSE_S = 30.0  # what an archive gets to finish in when the run ends by an error
+
 
 def start(config: Config, run_dir: Path) -> Archive | None:
     """The archive that a config names, mirroring. Raises RunError for what no later attempt would mend."""
@@ -39,6 +41,12 @@ def record(run_dir: Path, step: int, notes: Sequence[Note]) -> None:
             time_utc = datetime.now(UTC).isoformat(timespec="seconds")
             file.write({"step": step, "kind": "event", "name": note.name, "message": note.message, "time": time_utc})
         file.close()
+
+
+def close(archive: Archive, run_dir: Path, config: Config, step: int) -> None:
+    """After an error; behind `finish` it does nothing but record what the archive has still to tell."""
+    archive.close(min(config.archive.close_s, FAILED_CLOSE_S))
+    record(run_dir, step, archive.poll())
 
 
 def finish(

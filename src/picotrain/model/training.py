@@ -18,9 +18,12 @@ def compute_dtype(precision: str) -> torch.dtype:
     return DTYPES["bf16" if precision == "fp8" else precision]
 
 
-def build(model: Model, vocab_size: int, seq_len: int, precision: str, recompute: Recompute = "none") -> LanguageModel:
-    """The model of a config for training in `precision`, not initialised; parameters and their names are those of `model.build`."""
-    built = model.build(vocab_size, seq_len, compute_dtype(precision))
+def build(
+    model: Model, vocab_size: int, seq_len: int, precision: str, recompute: Recompute = "none", own: LanguageModel | None = None
+) -> LanguageModel:
+    """The model of a config for training in `precision`, not initialised; parameters and their names are those of `model.build`.
+    own: a caller's, made ready instead of it."""
+    built = own if own is not None else model.build(vocab_size, seq_len, compute_dtype(precision))
     if isinstance(built, Decoder):
         if precision == "fp8":
             train_in_float8(built.blocks)

@@ -91,6 +91,11 @@ class Console:
         for label, problem in record["problems"].items():
             self._print(" " * 10, Text(printable(f"{label}: {problem}"), BAD))
 
+    def figures(self, step: int, kind: str, figures: Mapping[str, float]) -> None:
+        """What an evaluation of another package has measured."""
+        fields = [_field(printable(name), f"{value:.4g}") for name, value in figures.items()]
+        self._print(self._step(step), Text("  ").join([Text(printable(kind), LABEL), *fields]))
+
     def sample(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """What the model writes: each prompt, in brackets, then its continuation."""
         self._print(self._step(step), Text("samples", LABEL))

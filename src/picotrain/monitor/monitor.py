@@ -181,6 +181,12 @@ class Monitor:
         if self._console:
             self._console.core(step, clean)
 
+    def figures(self, step: int, kind: str, figures: Mapping[str, float]) -> None:
+        """What an evaluation of another package has measured."""
+        self._emit({"step": step, "kind": kind, **figures})
+        if self._console:
+            self._console.figures(step, kind, figures)
+
     def sample(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """Samples: {"prompt", "text"}, `text` being what the model wrote after the prompt."""
         self._emit({"step": step, "kind": "sample", "samples": [{"prompt": s["prompt"], "text": s["text"]} for s in samples]})
