@@ -91,8 +91,7 @@ def _tokens_per_s(seconds: float) -> dict[str, float]:
     import numpy as np
     import torch
 
-    from picotrain import evaluation
-    from picotrain import plan as planning
+    from picotrain import evaluation, planning
     from picotrain.bench.step import Training
     from picotrain.bench.timing import Clock
     from picotrain.config import compose

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from picotrain.config import Config
 from picotrain.model import Decoder, blocked, build
 from picotrain.model.kernels import TorchKernel
-from picotrain.plan import Plan
+from picotrain.planning import Plan
 
 
 class LiveBytes(TorchDispatchMode):

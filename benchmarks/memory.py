@@ -27,12 +27,12 @@ from typing import Any
 
 from common import script
 
-from picotrain import plan as planning
+from picotrain import planning
 from picotrain import run as runs
 from picotrain.bench import processes
 from picotrain.config import compose
 from picotrain.lock import RunLock
-from picotrain.plan import Plan
+from picotrain.planning import Plan
 from picotrain.worker import run as train
 
 SWITCH = ["false", "true"]

@@ -21,7 +21,7 @@ from common import script
 
 import torch
 
-from picotrain import plan as planning
+from picotrain import planning
 from picotrain.bench.step import Training, config_of
 from picotrain.bench.timing import Clock
 from picotrain.config import Config

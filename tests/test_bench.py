@@ -20,8 +20,7 @@ import pytest
 from conftest import BENCHMARKS, benchmark, picotrain, start
 from test_bundle import write_bundle
 
-from picotrain import bench, hardware, shape
-from picotrain import plan as planning
+from picotrain import bench, hardware, planning, shape
 from picotrain.bench import environment, processes, step, table
 from picotrain.cli import bench as command_module
 from picotrain.cli import main

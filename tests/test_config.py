@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from picotrain import plan as planning
+from picotrain import planning
 from picotrain.config import (
     Config,
     classify_change,

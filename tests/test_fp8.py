@@ -17,7 +17,8 @@ from test_loop import weights
 from test_model import all_weights_acting, ids_of
 from torch import Tensor
 
-from picotrain import hardware, loop, optim, parallel, plan
+from picotrain import hardware, loop, optim, parallel
+from picotrain import planning as plan
 from picotrain import run as runs
 from picotrain.config import Config, compose
 from picotrain.errors import ConfigError
@@ -26,7 +27,7 @@ from picotrain.model.layers import Linear
 from picotrain.models.gpt import GPTConfig
 from picotrain.models.gpt.module import GPT
 from picotrain.optimizers.adamw import AdamWConfig
-from picotrain.plan import fp8
+from picotrain.planning import fp8
 from picotrain.shape import Rates
 from picotrain.signals import StopSignal
 from picotrain.state import load_model_tensors

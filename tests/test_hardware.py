@@ -12,7 +12,8 @@ import pytest
 import torch
 import yaml
 
-from picotrain import hardware, parallel, plan
+from picotrain import hardware, parallel
+from picotrain import planning as plan
 from picotrain import run as runs
 from picotrain.config import compose
 from picotrain.errors import ConfigError

@@ -10,14 +10,15 @@ import pytest
 import torch
 from conftest import BENCHMARKS, benchmark
 
-from picotrain import bench, hardware, plan
+from picotrain import bench, hardware
+from picotrain import planning as plan
 from picotrain.bench import processes
 from picotrain.cli.show import plan_table
 from picotrain.config import Config, compose
 from picotrain.data import stream
 from picotrain.model import blocked, build, loss
-from picotrain.plan import activations, memory
-from picotrain.plan.activations import Step
+from picotrain.planning import activations, memory
+from picotrain.planning.activations import Step
 
 LiveBytes, MEMORY = benchmark("live").LiveBytes, str(BENCHMARKS / "memory.py")
 fast_bf16 = pytest.mark.skipif(not hardware.cpu().fast_bf16, reason="bf16 is emulated on this CPU, hundreds of times slower")

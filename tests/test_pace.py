@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from conftest import picotrain
 
-from picotrain import hardware, plan
+from picotrain import hardware
+from picotrain import planning as plan
 from picotrain.bench.processes import BenchmarkFailed
 from picotrain.cli import commands, estimate
 from picotrain.config import Config, compose
 from picotrain.launch import launch
-from picotrain.plan import Plan, ceilings, pace
-from picotrain.plan.pace import Figure
+from picotrain.planning import Plan, ceilings, pace
+from picotrain.planning.pace import Figure
 
 REPO = Path(__file__).resolve().parent.parent
 RECORDED = pace.read_figures(REPO / "benchmarks" / "results" / "2026-11-25-step-figures.jsonl")[0]

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import lines, picotrain, sentence
 
-from picotrain import hardware, launch
-from picotrain import plan as planning
+from picotrain import hardware, launch, planning
 from picotrain import run as runs
 from picotrain.cli import main
 from picotrain.config import Config, classify_change, compose, diff, dump, load
@@ -23,7 +22,7 @@ from picotrain.data import amounts, sources
 from picotrain.data.mixture import Mixture
 from picotrain.errors import ConfigError, PicotrainError
 from picotrain.hardware import Machine
-from picotrain.plan import repeats
+from picotrain.planning import repeats
 from picotrain.tokenizer import load_tokenizer, train_tokenizer
 
 GPUS = Machine("cuda", "NVIDIA H100 80GB HBM3", 8, 79 * 2**30, 9.0, True, 16)

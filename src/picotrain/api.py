@@ -11,6 +11,8 @@ Mistakes raise PicotrainError with the message that the command would print. Lin
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -20,8 +22,9 @@ from picotrain.config import Config
 from picotrain.config import compose as _compose
 from picotrain.config.schema import SamplingConfig
 from picotrain.config.validate import validate
-from picotrain.errors import ConfigError, Problem
-from picotrain.plan import Plan
+from picotrain.disk import read_json
+from picotrain.errors import ConfigError, PicotrainError, Problem, RunError, Stopped
+from picotrain.planning import Plan
 from picotrain.terminal import say
 
 if TYPE_CHECKING:
@@ -29,6 +32,11 @@ if TYPE_CHECKING:
 
     from picotrain.model import LanguageModel
     from picotrain.tokenizer import Tokenizer
+    from picotrain.worker import Opened
+
+__all__ = [
+    "Config", "ConfigError", "Loaded", "PicotrainError", "Plan", "Trained", "compose", "evaluate", "generate", "load", "plan", "train",
+]  # fmt: skip
 
 
 def compose(*overrides: str, config_dir: str | Path | None = None, config_file: str | Path | None = None) -> Config:
@@ -53,6 +61,49 @@ class Trained:
     status: Literal["finished", "stopped"]
     step: int  # updates done
     summary: dict[str, Any]  # what summary.json says: final_val_bpb, best_val_bpb, smooth_train_loss, ...
+
+
+def train(config: Config, model: nn.Module | None = None) -> Trained:
+    """Train what the config says, or go on with its run, as `picotrain train` does: in this process, or in several that are started and
+    waited for where hardware.nproc_per_node says so. A signal (Ctrl-C) saves and ends it: then the status is "stopped".
+
+    model: a module of your own instead of the one that the config names, see `picotrain.model.adapted`; trained in this process, from the
+    weights that it has. Raises PicotrainError.
+    """
+    from picotrain.launch import Start, launch
+
+    config = runs.resolve(config if model is None else _with_module(config, model), say)
+    code = _train_here(config, model) if model else launch(lambda: Start(config, lambda meeting: _opened(config)))
+    run_dir = Path(config.run.dir or "")
+    if code not in (0, Stopped.exit_code):
+        raise RunError(f"{run_dir}: training ended with exit code {code}; the worker that failed has said why")
+    summary = read_json(run_dir / "summary.json")
+    return Trained(run_dir, "finished" if code == 0 else "stopped", summary["steps_done"], summary)
+
+
+@contextmanager
+def _opened(config: Config) -> Generator[Opened | None]:
+    """The config's run, created or opened again, under its lock; None when it is finished."""
+    from picotrain.lock import RunLock
+    from picotrain.worker import Opened
+
+    run_dir = Path(config.run.dir or "")
+    with RunLock(run_dir):
+        material = runs.open_run(config, [], say)
+        yield Opened(run_dir, material) if material else None
+
+
+def _train_here(config: Config, module: nn.Module) -> int:
+    """Train a module of the user's own in this process; the exit code."""
+    from picotrain import worker
+    from picotrain.model import adapted, compute_dtype
+
+    with _opened(config) as found:
+        if found is None or found.material is None:
+            return 0
+        made = found.material.plan
+        model = adapted(module, made.vocab_size, made.seq_len, compute_dtype(made.precision))
+        return worker.run(found.dir, found.material, model=model)
 
 
 class Loaded(NamedTuple):

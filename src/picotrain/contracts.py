@@ -137,7 +137,7 @@ class Model(Part):
         return flops_per_token(self.dims(), self.parameters(vocab_size), self.windows(seq_len), seq_len)
 
     def kept(self) -> Kept:
-        """What is kept of a token for the backward; picotrain.plan.activations makes bytes of it."""
+        """What is kept of a token for the backward; picotrain.planning.activations makes bytes of it."""
         raise NotImplementedError
 
     @property

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import ValidationError
 
-from picotrain import __version__, checkout, hardware
-from picotrain import plan as planning
+from picotrain import __version__, checkout, hardware, planning
 from picotrain.config import Config, dump, load, places
 from picotrain.config.identity import classify_change, diff
 from picotrain.data import amounts, counts, sources
@@ -31,9 +30,9 @@ from picotrain.data import recorded as recorded_data
 from picotrain.data.mixture import Mixture
 from picotrain.disk import is_own_json, parse_json, read_plain, write_json, write_whole
 from picotrain.errors import ConfigError, DataError, Problem, RunError
-from picotrain.plan import Plan, fp8, repeats
-from picotrain.plan.resolve import cache_dir
-from picotrain.plan.resolve import resolve as resolve
+from picotrain.planning import Plan, fp8, repeats
+from picotrain.planning.resolve import cache_dir
+from picotrain.planning.resolve import resolve as resolve
 
 if TYPE_CHECKING:
     from picotrain.evaluation.bundle import Bundle

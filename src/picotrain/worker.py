@@ -29,7 +29,7 @@ from picotrain.config.schema import Config, HardwareConfig
 from picotrain.errors import LaunchError, OutOfMemory, PicotrainError, Stopped
 from picotrain.lock import RunLock
 from picotrain.meeting import Meeting
-from picotrain.plan import lighter_settings
+from picotrain.planning import lighter_settings
 from picotrain.run import Material, read_plan, require_run
 from picotrain.signals import StopSignal, ending
 from picotrain.terminal import say

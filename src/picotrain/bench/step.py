@@ -26,14 +26,13 @@ from typing import Any
 
 import torch
 
-from picotrain import optim
-from picotrain import plan as planning
+from picotrain import optim, planning
 from picotrain import run as runs
 from picotrain.bench import environment, matmul, processes
 from picotrain.bench.timing import Clock, peak_rss_bytes
 from picotrain.config import Config, compose
 from picotrain.model import Names, build, compute_dtype
-from picotrain.plan import pace
+from picotrain.planning import pace
 from picotrain.worker import set_up_process
 
 

@@ -27,7 +27,7 @@ from picotrain.config.keys import nearest
 from picotrain.disk import is_own_json, write_whole
 from picotrain.errors import PicotrainError
 from picotrain.hardware import Machine
-from picotrain.plan import pace
+from picotrain.planning import pace
 from picotrain.terminal import Printer, is_terminal, rich_console
 from picotrain.text import clock
 

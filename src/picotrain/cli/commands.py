@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from picotrain.cli.estimate import Command
     from picotrain.launch import Start
     from picotrain.meeting import Meeting
-    from picotrain.model import LanguageModel
     from picotrain.worker import Opened
 
 
@@ -153,7 +152,7 @@ def show_plan(overrides: Sequence[str], config_file: Path | None, config_dir: Pa
         print(json.dumps(plan.model_dump(mode="json"), indent=2))
         return
     from picotrain.cli.show import plan_table
-    from picotrain.plan import ceilings, pace
+    from picotrain.planning import ceilings, pace
 
     plan_table(plan, pace.hint(plan, config), ceilings.is_here(config))
 
@@ -180,28 +179,9 @@ def evaluate(run: Path, which: str, hf: Path | None, **options: Any) -> int:
     return as_rank(work)
 
 
-def load_model(run: Path, which: str) -> tuple[runs.Material, LanguageModel, Path]:
-    """A run's material and its model with a checkpoint's weights, verified, in evaluation mode on the run's device; on that of this
-    rank where torchrun has started several, and nothing on another's."""
-    from picotrain import checkpoint, hardware, parallel
-    from picotrain.model import compute_dtype
-    from picotrain.state import load_model_tensors
-    from picotrain.worker import set_up_process
-
-    material = runs.read_material(run)
-    plan = material.plan
-    here = plan.device in ("cpu", hardware.detect().device)  # a run of a GPU node can be looked at on a laptop
-    device = plan.device if here else "cpu"
-    set_up_process(material.config.hardware.model_copy(update={"device": device, "threads": None}))  # this machine's, shared by its ranks
-    path = checkpoint.find(run / "checkpoints", which)
-    checkpoint.verify(path)
-    model = material.config.model.build(plan.vocab_size, plan.seq_len, compute_dtype(plan.precision if here else "fp32"))
-    load_model_tensors(model, checkpoint.load_tensors(path, "model"))
-    return material, model.to(parallel.place(device)).eval(), path
-
-
 def sample(run: Path, prompt: str, which: str, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> None:
     """Stream a continuation to standard output."""
+    from picotrain.api import load_model
     from picotrain.config.schema import SamplingConfig
     from picotrain.sampling import stream_text
 

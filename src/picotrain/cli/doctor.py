@@ -10,8 +10,7 @@ from typing import TypeVar
 
 from rich.text import Text
 
-from picotrain import hardware
-from picotrain import plan as planning
+from picotrain import hardware, planning
 from picotrain import run as runs
 from picotrain.cli import announced, rehearsal
 from picotrain.cli.commands import resolved

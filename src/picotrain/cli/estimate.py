@@ -14,15 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from picotrain import hardware
-from picotrain import plan as planning
+from picotrain import hardware, planning
 from picotrain import run as runs
 from picotrain.bench.processes import BenchmarkFailed, lines
 from picotrain.cli import say
 from picotrain.config import Config, compose
 from picotrain.config.schema import HORIZONS
 from picotrain.errors import PicotrainError
-from picotrain.plan import Plan, ceilings, pace
+from picotrain.planning import Plan, ceilings, pace
 from picotrain.text import duration
 
 SHORT_FLOPS = 2e12  # of training: a minute or so on the slowest machine, and not worth a measurement that takes seconds

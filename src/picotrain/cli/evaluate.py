@@ -26,10 +26,10 @@ import torch
 from picotrain import evaluation, invocation, parallel, sampling
 from picotrain import ranks as ranks_
 from picotrain import run as runs
+from picotrain.api import load_model
 from picotrain.cli import checks, say
 from picotrain.cli.bars import bars
 from picotrain.cli.checks import Options as Options
-from picotrain.cli.commands import load_model
 from picotrain.cli.subjects import checkpoint_key, folder_key
 from picotrain.data.origins import validation_documents, validation_origins
 from picotrain.data.stream import validation_rows

@@ -7,7 +7,7 @@ from picotrain.cli.estimate import told_by
 from picotrain.config import Config
 from picotrain.data.corpus import Corpus
 from picotrain.data.units import default_unit_bytes, units
-from picotrain.plan import Plan
+from picotrain.planning import Plan
 from picotrain.terminal import Printer
 from picotrain.text import brief, duration, several, short, size
 

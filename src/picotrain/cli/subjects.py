@@ -173,7 +173,7 @@ def load(given: Given, home: Path) -> Loaded:
 
 def _load_run(given: Given, run: Path) -> Loaded:
     from picotrain import sampling
-    from picotrain.cli.commands import load_model
+    from picotrain.api import load_model
     from picotrain.evaluation.subject import RunModel
 
     material, model, path = load_model(run, str(given.step))

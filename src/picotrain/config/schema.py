@@ -2,7 +2,7 @@
 
 A config holds data, never code: replaceable parts are chosen by their `kind`, and bring their keys (`picotrain.contracts`).
 `schema_of` gives the schema with the parts that a config names.
-`auto` values are decided once, before config.yaml is written (see `picotrain.plan.decide`).
+`auto` values are decided once, before config.yaml is written (see `picotrain.planning.decide`).
 Units stand in the names: `_tokens`, `_bytes`, `_s`. A rule that ties keys of one section together
 is checked by that section's `_check`, so that no object of these classes contradicts itself.
 """
@@ -93,7 +93,7 @@ class DataConfig(Part):
     mixture: tuple[MixtureSource, ...] = ()  # kind=mixture
     repo_id: Text | None = None  # kind=hub: data set on the Hugging Face Hub
     file_pattern: Text | None = None  # kind=hub: e.g. "shard_{index:05d}.parquet"
-    num_shards: Size | None = None  # kind=hub: training shards to fetch; null: what the horizon needs (picotrain.plan.resolve)
+    num_shards: Size | None = None  # kind=hub: training shards to fetch; null: what the horizon needs (picotrain.planning.resolve)
     shard_text_bytes: Positive | None = None  # kind=hub: text in a shard, about
     max_shards: Annotated[int, Field(ge=2, le=2**20), Number] | None = None  # kind=hub: shards there are, the validation shard included
     val_shard: Text | None = None  # file name of the validation shard; null: the last one

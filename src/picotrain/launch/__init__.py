@@ -14,7 +14,7 @@ from picotrain.errors import OutOfMemory
 from picotrain.launch.nodes import preparing
 from picotrain.lock import RunLock as RunLock
 from picotrain.meeting import Meeting
-from picotrain.plan import halved
+from picotrain.planning import halved
 from picotrain.run import read_plan
 from picotrain.terminal import say
 from picotrain.worker import Opened

@@ -22,7 +22,7 @@ from picotrain.model import LanguageModel, Names
 from picotrain.model import build as build_model
 from picotrain.monitor import Monitor, events, profiler
 from picotrain.parallel import Parallel, Watchdog, peak_memory
-from picotrain.plan import Plan
+from picotrain.planning import Plan
 from picotrain.signals import StopSignal
 from picotrain.state import TrainState
 from picotrain.tokenizer import Tokenizer

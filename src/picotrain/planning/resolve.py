@@ -22,7 +22,7 @@ from picotrain.data.folder import is_text
 from picotrain.data.prepare import Say, silent
 from picotrain.errors import ConfigError, DataError, Problem
 from picotrain.places import expanded
-from picotrain.plan.memory import facts, total_batch
+from picotrain.planning.memory import facts, total_batch
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
 COMPILE_FLOPS = 3e13  # of training on a CPU from which on torch.compile is taken: about a minute, of which it wins back what it takes

@@ -2,7 +2,7 @@
 
 Figures are lines as the benchmark prints them, with what `setting` adds; the benchmark appends them to figures.jsonl in the cache folder.
 
-Where there is none, the matmul ceiling of this machine stands in (`picotrain.plan.ceilings`), with a rest as it was elsewhere; for
+Where there is none, the matmul ceiling of this machine stands in (`picotrain.planning.ceilings`), with a rest as it was elsewhere; for
 a GPU whose peak is known, a share of that. The optimizer comes once a step. A validation is the forward of its tokens: a third of what
 training on them takes. How near it comes: docs/performance.md.
 """
@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from picotrain import hardware
 from picotrain.config.schema import Config
 from picotrain.disk import parse_json, read_plain
-from picotrain.plan import ceilings
+from picotrain.planning import ceilings
 from picotrain.text import flops as flops_text
 
 if TYPE_CHECKING:
-    from picotrain.plan import Plan
+    from picotrain.planning import Plan
 
 FILE = "figures.jsonl"
 ASSUMED_MFU = 0.40  # for the time and cost of hardware that has no figures but whose peak is known; shown as an assumption

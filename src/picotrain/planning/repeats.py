@@ -9,7 +9,7 @@ from picotrain.data.amounts import Amount
 from picotrain.text import size
 
 if TYPE_CHECKING:
-    from picotrain.plan import Plan
+    from picotrain.planning import Plan
 
 WARNING_EPOCHS = 4.0  # repeating up to about 4 times costs little (arXiv:2305.16264)
 

@@ -27,8 +27,8 @@ from picotrain.data.shares import Sharing
 from picotrain.data.units import COUNT_BYTES, WINDOW_SHARDS, default_lanes, default_unit_bytes
 from picotrain.disk import write_whole
 from picotrain.errors import ConfigError, DataError
-from picotrain.plan import fp8, pace, repeats
-from picotrain.plan.memory import (
+from picotrain.planning import fp8, pace, repeats
+from picotrain.planning.memory import (
     MEMORY_SHARE,
     checkpoint_bytes,
     data_bytes,
@@ -41,8 +41,8 @@ from picotrain.plan.memory import (
     staging_bytes,
     total_batch,
 )
-from picotrain.plan.problems import attention_problems, batch_problems, lane_problems, nearest, profiler_problems, total_problems
-from picotrain.plan.resolve import choose_data, decide, estimate_bytes_per_token, horizon_tokens, resolve
+from picotrain.planning.problems import attention_problems, batch_problems, lane_problems, nearest, profiler_problems, total_problems
+from picotrain.planning.resolve import choose_data, decide, estimate_bytes_per_token, horizon_tokens, resolve
 from picotrain.text import several, size
 
 __all__ = [
@@ -111,12 +111,12 @@ class Plan(BaseModel):
     checkpoint_bytes: int
     staging_bytes: int = 0  # host memory that rank 0 keeps for saving in the background, on a CPU part of the next
     predicted_memory_bytes: int  # per rank, an estimate
-    predicted_memory: dict[str, int] = {}  # the same by part (picotrain.plan.memory.Memory)
+    predicted_memory: dict[str, int] = {}  # the same by part (picotrain.planning.memory.Memory)
     predicted_step_ms: float | None = None
-    predicted_by: Literal["measured", "assumed"] | None = None  # None: no time can be told (picotrain.plan.pace)
+    predicted_by: Literal["measured", "assumed"] | None = None  # None: no time can be told (picotrain.planning.pace)
     predicted_from: str = ""  # which figures, or what is assumed, or what is missing
     predicted_eval_s: float | None = None  # seconds of one validation
-    predicted_hours: float | None = None  # of all steps and validations (picotrain.plan.pace.seconds_left)
+    predicted_hours: float | None = None  # of all steps and validations (picotrain.planning.pace.seconds_left)
     predicted_cost: float | None = None  # dollars
     notes: list[str] = []
 

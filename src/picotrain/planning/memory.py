@@ -13,11 +13,11 @@ from picotrain import shape
 from picotrain.config.schema import LEAST_SEQ_LEN, Config
 from picotrain.data.mixture import Mixture
 from picotrain.data.units import default_lanes, default_unit_bytes
-from picotrain.plan.activations import FP32, Step
+from picotrain.planning.activations import FP32, Step
 from picotrain.text import size
 
 if TYPE_CHECKING:
-    from picotrain.plan import Plan
+    from picotrain.planning import Plan
 
 MEMORY_SHARE = 0.85  # of a device's memory that a prediction may fill
 CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a larger micro-batch no longer raises a CPU's speed, it only takes memory
