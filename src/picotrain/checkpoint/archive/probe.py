@@ -17,7 +17,7 @@ from picotrain.config.places import HERE, overlap, redacted, scheme_of
 from picotrain.data.remote.errors import Cancelled, Transient
 from picotrain.errors import DataError, RunError
 
-CHECK_S = 3.0  # the start of the run asks again, and for longer
+CHECK_S = 5.0  # the start of the run asks again, and for longer
 
 
 def check(url: str, run_dir: Path) -> None:
@@ -56,15 +56,17 @@ def probe(url: str, run_dir: Path) -> str:
 
 @contextmanager
 def _opened(url: str, run_dir: Path, limit_s: float) -> Iterator[Remote]:
-    """The store, which is asked for so long at most. DataError becomes RunError."""
+    """The store, which is asked for so long at most. To import what speaks its protocol does not count: on a busy machine that alone
+    takes seconds. DataError becomes RunError."""
+    if how := overlap(url, run_dir):
+        raise RunError(f"archive {redacted(url)} {how}, {run_dir}; a folder elsewhere would be right")
     stop = threading.Event()
     timer = threading.Timer(limit_s, stop.set)
     timer.daemon = True
-    timer.start()
     try:
-        if how := overlap(url, run_dir):
-            raise RunError(f"archive {redacted(url)} {how}, {run_dir}; a folder elsewhere would be right")
-        yield open_remote(url, stop)
+        remote = open_remote(url, stop)
+        timer.start()
+        yield remote
     except DataError as error:
         raise RunError(f"archive {error}") from error
     finally:
