@@ -62,6 +62,11 @@ def test_the_numbers_that_the_plan_repeats_are_those_of_the_code():
         ("model.smear=true",),
         ("model.logit_softcap=null",),
         ("model.logit_softcap=100",),
+        ("model.kind=llama",),
+        ("model.kind=llama", "model.n_kv_heads=1", "model.qk_norm=true"),
+        ("model.kind=llama", "model.tie_embeddings=true"),
+        ("model.kind=llama", "model.qk_norm=true", "hardware.recompute=selective"),
+        ("model.kind=llama", "hardware.recompute=full"),
     ],
     ids=lambda words: " ".join(words) or "plain",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 # Each group with its choices, the usual first. {1,8}x{a,b}: every one of them.
 GROUP_CHOICES = {
-    "model": "d2 d4 d6 d8 d12 d16 d20 d24 d26 d32",
+    "model": "d2 d4 d6 d8 d12 d16 d20 d24 d26 d32 llama_d4 llama_d12",
     "data": "auto pystdlib files mixture climbmix fineweb_edu",
     "tokenizer": "bpe",
     "optimizer": "adamw muon",
