@@ -11,7 +11,7 @@ import torch
 from conftest import BENCHMARKS, benchmark
 
 from picotrain import bench, hardware
-from picotrain import planning as plan
+from picotrain import planning as planning as plan
 from picotrain.bench import processes
 from picotrain.cli.show import plan_table
 from picotrain.config import Config, compose
@@ -63,6 +63,11 @@ def test_the_numbers_that_the_plan_repeats_are_those_of_the_code():
         ("model.smear=true",),
         ("model.logit_softcap=null",),
         ("model.logit_softcap=100",),
+        ("model.kind=llama",),
+        ("model.kind=llama", "model.n_kv_heads=1", "model.qk_norm=true"),
+        ("model.kind=llama", "model.tie_embeddings=true"),
+        ("model.kind=llama", "model.qk_norm=true", "hardware.recompute=selective"),
+        ("model.kind=llama", "hardware.recompute=full"),
     ],
     ids=lambda words: " ".join(words) or "plain",
 )

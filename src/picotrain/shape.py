@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from picotrain.errors import Problem
+
 REFERENCE_WIDTH = 768
 REFERENCE_BATCH_TOKENS = 2**19
 REFERENCE_PARAMS = 12 * 12 * 768**2 + 32_768 * 768  # matrices and head at depth 12
@@ -70,6 +72,30 @@ class Rates:
     head_lr: float
     weight_decay: float
     scalar_lr: float = 0.0
+
+
+def default_width(depth: int, head_dim: int) -> int:
+    """64 x depth, rounded up to a whole number of heads."""
+    return math.ceil(64 * depth / head_dim) * head_dim
+
+
+def windows(pattern: str, depth: int, seq_len: int) -> tuple[int, ...]:
+    """Each layer's attention window by a pattern that repeats: L sees the whole row, S half of it; the last layer is always L."""
+    sizes = [seq_len if pattern[i % len(pattern)] == "L" else seq_len // 2 for i in range(depth)]
+    return (*sizes[:-1], seq_len)
+
+
+def head_problems(d: Dims, n_kv_heads: int | None) -> list[Problem]:
+    """What is wrong with a width that is no whole number of heads, or with key-value heads that do not divide the query heads."""
+    if d.width % d.head_dim:
+        below = d.width // d.head_dim * d.head_dim
+        nearest = f"{below} or {below + d.head_dim}" if below else str(d.head_dim)
+        return [Problem("model.width", f"must be a multiple of model.head_dim={d.head_dim}, not {d.width}", f"nearest: {nearest}")]
+    if n_kv_heads and d.n_heads % n_kv_heads:
+        rule = f"must divide the {d.n_heads} heads (width {d.width} / head_dim {d.head_dim}), and {n_kv_heads} does not"
+        valid = ", ".join(str(n) for n in range(1, d.n_heads + 1) if d.n_heads % n == 0)
+        return [Problem("model.n_kv_heads", rule, f"valid: {valid}")]
+    return []
 
 
 def default_seq_len(depth: int) -> int:

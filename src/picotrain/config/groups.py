@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from picotrain import parts
-from picotrain.config.keys import nearest
+from picotrain.config.keys import nearest, owners
 from picotrain.errors import Problem
 
 GROUPS = ("model", "data", "tokenizer", "optimizer", "schedule", "cadence", "hardware", "parallel", "logger", "experiment")
@@ -35,6 +35,14 @@ def unknown_choice(group: str, choice: str, config_dir: Path | None = None) -> P
     near = nearest(choice, known)
     hint = (f"nearest: {', '.join(near)}; " if near else "") + f"all: {', '.join(known)}"
     return Problem(f"{group}={choice}", f"no such choice in group '{group}'", hint)
+
+
+def of_another_kind(key: str, kind: str, hint: str = "") -> Problem:
+    """The problem of a key that only parts of other kinds have. hint: what would be right; "": to choose one of those."""
+    section, others = key.partition(".")[0], owners(key)
+    rule = f"is read for {section}.kind={' or '.join(others)} only, and this is {kind}"
+    named = section if others[0] in choices(section) else f"{section}.kind"  # a choice brings what its kind needs
+    return Problem(key, rule, hint or f"add {named}={others[0]}")
 
 
 def check_config_dir(config_dir: Path) -> list[Problem]:

@@ -202,14 +202,6 @@ def unknown_key(key: str, groups: Iterable[str] = (), schema: type[Config] | Non
     return Problem(key, "there is no such key", f"{section} has {', '.join(inside)}" if inside else f"sections: {', '.join(all_sections)}")
 
 
-def of_another_kind(key: str, kind: str, hint: str = "") -> Problem:
-    """The problem of a key that only parts of other kinds have. hint: what would be right; "": to choose one of those."""
-    section = key.partition(".")[0]
-    others = owners(key)
-    rule = f"is read for {section}.kind={' or '.join(others)} only, and this is {kind}"
-    return Problem(key, rule, hint or f"add {section}={others[0]}")
-
-
 def _meant(key: str, groups: Iterable[str], known: Iterable[str], all_sections: Sequence[str]) -> list[str]:
     section, _, last = key.rpartition(".")
     by_last = {leaf.rpartition(".")[2]: leaf for leaf in known}

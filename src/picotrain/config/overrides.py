@@ -12,8 +12,8 @@ import yaml
 
 from picotrain import parts
 from picotrain.config.elsewhere import NOTHING, exact
-from picotrain.config.groups import GROUPS, choices, unknown_choice
-from picotrain.config.keys import Leaf, leaves, nearest, of_another_kind, owners, shown, unknown_key
+from picotrain.config.groups import GROUPS, choices, of_another_kind, unknown_choice
+from picotrain.config.keys import Leaf, leaves, nearest, owners, shown, unknown_key
 from picotrain.config.schema import HORIZONS, ROOMS, Config, section_class, two_horizons
 from picotrain.errors import Problem
 

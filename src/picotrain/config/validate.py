@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from picotrain import parts
-from picotrain.config.groups import choices
-from picotrain.config.keys import leaves, nearest, of_another_kind, owners, rule, sections, shown, unknown_key
+from picotrain.config.groups import choices, of_another_kind
+from picotrain.config.keys import leaves, nearest, owners, rule, sections, shown, unknown_key
 from picotrain.config.schema import ROOMS, Config, EvaluationConfig, evaluation_of, kinds_of, part_of, schema_of, section_class
 from picotrain.errors import ConfigError, Problem
 from picotrain.section import Section

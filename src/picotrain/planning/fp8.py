@@ -21,6 +21,10 @@ def problems(config: Config, d: shape.Dims, micro_tokens: int) -> list[Problem]:
         unit = math.lcm(wanted, d.head_dim)
         choices = sorted({max(unit, d.width // unit * unit), -(-d.width // unit) * unit})
         found.append(Problem("model.width", f"{rule}, and the width is {d.width}", f"nearest: {' or '.join(map(str, choices))}"))
+    elif d.mlp_width % wanted:
+        choices = sorted({max(wanted, d.mlp_width // wanted * wanted), -(-d.mlp_width // wanted) * wanted})
+        text = f"{rule}, and the MLP is {d.mlp_width} wide"
+        found.append(Problem("model.mlp_width", text, f"nearest: {' or '.join(map(str, choices))}"))
     if (kv_width := d.n_kv_heads * d.head_dim) % wanted and d.n_kv_heads < d.n_heads:
         text = f"{rule}, and keys and values are {d.n_kv_heads} x {d.head_dim} = {kv_width} wide"
         found.append(Problem("model.n_kv_heads", text, f"another number of heads, or a model.head_dim that {wanted} divides"))

@@ -64,11 +64,13 @@ def predict(config: Config, d: shape.Dims, params: shape.Parameters, device_batc
     buckets = whole if _world_size(config) > 1 else 0  # of DDP: gradients live in them, but for those of accumulation
     kept, state = step.layers(), checkpoint_bytes(config, params) - whole
     one_layer = kept // d.depth + step.recomputed_layer() + step.backward()
-    last_gradients = FP32 * (params.embedding + params.value_embeds)  # are made whole, beside those that they are added to
+    tied = not params.embedding
+    last_gradients = FP32 * params.value_embeds + (head if tied else FP32 * params.embedding)  # are made whole, beside what they add to
+    summed = 2 * head if tied else 0  # the gradients of a table that was looked up in and was the head, beside their sum
     phases = [
         Memory(whole, state, accumulated + buckets, kept, step.head_gradients() + step.logits()),
         Memory(whole, state, accumulated + buckets, kept + step.recomputed_layer() + step.backward(), step.head_gradients() + head),
-        Memory(whole, state, whole + (last_gradients if accumulated else 0) + (buckets if accumulated else 0), one_layer, 0),
+        Memory(whole, state, whole + summed + (last_gradients + buckets if accumulated else 0), one_layer, 0),
         Memory(whole, state + config.optimizer.step_bytes(params, step.value, _world_size(config)), whole, 0, 0),
     ]
     if config.hardware.device == "cpu":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, StrictBool
@@ -10,7 +9,7 @@ from pydantic import Field, StrictBool
 from picotrain.contracts import Model
 from picotrain.errors import Problem
 from picotrain.section import Number, PositiveFloat, Size
-from picotrain.shape import Dims, Kept, Parameters, pad_vocab
+from picotrain.shape import Dims, Kept, Parameters, default_width, head_problems, pad_vocab, windows
 
 if TYPE_CHECKING:
     import torch
@@ -73,10 +72,7 @@ class GPTConfig(Model):
         )
 
     def windows(self, seq_len: int) -> tuple[int, ...]:
-        """L sees the whole row, S half of it; the last layer is always L."""
-        pattern = self.window_pattern
-        sizes = [seq_len if pattern[i % len(pattern)] == "L" else seq_len // 2 for i in range(self.depth)]
-        return (*sizes[:-1], seq_len)
+        return windows(self.window_pattern, self.depth, seq_len)
 
     def gate_channels(self) -> int:
         """How many channels of a hidden state the gates of value embeddings and smear look at: a few are as good as all."""
@@ -110,21 +106,3 @@ class GPTConfig(Model):
         from picotrain.models.gpt.module import GPT
 
         return GPT(self, vocab_size, seq_len, dtype)
-
-
-def default_width(depth: int, head_dim: int) -> int:
-    """64 x depth, rounded up to a whole number of heads."""
-    return math.ceil(64 * depth / head_dim) * head_dim
-
-
-def head_problems(d: Dims, n_kv_heads: int | None) -> list[Problem]:
-    """What is wrong with a width that is no whole number of heads, or with key-value heads that do not divide the query heads."""
-    if d.width % d.head_dim:
-        below = d.width // d.head_dim * d.head_dim
-        nearest = f"{below} or {below + d.head_dim}" if below else str(d.head_dim)
-        return [Problem("model.width", f"must be a multiple of model.head_dim={d.head_dim}, not {d.width}", f"nearest: {nearest}")]
-    if n_kv_heads and d.n_heads % n_kv_heads:
-        rule = f"must divide the {d.n_heads} heads (width {d.width} / head_dim {d.head_dim}), and {n_kv_heads} does not"
-        valid = ", ".join(str(n) for n in range(1, d.n_heads + 1) if d.n_heads % n == 0)
-        return [Problem("model.n_kv_heads", rule, f"valid: {valid}")]
-    return []
