@@ -262,10 +262,6 @@ def _fail(error: Exception) -> int:
         say(f"picotrain: {error}")
     else:
         say("".join(traceback.format_exception(error)).rstrip())
-    return _exit_code(error)
-
-
-def _exit_code(error: Exception) -> int:
     return error.exit_code if isinstance(error, PicotrainError) else 1
 
 
