@@ -44,6 +44,8 @@ class RunLock:
 
         A start that died leaves workers for the moment it takes them to notice: those are waited for.
         """
+        if self._file is not None:  # shared
+            return self
         file = self._open()
         if not _is_own(file):
             file.close()
