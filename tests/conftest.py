@@ -17,6 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from picotrain import terminal
+
+terminal.print_log()  # as commands do: what tests call in their own process is printed, too
+
 # Two test processes share the cores, and a thread that spins at a barrier keeps the core from the one it waits for: the suite's slowest
 # tests took five times as long. Read when torch is loaded, here and in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -18,7 +18,7 @@ from test_model import all_weights_acting, ids_of
 from torch import Tensor
 
 from picotrain import hardware, loop, optim, parallel
-from picotrain import planning as planning as plan
+from picotrain import planning as plan
 from picotrain import run as runs
 from picotrain.config import Config, compose
 from picotrain.errors import ConfigError

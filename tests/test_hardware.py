@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from picotrain import hardware, parallel
-from picotrain import planning as planning as plan
+from picotrain import planning as plan
 from picotrain import run as runs
 from picotrain.config import compose
 from picotrain.errors import ConfigError

@@ -150,9 +150,9 @@ def test_one_process_runs_in_the_callers_own_under_the_lock(tmp_path: Path, monk
         return 75
 
     monkeypatch.setattr(worker, "run", in_process)
-    with RunLock(tmp_path):  # reentrant
-        assert launch(lambda: a_start(tmp_path, 1, LaunchConfig())) == 75
-        assert launch(lambda: a_start(tmp_path, 1, LaunchConfig())) == 75
+    assert launch(lambda: a_start(tmp_path, 1, LaunchConfig())) == 75
+    with RunLock(tmp_path), pytest.raises(RunError, match=f"pid {os.getpid()}"):  # nor twice in one process
+        launch(lambda: a_start(tmp_path, 1, LaunchConfig()))
 
 
 def python(script: str, *arguments: object) -> subprocess.Popen[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import math
 import shutil
 import signal
 import time
@@ -21,7 +22,8 @@ from picotrain import checkpoint, hardware, loop, ranks, worker
 from picotrain import run as runs
 from picotrain.checkpoint.folder import describe
 from picotrain.cli import commands
-from picotrain.errors import ConfigError
+from picotrain.errors import ConfigError, RunError
+from picotrain.model import LanguageModel
 from picotrain.models.gpt import module
 from picotrain.monitor import events
 from picotrain.run import open_run, read_material, read_plan
@@ -316,3 +318,32 @@ def test_a_state_of_another_step_or_of_other_rows_is_refused(finished: Path, tmp
     (path / "manifest.json").write_text(json.dumps(manifest))
     done = picotrain("resume", str(run_dir), "train.max_steps=14")
     assert done.returncode == 2 and "row 104, where 12 steps of 8 rows were trained" in done.stderr
+
+
+class Bigrams(LanguageModel):
+    """Which token follows which."""
+
+    def __init__(self, vocab_size: int, seq_len: int):
+        super().__init__()
+        self.vocab_size, self.seq_len = vocab_size, seq_len
+        self.embed = torch.nn.Embedding(vocab_size, vocab_size)
+        torch.nn.init.zeros_(self.embed.weight)
+
+    def forward(self, ids: torch.Tensor, targets: torch.Tensor | None = None, reduction: Any = "mean") -> torch.Tensor:
+        logits = self.embed(ids)
+        if targets is None:
+            return logits
+        found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+        return found if reduction == "mean" else found.view_as(targets)
+
+
+def test_a_callers_own_model_is_trained_from_the_weights_that_it_has(tmp_path: Path, tiny):
+    run = tmp_path / "run"
+    material = open_run(commands.resolved(tiny(run, "train.max_steps=20"), None, None), [], print)
+    assert material
+    own = Bigrams(material.plan.vocab_size, material.plan.seq_len)
+    assert worker.run(run, material, model=own) == 0
+    assert losses(run)[0] == pytest.approx(math.log(own.vocab_size)) and losses(run)[-1] < losses(run)[0]
+    assert torch.equal(weights(run)["embed.weight"], own.embed.weight)
+    with pytest.raises(RunError, match="seq_len is 16"):
+        worker.run(run, material, model=Bigrams(own.vocab_size, 16))

@@ -11,7 +11,7 @@ import torch
 from conftest import BENCHMARKS, benchmark
 
 from picotrain import bench, hardware
-from picotrain import planning as planning as plan
+from picotrain import planning as plan
 from picotrain.bench import processes
 from picotrain.cli.show import plan_table
 from picotrain.config import Config, compose

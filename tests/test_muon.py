@@ -372,7 +372,7 @@ def test_two_processes_train_like_one(tmp_path: Path, tiny):
 
 
 def test_the_rate_of_the_matrices_is_the_same_for_every_width_and_batch_and_a_checkpoint_has_one_moment_of_them(tiny, tmp_path: Path):
-    from picotrain import planning as planning as plan
+    from picotrain import planning as plan
 
     def made(*words: str) -> plan.Plan:
         return plan.make(plan.decide(compose([*tiny(tmp_path), *words])), "x")

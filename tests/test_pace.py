@@ -10,7 +10,7 @@ import pytest
 from conftest import picotrain
 
 from picotrain import hardware
-from picotrain import planning as planning as plan
+from picotrain import planning as plan
 from picotrain.bench.processes import BenchmarkFailed
 from picotrain.cli import commands, estimate
 from picotrain.config import Config, compose

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from picotrain import hardware
-from picotrain import planning as planning as plan
+from picotrain import planning as plan
 from picotrain import run as runs
 from picotrain.config import Config, compose
 from picotrain.data.corpus import Corpus, RowGroup, Shard

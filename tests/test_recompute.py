@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from picotrain import planning as planning as plan
+from picotrain import planning as plan
 from picotrain.cli import show
 from picotrain.config import compose
 from picotrain.config.identity import classify_change

@@ -268,3 +268,37 @@ def test_a_desktop_opens_the_report_and_ssh_does_not(here: Path, monkeypatch: py
     assert invocation.opening(here / "report.html") == f"{program} report.html"
     monkeypatch.setenv("SSH_CONNECTION", "1")
     assert invocation.opening(here / "report.html") == ""
+
+
+# -- other programs
+
+IMPORTED = """
+import logging, sys
+from pathlib import Path
+{setting}
+from picotrain import run as runs, worker
+from picotrain.config import compose
+from picotrain.terminal import say
+say("WARNING: mind the step")
+config = runs.resolve(compose(sys.argv[2:]), say)
+run_dir = Path(config.run.dir)
+worker.run(run_dir, runs.open_run(config, [], say))
+"""
+
+
+@pytest.mark.parametrize(
+    "setting", ["", "logging.basicConfig(filename=sys.argv[1], level='INFO', format='%(levelname)s %(name)s|%(message)s')"]
+)
+def test_a_program_that_imports_picotrain_gets_its_lines_from_logging(setting: str, tmp_path: Path, tiny) -> None:
+    words = tiny(tmp_path / "run", "train.max_steps=2", "train.eval_every=0", f"run.cache_dir={tmp_path / 'cache'}")
+    command = [sys.executable, "-c", IMPORTED.format(setting=setting), str(tmp_path / "log"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and len(lines(tmp_path / "run", "train")) == 2
+    if not setting:
+        assert done.stderr == "WARNING: mind the step\n"  # Python's own: warnings, plain
+        return
+    assert done.stderr == ""
+    logged = (tmp_path / "log").read_text()
+    assert "WARNING picotrain|WARNING: mind the step" in logged and "INFO picotrain|training a tokenizer" in logged
+    assert "INFO picotrain.run|2/2  loss " in logged and "picotrain sample " in logged and "\x1b" not in logged

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, TextIO
 
 from picotrain.disk import is_at, no_link
 from picotrain.errors import RunError
@@ -23,7 +23,7 @@ OPENING_TRIES = 20  # against starts that fail at the same moment and take the f
 
 
 class RunLock:
-    """A flock on RUN/.lock: taken exclusively to get in, held shared while in. Reentrant within a process.
+    """A flock on RUN/.lock: taken exclusively to get in, held shared while in.
 
     The workers share it with their launcher (`share`), so it is free exactly when the last process that could write is
     gone, however it ended: the kernel releases it. The file says who came in last: {"pid", "host", "since"}.
@@ -32,8 +32,6 @@ class RunLock:
     made: the file, and the folders that were not there before. It does so while it has the lock exclusively. Whoever has meanwhile opened
     the file that goes sees, once it has the lock, that the path leads to another one, and begins anew.
     """
-
-    _held: ClassVar[set[Path]] = set()
 
     def __init__(self, run_dir: Path):
         self.path = run_dir.absolute() / LOCK_FILE
@@ -46,7 +44,7 @@ class RunLock:
 
         A start that died leaves workers for the moment it takes them to notice: those are waited for.
         """
-        if self.path in self._held:
+        if self._file is not None:  # shared
             return self
         file = self._open()
         if not _is_own(file):
@@ -90,7 +88,6 @@ class RunLock:
             self._remove_what_was_made()
         self._file.close()
         self._file = None
-        self._held.discard(self.path)
 
     def _remove_what_was_made(self) -> None:
         with suppress(OSError):  # whatever is in the way stays
@@ -133,7 +130,6 @@ class RunLock:
             file.close()
             raise RunError(_refusal(self.path.parent, _holder(file := self._open())))
         self._file = file
-        self._held.add(self.path)
 
 
 def _make(folder: Path) -> bool:

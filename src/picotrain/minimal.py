@@ -15,7 +15,7 @@ from picotrain.data.stream import Loader
 from picotrain.errors import PicotrainError
 from picotrain.model import build
 from picotrain.run import gather, resolve
-from picotrain.terminal import say
+from picotrain.terminal import say, set_up
 
 STEP_TOKENS = 8192  # a second or so of a small model
 
@@ -41,6 +41,7 @@ def losses(config: Config) -> Iterator[float]:
 
 
 if __name__ == "__main__":
+    set_up()
     try:
         ranks.settle()  # says what a cluster's job script has left in the environment
         chosen = compose(["hardware=cpu", *sys.argv[1:]])

@@ -244,11 +244,11 @@ class Parallel:
         return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=foreach)
 
     def agree(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; the same answer everywhere, without a device sync."""
-        return self.agree_each(flag)[0]
+        """Whether the flag is set on any rank; see `on_any_rank`."""
+        return self.on_any_rank(flag)[0]
 
-    def agree_each(self, *flags: bool) -> list[bool]:
-        """`agree` on several flags at the price of one."""
+    def on_any_rank(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set on any rank: the same answers everywhere, without a device sync."""
         if self.world_size == 1:
             return list(flags)
         votes = torch.tensor(flags, dtype=torch.int32)

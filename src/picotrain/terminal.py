@@ -1,15 +1,19 @@
 """Standard output and standard error as they are: a terminal of some width, a pipe whose reader may leave, a stream that is closed or
-knows ASCII only. Lines for people are written here; rich is imported where there is something to draw."""
+knows ASCII only. Lines for people are written here; rich is imported where there is something to draw.
+
+What a program that imports picotrain may want elsewhere goes through Python's `logging`: notes, warnings and errors to the logger
+"picotrain", the lines of a run to "picotrain.run". Commands and workers print both (`print_log`), other programs choose."""
 
 from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -25,6 +29,8 @@ LABEL_WIDTH = 18  # columns of the labels beside facts
 CALM = {f"bar.{part}": "cyan" for part in ("complete", "finished", "pulse")}  # rich's own red looks like an alarm
 _HEAD = re.compile(r" *(?:- |(?:error|note|warning|WARNING|picotrain): )?")  # what the lines that follow are indented by
 
+_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "WARNING": logging.WARNING}  # of messages that begin so
+_log = logging.getLogger("picotrain")
 _lasting = {2}  # streams that nobody has to read
 
 
@@ -49,7 +55,8 @@ def set_up() -> None:
     """Make this process' standard streams safe to print to, whoever reads them in whatever encoding; first of all a command calls this.
 
     A closed one leads nowhere, and its number is taken: no file that is opened later gets it. Characters that an encoding lacks are
-    shown as plainer ones (`picotrain.text.encodable`). A command whose reader has left ends quietly with READER_GONE.
+    shown as plainer ones (`picotrain.text.encodable`). A command whose reader has left ends quietly with READER_GONE. What is logged is
+    printed from here on.
     """
     for fd in (0, 1, 2):
         try:
@@ -59,6 +66,7 @@ def set_up() -> None:
     _lasting.discard(1)
     sys.stdout = _safe(sys.stdout, sys.__stdout__, 1)
     sys.stderr = _safe(sys.stderr, sys.__stderr__, 2)
+    print_log()
 
 
 def _safe(stream: TextIO | None, original: TextIO | None, fd: int) -> TextIO:
@@ -103,7 +111,49 @@ def rich_console(stream: TextIO, width: int | None = None) -> Console:
 
 
 def say(message: str) -> None:
-    """Progress, notes and errors go to standard error: standard output belongs to results. It never fails and never ends a process."""
+    """Log progress, a note or an error. Printed, it goes to standard error: standard output belongs to results. It never fails and never
+    ends a process."""
+    _log.log(_level(message), message)
+
+
+def tell(message: str, draw: Callable[[], object]) -> None:
+    """Log a line of a run. Where picotrain's log is printed, `draw` does that, in its own style."""
+    _log.getChild("run").log(_level(message), message, extra={"draw": draw})
+
+
+def plain(draw: Callable[[TextIO], object]) -> str:
+    """What is drawn on a stream that is no terminal."""
+    draw(stream := io.StringIO())
+    return stream.getvalue().rstrip("\n")
+
+
+def _level(message: str) -> int:
+    return _LEVELS.get(message.partition(":")[0], logging.INFO)
+
+
+class _Printing(logging.Handler):
+    """Prints records as lines for people. It is none of rich's: that one would write above a progress bar on another stream than the bar's
+    into it, and wrap lines in the middle of a path, where no terminal is, too."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        draw = getattr(record, "draw", None)
+        draw() if draw else _print(record.getMessage())
+
+
+def print_log() -> None:
+    """Print what picotrain logs, once, from here on."""
+    if not is_printed():
+        _log.addHandler(_Printing())
+        _log.setLevel(logging.INFO)
+        _log.propagate = False
+
+
+def is_printed() -> bool:
+    """Whether this process prints what picotrain logs."""
+    return any(isinstance(handler, _Printing) for handler in _log.handlers)
+
+
+def _print(message: str) -> None:
     stream = sys.stderr
     if stream is None:
         return

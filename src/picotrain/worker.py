@@ -49,6 +49,7 @@ STOPPED_WAIT_S = 0.5  # who is there hears of it by then, and a signal wants an 
 
 def main(arguments: list[str]) -> int:
     """The worker's process, from its arguments to its exit code."""
+    terminal.set_up()
     if len(arguments) != 1:
         say("usage: python -m picotrain.worker RUN")
         return PicotrainError.exit_code
@@ -119,8 +120,8 @@ def as_rank(work: Callable[[], int]) -> int:
     """The exit code of `work` done by this process as the rank that torchrun's environment names, or as the only one.
 
     Rank 0 prints, and an error that several ranks meet is told once. The process ends with its agent; one of several ranks ends here.
+    `terminal.set_up` comes before.
     """
-    terminal.set_up()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until somebody listens: end without Python's traceback
     faulthandler.enable()  # a crash in native code shows where
     faulthandler.register(signal.SIGUSR2)  # a launcher or a user who wants to know where a rank is
@@ -261,10 +262,6 @@ def _fail(error: Exception) -> int:
         say(f"picotrain: {error}")
     else:
         say("".join(traceback.format_exception(error)).rstrip())
-    return _exit_code(error)
-
-
-def _exit_code(error: Exception) -> int:
     return error.exit_code if isinstance(error, PicotrainError) else 1
 
 

@@ -24,7 +24,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, Protocol, cast
 
-from picotrain import hardware, ranks
+from picotrain import hardware, ranks, terminal
 from picotrain.errors import PicotrainError
 from picotrain.text import columns, fitted
 
@@ -91,6 +91,7 @@ def script(name: str, arguments: Sequence[str] | None = None, prog: str | None =
     arguments: None for those of the command line.
     """
     hardware.wait_briefly()
+    terminal.print_log()
     end_on_sigterm()
     ranks.settle()
     options = parser(name, prog).parse_args(arguments)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,20 @@ from picotrain.tokenizer import Tokenizer
 Progress = Callable[[str, int, int], None]  # task, examples done, examples in all, of this rank
 
 
+@contextmanager
+def undisturbed(model: LanguageModel) -> Iterator[None]:
+    """Evaluation mode, without gradients and compiled code (every batch may have a shape of its own, and would be compiled anew); then the
+    model and torch's random states are as they were."""
+    was_training = model.training
+    model.eval()
+    gpus = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(gpus):
+            yield
+    finally:
+        model.train(was_training)
+
+
 def core_of_model(
     model: LanguageModel,
     tokenizer: Tokenizer,
@@ -37,17 +52,11 @@ def core_of_model(
     bundles: list[Bundle] = []
     together(parallel, lambda: bundles.append(open_bundle()))
     scorer, results = scorer_of(model, tokenizer), []
-    was_training = model.training
-    model.eval()
-    try:
-        # Every batch has a shape of its own: compiled code would be compiled anew for each.
-        with torch.compiler.set_stance("force_eager"):
-            for task in bundles[0].tasks:
-                results.append(evaluate_task(scorer, task, max_per_task, parallel, given_up, progress))
-                if results[-1].given_up:
-                    return None
-    finally:
-        model.train(was_training)
+    with undisturbed(model):
+        for task in bundles[0].tasks:
+            results.append(evaluate_task(scorer, task, max_per_task, parallel, given_up, progress))
+            if results[-1].given_up:
+                return None
     return summary(bundles[0], results, max_per_task)
 
 

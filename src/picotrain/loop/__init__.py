@@ -49,7 +49,7 @@ def train(
             # is done with them, and what one rank met or was asked for (a shard that cannot be read, a signal) all ranks learn here.
             step = Step(run)
             unreadable = None if last else step.wait_for_rows()
-            stopping, rolling = parallel.agree_each(stop.requested or unreadable is not None, saves.rolling_due())
+            stopping, rolling = parallel.on_any_rank(stop.requested or unreadable is not None, saves.rolling_due())
 
             stopped = why_stopping(run, unreadable) if stopping else None
             permanent = last or stopping or (save_every > 0 and state.step > 0 and state.step % save_every == 0)

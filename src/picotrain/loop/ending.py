@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from picotrain import invocation, report
+from picotrain import invocation, report, terminal
 from picotrain.errors import ArchiveBehind, DataError
 from picotrain.loop import archiving
 from picotrain.loop.saves import Saves
@@ -67,7 +67,7 @@ def end(run: Training, saves: Saves, stopped: Stop | None = None) -> Outcome:
             summary = report.write_report(run.dir)
         finally:
             saves.require()  # somebody may have removed the folder since it was saved
-        report.console_summary(summary)
+        terminal.tell(terminal.plain(lambda stream: report.console_summary(summary, stream)), lambda: report.console_summary(summary))
     run.watchdog.close()
     behind = None
     if run.archive:

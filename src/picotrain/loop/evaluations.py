@@ -4,8 +4,7 @@ samples."""
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -19,11 +18,10 @@ from picotrain import run as runs
 from picotrain.contracts import EVALUATED_ROWS, Evaluation
 from picotrain.data.stream import validation_rows
 from picotrain.errors import Diverged
-from picotrain.evaluation.suite import core_of_model
+from picotrain.evaluation.suite import core_of_model, undisturbed
 from picotrain.evaluation.together import together
 from picotrain.loop.saves import Saves
 from picotrain.loop.training import Training
-from picotrain.model import LanguageModel
 from picotrain.terminal import say
 
 
@@ -76,15 +74,9 @@ class _Evaluations:
     def bits_per_byte(self) -> bool:
         """Of the validation shard."""
         run = self._run
-        found = evaluation.bits_per_byte(
-            run.model,
-            lambda: evaluation.Rows(self._rows),
-            run.tokenizer.token_bytes(),
-            run.config.evaluation.bpb.device_batch_size or run.plan.device_batch_size,
-            run.parallel,
-            given_up=self._given_up,
-            progress=run.monitor.progress("bits per byte"),
-        )
+        batch, token_bytes = run.config.evaluation.bpb.device_batch_size or run.plan.device_batch_size, run.tokenizer.token_bytes()
+        options = {"given_up": self._given_up, "progress": run.monitor.progress("bits per byte")}
+        found = evaluation.bits_per_byte(run.model, lambda: evaluation.Rows(self._rows), token_bytes, batch, run.parallel, **options)
         if found is None:
             return False
         result, loop, step = found[0], run.state.loop, run.state.step
@@ -96,18 +88,15 @@ class _Evaluations:
 
     def core(self) -> bool:
         """Nothing without a bundle, which was said at the start."""
-        run = self._run
+        run, most = self._run, self._run.config.train.core_metric_max_per_task
         if run.config.evaluation.core.bundle is None:
             return True
-        result = core_of_model(
-            run.model,
-            run.tokenizer,
-            lambda: runs.open_bundle(run.config),
-            run.config.train.core_metric_max_per_task,
-            run.parallel,
-            given_up=self._given_up,
-            progress=lambda label, done, total: run.monitor.progress(f"CORE {label}")(done, total),
-        )
+
+        def progress(label: str, done: int, total: int) -> None:
+            run.monitor.progress(f"CORE {label}")(done, total)
+
+        bundle = partial(runs.open_bundle, run.config)
+        result = core_of_model(run.model, run.tokenizer, bundle, most, run.parallel, self._given_up, progress)
         if result is None:
             return False
         run.monitor.core(run.state.step, asdict(result))
@@ -125,7 +114,7 @@ class _Evaluations:
                 raise ValueError(f"a figure is called {taken.pop()!r}, as every line of metrics.jsonl has it")
             return None if run.stop.requested else found
 
-        with _undisturbed(run.model):
+        with undisturbed(run.model):
             found = together(run.parallel, figures)
         if None in found:
             return False
@@ -158,16 +147,3 @@ class _Evaluations:
     def _given_up(self) -> bool:
         self._run.watchdog.beat()
         return self._run.stop.requested
-
-
-@contextmanager
-def _undisturbed(model: LanguageModel) -> Iterator[None]:
-    """Evaluation mode, without gradients and compiled code; then the model and torch's random states are as they were."""
-    was_training = model.training
-    model.eval()
-    gpus = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(gpus):
-            yield
-    finally:
-        model.train(was_training)

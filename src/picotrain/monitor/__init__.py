@@ -6,14 +6,4 @@ from picotrain.monitor.meters import Pace, Smoother, mfu
 from picotrain.monitor.monitor import Monitor
 from picotrain.monitor.trackers import build_trackers, missing_trackers
 
-__all__ = [
-    "Console",
-    "MetricsFile",
-    "Monitor",
-    "Pace",
-    "Smoother",
-    "build_trackers",
-    "mfu",
-    "missing_trackers",
-    "read_metrics",
-]
+__all__ = ["Console", "MetricsFile", "Monitor", "Pace", "Smoother", "build_trackers", "mfu", "missing_trackers", "read_metrics"]

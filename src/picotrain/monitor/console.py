@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from picotrain import invocation
+from picotrain import invocation, terminal
 from picotrain.config.schema import Config
 from picotrain.terminal import Printer
 from picotrain.text import brief, clock, flops, printable, several, short, size
@@ -23,12 +23,12 @@ LEAST_BAR = 10  # columns
 
 
 class Console:
-    """Prints the lines of one run to `stream` (standard output when None)."""
+    """Logs the lines of one run, and prints them to `stream` (standard output when None) where picotrain's log is printed."""
 
     def __init__(self, num_steps: int, stream: TextIO | None = None, width: int | None = None):
         self.num_steps = num_steps
         self._out = Printer(stream, width)
-        self.live = self._out.rich is not None
+        self.live = self._out.rich is not None and terminal.is_printed()
         self._progress: Progress | None = None
         self._fields: list[tuple[int, Text]] = []  # beside the bar
         self._silent = False
@@ -114,7 +114,7 @@ class Console:
 
     def warn(self, message: str) -> None:
         """A line that should be seen."""
-        self._guard(lambda: self._out.message(message, BAD))
+        self._tell(lambda out: out.message(message, BAD))
 
     def close(self) -> None:
         """Take the bar away and give the cursor back. May be called twice."""
@@ -138,7 +138,10 @@ class Console:
         return self._progress
 
     def _print(self, head: str | Text, body: str | Text = "") -> None:
-        self._guard(lambda: self._out.line(head, body))
+        self._tell(lambda out: out.line(head, body))
+
+    def _tell(self, draw: Callable[[Printer], object]) -> None:
+        terminal.tell(terminal.plain(lambda stream: draw(Printer(stream))), lambda: self._guard(lambda: draw(self._out)))
 
     def _guard(self, action: Callable[[], object]) -> None:
         if self._silent:

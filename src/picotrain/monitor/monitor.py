@@ -120,41 +120,14 @@ class Monitor:
 
     # -- what is recorded
 
-    def train_step(
-        self,
-        *,
-        step: int,
-        began: Any,
-        waited: tuple[Any, Any] | None = None,
-        loss: Any,
-        grad_norm: Any,
-        lr: float,
-        lr_factor: float,
-        data_wait_ms: float,
-        epoch: float,
-        pq: int,
-        rg: int,
-        skipped: Any = False,
-        **more: Any,
-    ) -> None:
+    def train_step(self, *, step: int, began: Any, waited: tuple[Any, Any] | None = None, **values: Any) -> None:
         """Record step `step`, begun at `began` and ending now; before it, its rows were waited for from one moment to another (`waited`).
-        Moments are marks of the timer. `loss`, `grad_norm`, `skipped` (whether the update was left out) and `more` may be scalars on a
-        device.
+        Moments are marks of the timer. values: loss, lr, lr_factor, grad_norm, data_wait_ms, epoch, pq, rg, `skipped` where the update may
+        have been left out, and more; they may be scalars on a device.
 
         Raises Diverged, on every rank alike, when more than train.max_skipped updates in a row were left out.
         """
-        previous = self._pending
-        position = {"epoch": epoch, "pq": pq, "rg": rg}
-        values = {
-            "loss": loss,
-            "lr": lr,
-            "lr_factor": lr_factor,
-            "grad_norm": grad_norm,
-            "skipped": skipped,
-            "data_wait_ms": data_wait_ms,
-            **position,
-            **more,
-        }
+        previous, values = self._pending, {"skipped": False, **values}
         collected = self.timer.collect(values)
         spans = [*([waited] if waited else []), (began, self.timer.mark())]
         self._pending = {"step": step, "spans": spans, "collected": collected}
@@ -200,16 +173,8 @@ class Monitor:
             with suppress(OSError):  # retention may be faster, and remove it meanwhile
                 n_bytes = sum(file.stat().st_size for file in path.iterdir())
             where = str(path.relative_to(self.run_dir) if path.is_relative_to(self.run_dir) else path)
-            self._emit(
-                {
-                    "step": step,
-                    "kind": "checkpoint",
-                    "path": where,
-                    "bytes": n_bytes,
-                    "seconds": round(seconds, 3),
-                    "stall_s": round(seconds if stall_s is None else stall_s, 3),
-                }
-            )
+            took = {"seconds": round(seconds, 3), "stall_s": round(seconds if stall_s is None else stall_s, 3)}
+            self._emit({"step": step, "kind": "checkpoint", "path": where, "bytes": n_bytes, **took})
             self._console.checkpoint(step, where, n_bytes, seconds)
 
     def event(self, step: int, name: str, message: str = "", shown: bool = True) -> None:
@@ -295,21 +260,11 @@ class Monitor:
         tokens, world_size = plan["total_batch_size"], plan["world_size"]
         used = mfu(plan["flops_per_token"], tokens, dt_s, plan["peak_flops"], world_size)
         smooth = self._smoother.update(loss) if math.isfinite(loss) else self._smoother.value
-        record = {
-            "step": step,
-            "kind": "train",
-            "loss": loss,
-            "smooth_loss": smooth,
-            **{key: value for key, value in values.items() if key != "loss"},
-            "tokens": tokens,
-            "tok_per_sec": round(tokens / max(dt_s, 1e-9), 1),
-            "mfu": used and round(used, 5),
-            "dt_ms": round(dt_s * 1000, 3),
-            "total_training_time_s": round(self.total_training_time_s, 3),
-            "rank": self.rank,
-            "world_size": world_size,
-        }
-        return self._emit(record)
+        record = {"step": step, "kind": "train", "loss": loss, "smooth_loss": smooth}
+        record |= {key: value for key, value in values.items() if key != "loss"}
+        record |= {"tokens": tokens, "tok_per_sec": round(tokens / max(dt_s, 1e-9), 1), "mfu": used and round(used, 5)}
+        record |= {"dt_ms": round(dt_s * 1000, 3), "total_training_time_s": round(self.total_training_time_s, 3)}
+        return self._emit(record | {"rank": self.rank, "world_size": world_size})
 
     def _show(self, record: Mapping[str, Any]) -> None:
         if not self._console:
