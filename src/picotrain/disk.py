@@ -148,12 +148,13 @@ def is_own_picture(path: Path) -> bool:
     return head.startswith(b"\x89PNG\r\n") and b"Software" not in head
 
 
-def is_own_text(path: Path, first_line: str) -> bool:
-    """Whether nothing is at `path`, or a text that begins with this line."""
+def is_own_text(path: Path, *beginnings: str) -> bool:
+    """Whether nothing is at `path`, or a text whose first lines begin like this."""
     if _is_nothing(path):
         return True
     try:
-        return read_plain(path).decode("utf-8", "replace").split("\n", 1)[0] == first_line
+        lines = read_plain(path).decode("utf-8", "replace").split("\n", len(beginnings))
+        return len(lines) > len(beginnings) and all(map(str.startswith, lines, beginnings))
     except OSError:
         return False
 

@@ -6,18 +6,20 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from picotrain.config.saved import MAX_CONFIG_BYTES, parse_yaml
+from picotrain.data.mixture import Mixture
 from picotrain.disk import parse_json, read_plain
-from picotrain.errors import RunError
+from picotrain.errors import DataError, RunError
 from picotrain.metrics import METRICS, read_metrics
-from picotrain.report.shapes import ConfigShape, DataShape, EvalShape, LineShape, ManifestShape, PlanShape, ScoreShape
+from picotrain.report.shapes import CONFIG, DATA, EVAL, LINE, MANIFEST, PLAN, SCORE
 from picotrain.text import first_line
 
 Record = dict[str, Any]
@@ -49,6 +51,7 @@ class Run:
     config: Record
     plan: Record
     data: Record
+    mixture: Mixture | None  # what data.json says of the corpus
     environment: Record
     overrides: list[str]
     train: list[Record]
@@ -78,12 +81,15 @@ def read_run(run_dir: Path) -> Run:
     own_events = _of_kind(lines, "event")
     seconds = {line.get("path"): line.get("seconds") for line in _of_kind(cut + lines, "checkpoint")}
     checkpoints = _read_checkpoints(run_dir / "checkpoints", seconds, problems)
+    whole = [checkpoint.name for checkpoint in checkpoints if checkpoint.whole]
+    data = _read_json(run_dir / "data.json", problems, DATA)
     return Run(
         dir=run_dir,
         config_text=config_text,
         config=_parse_yaml(config_text, problems),
-        plan=_read_json(run_dir / "plan.json", problems, PlanShape),
-        data=_read_json(run_dir / "data.json", problems, DataShape),
+        plan=_read_json(run_dir / "plan.json", problems, PLAN),
+        data=data,
+        mixture=_mixture(data.get("corpus"), problems),
         environment=_read_json(run_dir / "environment.json", problems),
         overrides=_read_text(run_dir / "overrides.txt", problems).splitlines(),
         train=_by_step(lines, "train"),
@@ -95,8 +101,8 @@ def read_run(run_dir: Path) -> Run:
         attempts=[(path.name, _read_text(path / "overrides.txt", problems)) for path in _folders(run_dir / "attempts", "[0-9]{1,9}")],
         evals=_read_evals(run_dir / "eval", problems),
         checkpoints=checkpoints,
-        best=_best(run_dir / "checkpoints" / "best", checkpoints),
-        latest=_latest(run_dir / "checkpoints" / "latest", checkpoints),
+        best=_named(run_dir / "checkpoints/best", whole) or _lowest(checkpoints),
+        latest=_named(run_dir / "checkpoints/latest", whole) or next(reversed(whole), None),
         problems=problems,
     )
 
@@ -106,7 +112,7 @@ def summarise(run: Run, running: bool = False) -> dict[str, Any]:
     plan, last = run.plan, run.train[-1] if run.train else {}
     steps_done = last["step"] + 1 if last else 0
     whole = [checkpoint for checkpoint in run.checkpoints if checkpoint.whole]
-    core = core_points(run)
+    core = core_points(run)[-1:]
     return {
         "name": plan.get("name") or (run.config.get("run") or {}).get("name") or run.dir.name,
         "status": _status(run, steps_done, running),
@@ -119,19 +125,14 @@ def summarise(run: Run, running: bool = False) -> dict[str, Any]:
         **_validation(run.val),
         "train_loss": last.get("loss"),
         "smooth_train_loss": last.get("smooth_loss"),
-        "core_metric": core[-1].get("core_metric") if core else None,
-        "core_step": core[-1]["step"] if core else None,
+        "core_metric": core[0].get("core_metric") if core else None,
+        "core_step": core[0]["step"] if core else None,
         **_throughput(run.train),
         "parameters": (plan.get("parameters") or {}).get("total"),
-        "flops_per_token": plan.get("flops_per_token"),
-        "seq_len": plan.get("seq_len"),
-        "total_batch_size": plan.get("total_batch_size"),
-        "vocab_size": plan.get("vocab_size") or (plan.get("tokenizer") or {}).get("vocab_size"),
+        **{key: plan.get(key) for key in ("flops_per_token", "seq_len", "total_batch_size")},
+        "vocab_size": plan.get("vocab_size"),
         "data": (run.config.get("data") or {}).get("name"),
-        "hardware_name": plan.get("hardware_name"),
-        "device": plan.get("device"),
-        "precision": plan.get("precision"),
-        "world_size": plan.get("world_size"),
+        **{key: plan.get(key) for key in ("hardware_name", "device", "precision", "world_size")},
         "best_checkpoint": run.best,
         "last_checkpoint": whole[-1].name if whole else None,
         "checkpoints": len(whole),
@@ -197,24 +198,19 @@ def _throughput(train: Sequence[Record]) -> dict[str, Any]:
     """Medians over the steps but the first, which compiles and warms up, and those that the profiler slowed, and how much of the
     time waited for data."""
     steady = [line for line in train[1:] if not line.get("profiled")] or train
-    dt_ms = sum(line.get("dt_ms") or 0 for line in steady)
+    dt_ms, waits = sum(line.get("dt_ms") or 0 for line in steady), [line.get("data_wait_ms") or 0.0 for line in steady]
     total_s = train[-1].get("total_training_time_s") if train else 0.0
     return {
         "total_training_time_s": sum(line.get("dt_ms") or 0 for line in train) / 1000 if total_s is None else total_s,
         "median_tok_per_sec": _median(line.get("tok_per_sec") for line in steady),
         "median_mfu": _median(line.get("mfu") for line in steady),
         "median_dt_ms": _median(line.get("dt_ms") for line in steady),
-        "data_wait_share": sum(line.get("data_wait_ms") or 0 for line in steady) / dt_ms if dt_ms else None,
-        "data_wait_p99_ms": _percentile([line.get("data_wait_ms") or 0.0 for line in steady], 99),
+        "data_wait_share": sum(waits) / dt_ms if dt_ms else None,
+        "data_wait_p99_ms": float(np.percentile(waits, 99, method="inverted_cdf")) if waits else None,
     }
 
 
-def _percentile(values: Sequence[float], percent: int) -> float | None:
-    """The nearest-rank percentile; None of nothing."""
-    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)] if values else None
-
-
-def _median(values: Any) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
@@ -228,7 +224,7 @@ def _read_lines(path: Path, problems: list[str]) -> list[Record]:
         return lines
     try:
         for number, line in enumerate(read_metrics(path), start=1):
-            lines.append(_known(line, LineShape, f"{path.name}, line {number}", odd))
+            lines.append(_known(line, LINE, f"{path.name}, line {number}", odd))
     except RunError as error:
         problems.append(f"{error}; what follows it is not in this report")
     if odd:
@@ -289,7 +285,18 @@ def _parse_yaml(text: str, problems: list[str]) -> Record:
     except (yaml.YAMLError, ValueError) as error:
         problems.append(f"config.yaml is no plain YAML: {first_line(error)}")
         return {}
-    return _known(value, ConfigShape, "config.yaml", problems) if isinstance(value, dict) else {}
+    return _known(value, CONFIG, "config.yaml", problems) if isinstance(value, dict) else {}
+
+
+def _mixture(corpus: Record | None, problems: list[str]) -> Mixture | None:
+    try:
+        found = Mixture.from_json(corpus) if corpus else None
+        if found and not all(math.isfinite(share) for share in found.shares):
+            raise ValueError("weights that are no numbers")
+        return found
+    except (DataError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        problems.append(f"data.json: {f'it has no {error}' if isinstance(error, KeyError) else error}: left out")
+        return None
 
 
 def _folders(root: Path, name: str) -> list[Path]:
@@ -302,7 +309,7 @@ def _read_checkpoints(root: Path, seconds: Mapping[Any, Any], problems: list[str
     found = []
     for path in _folders(root, STEP_FOLDER):
         n_bytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-        val_bpb = _read_json(path / "metrics.json", problems, ScoreShape).get("val_bpb")
+        val_bpb = _read_json(path / "metrics.json", problems, SCORE).get("val_bpb")
         flaw = _flaw(path, problems)
         saved_s = seconds.get(f"checkpoints/{path.name}")
         found.append(Checkpoint(path.name, _step_of(path), n_bytes, not flaw, flaw, val_bpb, saved_s))
@@ -313,9 +320,9 @@ def _flaw(checkpoint: Path, problems: list[str]) -> str:
     """Why a checkpoint cannot be whole. Sizes only: a report is written often, and hashing a large checkpoint takes minutes."""
     if not (checkpoint / "manifest.json").is_file():
         return "not whole: no manifest"
-    for name, listed in _read_json(checkpoint / "manifest.json", problems, ManifestShape).get("files", {}).items():
+    for name, listed in (_read_json(checkpoint / "manifest.json", problems, MANIFEST).get("files") or {}).items():
         file = checkpoint / Path(name).name
-        if not file.is_file() or file.stat().st_size != listed["bytes"]:
+        if not file.is_file() or file.stat().st_size != listed.get("bytes"):
             return f"not whole: {file.name} is missing or has another size than its manifest says"
     return ""
 
@@ -323,7 +330,7 @@ def _flaw(checkpoint: Path, problems: list[str]) -> str:
 def _read_evals(root: Path, problems: list[str]) -> list[Record]:
     found = []
     for path in _folders(root, STEP_FOLDER):
-        if results := _read_json(path / "results.json", problems, EvalShape):
+        if results := _read_json(path / "results.json", problems, EVAL):
             found.append({**results, "step": _step_of(path)})
     return sorted(found, key=lambda results: results["step"])
 
@@ -332,17 +339,12 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def _latest(pointer: Path, checkpoints: Sequence[Checkpoint]) -> str | None:
-    """What checkpoints/latest names; without it the last whole checkpoint."""
-    whole = [checkpoint.name for checkpoint in checkpoints if checkpoint.whole]
+def _named(pointer: Path, whole: Sequence[str]) -> str | None:
+    """What checkpoints/latest or best names, if that is there and whole."""
     name = _read_text(pointer, []).strip()
-    return name if name in whole else whole[-1] if whole else None
+    return name if name in whole else None
 
 
-def _best(pointer: Path, checkpoints: Sequence[Checkpoint]) -> str | None:
-    """What checkpoints/best names; without it the whole checkpoint with the lowest val_bpb."""
-    whole = {checkpoint.name: checkpoint for checkpoint in checkpoints if checkpoint.whole}
-    if (name := _read_text(pointer, []).strip()) in whole:
-        return name
-    scored = [(checkpoint.val_bpb, name) for name, checkpoint in whole.items() if checkpoint.val_bpb is not None]
-    return min(scored)[1] if scored else None
+def _lowest(checkpoints: Sequence[Checkpoint]) -> str | None:
+    """The whole checkpoint with the lowest val_bpb."""
+    return min(((c.val_bpb, c.name) for c in checkpoints if c.whole and c.val_bpb is not None), default=(None, None))[1]
