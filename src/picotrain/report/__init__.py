@@ -13,7 +13,6 @@ from picotrain.report.charts import draw_charts
 from picotrain.report.closing import console_summary, what_next
 from picotrain.report.content import render
 from picotrain.report.facts import Run, read_run, summarise
-from picotrain.report.html import render_page
 from picotrain.report.picture import draw_pictures
 from picotrain.terminal import say
 
@@ -26,6 +25,8 @@ def write_report(run_dir: Path, running: bool = False) -> dict[str, Any]:
     Works for runs in any state; `running` says whether one that has not ended is still at work or was interrupted.
     Raises RunError where the folder holds no run or cannot be written.
     """
+    from picotrain.report.html import render_page  # its libraries would take a fifth of a second of every start
+
     run = read_run(run_dir)
     summary = plain(summarise(run, running))
     try:

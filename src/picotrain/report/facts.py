@@ -6,20 +6,21 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from picotrain.config.saved import MAX_CONFIG_BYTES, parse_yaml
 from picotrain.data.mixture import Mixture
-from picotrain.disk import parse_json, read_plain
+from picotrain.disk import MAX_BYTES, parse_json, read_plain
 from picotrain.errors import DataError, RunError
 from picotrain.metrics import METRICS, read_metrics
-from picotrain.report.shapes import CONFIG, DATA, EVAL, LINE, MANIFEST, PLAN, SCORE
+from picotrain.report.shapes import ANY, CONFIG, DATA, EVAL, LINE, MANIFEST, PLAN, SCORE
 from picotrain.text import first_line
 
 Record = dict[str, Any]
@@ -86,7 +87,7 @@ def read_run(run_dir: Path) -> Run:
     return Run(
         dir=run_dir,
         config_text=config_text,
-        config=_parse_yaml(config_text, problems),
+        config=_parsed(run_dir / "config.yaml", parse_yaml, config_text or "{}", problems, CONFIG),
         plan=_read_json(run_dir / "plan.json", problems, PLAN),
         data=data,
         mixture=_mixture(data.get("corpus"), problems),
@@ -180,14 +181,10 @@ def _validation(val: Sequence[Record]) -> dict[str, Any]:
     measured = [line for line in val if line.get("val_bpb") is not None]
     first, last = (measured[0], measured[-1]) if measured else ({}, {})
     best = min(measured, key=lambda line: line["val_bpb"], default={})
+    named = {"initial": first, "best": best, "final": last}
     return {
         "validations": len(measured),
-        "initial_val_bpb": first.get("val_bpb"),
-        "initial_val_step": first.get("step"),
-        "best_val_bpb": best.get("val_bpb"),
-        "best_val_step": best.get("step"),
-        "final_val_bpb": last.get("val_bpb"),
-        "final_val_step": last.get("step"),
+        **{f"{which}_val_{of}": line.get(key) for which, line in named.items() for of, key in (("bpb", "val_bpb"), ("step", "step"))},
         "final_val_loss": last.get("val_loss"),
         "val_bpb_ratio": last["val_bpb"] / first["val_bpb"] if first.get("val_bpb") else None,
         "improved": best["val_bpb"] < first["val_bpb"] if len(measured) > 1 else None,
@@ -219,14 +216,12 @@ def _read_lines(path: Path, problems: list[str]) -> list[Record]:
     """The lines up to the first damage."""
     lines: list[Record] = []
     odd: list[str] = []
-    if not path.is_file():
-        problems.append(f"there is no {path.name}: nothing was recorded yet")
-        return lines
     try:
         for number, line in enumerate(read_metrics(path), start=1):
             lines.append(_known(line, LINE, f"{path.name}, line {number}", odd))
     except RunError as error:
-        problems.append(f"{error}; what follows it is not in this report")
+        missing = f"there is no {path.name}: nothing was recorded yet"
+        problems.append(f"{error}; what follows it is not in this report" if path.is_file() else missing)
     if odd:
         problems.append(odd[0] + (f"; {len(odd) - 1:,} more lines are like it" if len(odd) > 1 else ""))
     return lines
@@ -253,39 +248,35 @@ def _known(record: Record, shape: type[BaseModel], where: str, problems: list[st
     return record
 
 
-def _read_json(path: Path, problems: list[str], shape: type[BaseModel] | None = None) -> Record:
+def _read_json(path: Path, problems: list[str], shape: type[BaseModel] = ANY) -> Record:
+    data = _read(path, problems, MAX_BYTES)
+    return _parsed(path, parse_json, data, problems, shape) if data is not None else {}
+
+
+def _parsed(path: Path, parse: Callable[[Any], Any], data: str | bytes, problems: list[str], shape: type[BaseModel]) -> Record:
     try:
-        value = parse_json(read_plain(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        problems.append(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}")
+        value = parse(data)
+    except (yaml.YAMLError, ValueError) as error:
+        problems.append(f"{path.name} cannot be read: {first_line(error)}")
         return {}
     if not isinstance(value, dict):
-        problems.append(f"{path.name} holds no JSON object")
+        problems.append(f"{path.name} holds no mapping of keys to values")
         return {}
-    return _known(value, shape, path.name, problems) if shape else value
+    return _known(value, shape, path.name, problems)
+
+
+def _read(path: Path, problems: list[str], max_bytes: int) -> bytes | None:
+    try:
+        return read_plain(path, max_bytes)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {error.strerror}")
+        return None
 
 
 def _read_text(path: Path, problems: list[str]) -> str:
-    try:
-        return read_plain(path, MAX_CONFIG_BYTES).decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        problems.append(f"{path.name} cannot be read: {error.strerror}")
-        return ""
-
-
-def _parse_yaml(text: str, problems: list[str]) -> Record:
-    import yaml
-
-    try:
-        value = parse_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
-        problems.append(f"config.yaml is no plain YAML: {first_line(error)}")
-        return {}
-    return _known(value, CONFIG, "config.yaml", problems) if isinstance(value, dict) else {}
+    return (_read(path, problems, MAX_CONFIG_BYTES) or b"").decode("utf-8", errors="replace")
 
 
 def _mixture(corpus: Record | None, problems: list[str]) -> Mixture | None:
@@ -305,14 +296,17 @@ def _folders(root: Path, name: str) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def _read_checkpoints(root: Path, seconds: Mapping[Any, Any], problems: list[str]) -> list[Checkpoint]:
     found = []
     for path in _folders(root, STEP_FOLDER):
         n_bytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         val_bpb = _read_json(path / "metrics.json", problems, SCORE).get("val_bpb")
         flaw = _flaw(path, problems)
-        saved_s = seconds.get(f"checkpoints/{path.name}")
-        found.append(Checkpoint(path.name, _step_of(path), n_bytes, not flaw, flaw, val_bpb, saved_s))
+        found.append(Checkpoint(path.name, _step_of(path), n_bytes, not flaw, flaw, val_bpb, seconds.get(f"checkpoints/{path.name}")))
     return found
 
 
@@ -328,15 +322,9 @@ def _flaw(checkpoint: Path, problems: list[str]) -> str:
 
 
 def _read_evals(root: Path, problems: list[str]) -> list[Record]:
-    found = []
-    for path in _folders(root, STEP_FOLDER):
-        if results := _read_json(path / "results.json", problems, EVAL):
-            found.append({**results, "step": _step_of(path)})
-    return sorted(found, key=lambda results: results["step"])
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+    """results.json of each step, by step."""
+    found = [(_step_of(path), _read_json(path / "results.json", problems, EVAL)) for path in _folders(root, STEP_FOLDER)]
+    return [{**results, "step": step} for step, results in sorted(found, key=lambda pair: pair[0]) if results]
 
 
 def _named(pointer: Path, whole: Sequence[str]) -> str | None:

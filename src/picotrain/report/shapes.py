@@ -22,6 +22,7 @@ def _shape(counts: str = "", numbers: str = "", texts: str = "", **others: Any) 
     return create_model("Shape", **{key: (kind | None, None) for key, kind in kinds.items()})  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
+ANY = _shape()
 SAMPLE = _shape(texts="prompt text")
 TASK = _shape("n", "accuracy centered stderr")
 CORE = _shape(numbers="core_metric", tasks=dict[str, TASK])
