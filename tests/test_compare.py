@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_corpus
+from test_report import unpadded
 from test_report_html import HOSTILE, Page, assert_harmless
 
 from picotrain import hardware
@@ -56,7 +57,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
             main()
         out, err = capsys.readouterr()
         code = ended.value.code
-        return code if isinstance(code, int) else 0, out, err
+        return code if isinstance(code, int) else 0, unpadded(out), err
 
     return run
 

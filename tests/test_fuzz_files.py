@@ -23,7 +23,7 @@ from picotrain.data.corpus import scan
 from picotrain.errors import PicotrainError
 from picotrain.metrics import MetricsFile, read_metrics
 from picotrain.models.gpt.module import GPT
-from picotrain.report.markdown import render
+from picotrain.report.content import render
 from picotrain.shape import Rates
 from picotrain.state import TrainState
 
@@ -99,7 +99,7 @@ def readers_of(run_dir: Path, blank: TrainState, file: str) -> list[Callable[[],
     def show() -> None:
         run = report.read_run(run_dir)
         summary = report.summarise(run)
-        assert render(run, summary, None) and json.dumps(summary)
+        assert render(run, summary, {}) and json.dumps(summary)
         report.console_summary(summary, io.StringIO())
 
     if file.startswith("corpus/"):

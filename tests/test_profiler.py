@@ -249,8 +249,8 @@ def test_the_window_follows_from_the_start_and_the_keys(
 
 def test_outside_its_window_the_profiler_is_off_and_never_touches_torchs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen = []
-    prepare = profiler._prepare
-    monkeypatch.setattr(profiler, "_prepare", lambda device: seen.append(device) or prepare(device))
+    start = torch.profiler.profile.start
+    monkeypatch.setattr(torch.profiler.profile, "start", lambda self: seen.append(self) or start(self))
     found = profiler.build(FakeMonitor(tmp_path, first_step=5, steps=2), torch.device("cpu"), 0)  # type: ignore[arg-type]
     on = []
     drive(found, range(12), lambda: on.append(found.on))

@@ -14,20 +14,20 @@ import gzip
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, record_function
+from torch.profiler import ProfilerAction, ProfilerActivity
 
 from picotrain.monitor.monitor import Monitor
 from picotrain.monitor.tables import NO_OPERATOR, Allocation, Timed, Window, headline, kernels_markdown, memory_markdown
 from picotrain.terminal import say
 
 FOLDER = "profile"
+STEP = "ProfilerStep"  # what torch calls its marks around steps, as trace tools expect
 WARM_UP_STEPS = 3  # of a start: the first compiles, the second rebuilds DDP's buckets, the third warms up the profiler itself
 MAX_MEMORY_EVENTS = 100_000  # of the CUDA allocator that a snapshot keeps, the latest ones
 
@@ -58,15 +58,13 @@ def _window(monitor: Monitor, step: int) -> range:
 class Profiler:
     """Records the steps of `window`. `begin` and `end` stand around every step; outside the window they do nothing.
 
-    The step before the window warms the profiler up. An evaluation ends the window, so that only steps are in it.
+    The step before the window warms torch's profiler up. An evaluation ends the window, so that only steps are in it.
     """
 
     def __init__(self, monitor: Monitor, device: torch.device, window: range):
         self._monitor, self._device, self._window = monitor, device, window
-        self._profile: Any = None  # torch's, while it is on
-        self._annotation: Any = None  # around a step, while it lasts
-        self._steps = 0  # whole ones recorded
-        self._began_s: float | None = None
+        self._profile: torch.profiler.profile | None = None  # while it is on
+        self._step = -1  # the last that began
 
     @property
     def on(self) -> bool:
@@ -75,78 +73,64 @@ class Profiler:
 
     def begin(self, step: int) -> None:
         """Before `step`: switch on where its time has come."""
-        if step + 1 not in self._window and step not in self._window:
+        if step not in range(self._window.start - 1, self._window.stop):
             return
         with self._at_no_cost(step):
+            self._step = step
+            if step == self._window.start and self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+                torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python", max_entries=MAX_MEMORY_EVENTS)
             if self._profile is None:
-                self._profile = _prepare(self._device)
-            if step == self._window.start:
-                self._start()
-            if step in self._window:
-                self._annotation = record_function(f"ProfilerStep#{step}")  # the name that trace tools look for
-                self._annotation.__enter__()
+                self._profile = self._build(step)
+                self._profile.start()
+            else:
+                self._profile.step()
 
     def end(self, step: int) -> None:
         """After `step`; after the window's last one write what was recorded. Raises Diverged like `Monitor.flush`."""
-        if self._annotation is None:
-            return
-        if step == self._window[-1]:
-            self._monitor.flush()  # waits for the device
-        with self._at_no_cost(step):
-            self._leave_step()
-            self._steps += 1
-        if step == self._window[-1]:
+        if self.on and step + 1 == self._window.stop:
             self.finish(step + 1)
 
     def finish(self, step: int) -> None:
         """Write what was recorded, if at least one step was; `step` are done. Raises Diverged like `Monitor.flush`."""
-        if not self.on or not self._steps:
+        steps = step - self._window.start
+        if self._profile is None or steps <= 0:
             return
-        self._monitor.flush()
+        self._monitor.flush()  # waits for the device
         with self._at_no_cost(step):
-            cut_short = self._annotation is not None
-            profile, memory, wall_ms = self._stop()
-            window = Window(_title(self._monitor), self._window.start, self._steps, wall_ms, _notes(self._monitor, cut_short))
-            self._window = range(0)
-            text = self._write(profile, memory, window)
+            profile, memory = self._profile, torch.cuda.memory._snapshot(self._device) if self._device.type == "cuda" else None
+            first, notes = self._window.start, _notes(self._monitor, cut_short=self._step == step)
+            self._stop()
+            wall_ms = sum(row.cpu_time_total for row in profile.key_averages() if row.key.startswith(STEP)) / 1000
+            text = self._write(profile, memory, Window(_title(self._monitor), first, steps, wall_ms, notes))
             self._monitor.event(step, "profiled", text)
 
     def close(self) -> None:
         """Switch off; what was not written is dropped. May be called twice."""
-        self._window = range(0)
-        if self.on:
-            with suppress(Exception):
-                self._stop()
+        with suppress(Exception):
+            self._stop()
 
-    def _start(self) -> None:
-        _synchronize(self._device)
+    def _build(self, step: int) -> torch.profiler.profile:
+        """Torch's profiler, which marks steps by their numbers from `step` on, and records those of the window."""
+        activities = [ProfilerActivity.CPU]
         if self._device.type == "cuda":
-            torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python", max_entries=MAX_MEMORY_EVENTS)
-        self._profile.start_trace()
-        self._began_s = time.perf_counter()
+            activities.append(ProfilerActivity.CUDA)
+        else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch 2.13 writes a line each to standard error when it starts and stops
+        profile = torch.profiler.profile(activities=activities, schedule=self._action, record_shapes=True, profile_memory=True)
+        profile.step_num = step
+        return profile
 
-    def _stop(self) -> tuple[Any, Any, float]:
-        """Torch's profile, stopped; the CUDA allocator's snapshot, None elsewhere; how long the window was, in ms."""
-        profile, self._profile = self._profile, None
-        memory, wall_ms = None, 0.0
-        try:
-            self._leave_step()
-            if self._began_s is None:
-                profile.start_trace()  # torch cannot stop what is still warming up
-                return profile, None, 0.0
-            _synchronize(self._device)
-            wall_ms = (time.perf_counter() - self._began_s) * 1000
-            if self._device.type == "cuda":
-                memory = torch.cuda.memory._snapshot(self._device)
-                torch.cuda.memory._record_memory_history(None)
-        finally:
-            profile.stop_trace()
-        return profile, memory, wall_ms
+    def _action(self, _: int) -> ProfilerAction:
+        return ProfilerAction.RECORD if self._step in self._window else ProfilerAction.WARMUP
 
-    def _leave_step(self) -> None:
-        annotation, self._annotation = self._annotation, None
-        if annotation is not None:
-            annotation.__exit__(None, None, None)
+    def _stop(self) -> None:
+        profile, self._profile, self._window = self._profile, None, range(0)
+        if profile is None:
+            return
+        if self._device.type == "cuda":
+            torch.cuda.memory._record_memory_history(None)
+        profile.stop()
 
     def _write(self, profile: Any, memory: Any, window: Window) -> str:
         """All files, whole or not at all; what they are, in words."""
@@ -156,7 +140,7 @@ class Profiler:
         shutil.rmtree(arriving, ignore_errors=True)
         arriving.mkdir(parents=True)
         try:
-            host, device = _timed(profile, window, self._device)
+            host, device = _timed(profile, self._device)
             allocations = list(_allocations(profile, self._device))
             (arriving / "kernels.md").write_text(kernels_markdown(window, host, device), encoding="utf-8")
             (arriving / "memory.md").write_text(memory_markdown(window, allocations, str(self._device)), encoding="utf-8")
@@ -183,23 +167,6 @@ class Profiler:
                 say(f"picotrain: rank {self._monitor.rank}: the profiler failed: {text}")
 
 
-def _prepare(device: torch.device) -> Any:
-    """Torch's profiler, warming up: what it records is dropped until `start_trace`."""
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    else:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch 2.13 writes a line each to standard error when it starts and stops
-    profile = torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True)
-    profile.prepare_trace()
-    return profile
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _title(monitor: Monitor) -> str:
     plan = monitor.plan
     return plan["name"] + (f", rank {monitor.rank} of {plan['world_size']}" if plan["world_size"] > 1 else "")
@@ -212,7 +179,7 @@ def _notes(monitor: Monitor, cut_short: bool) -> list[str]:
     return [*notes, "a part of another step, broken off, is in it"] if cut_short else notes
 
 
-def _timed(profile: Any, window: Window, device: torch.device) -> tuple[list[Timed], list[Timed] | None]:
+def _timed(profile: Any, device: torch.device) -> tuple[list[Timed], list[Timed] | None]:
     """Operators of the host and kernels of the device (None on a CPU)."""
     for event in profile.events():
         if event.name.startswith("## Call CompiledFxGraph"):
@@ -223,9 +190,8 @@ def _timed(profile: Any, window: Window, device: torch.device) -> tuple[list[Tim
         if row.device_type.name != "CPU":
             if not row.is_user_annotation:
                 kernels.append(Timed(row.key, "", row.count, row.self_device_time_total / 1000))
-        elif row.key.startswith("ProfilerStep"):
-            idle_ms = window.wall_ms - (row.cpu_time_total - row.self_cpu_time_total) / 1000
-            host.append(Timed(NO_OPERATOR, "", 0, max(idle_ms, 0.0)))
+        elif row.key.startswith(STEP):  # what of a step is in no operator
+            host.append(Timed(NO_OPERATOR, "", 0, row.self_cpu_time_total / 1000))
         else:
             host.append(Timed(row.key, shapes, row.count, row.self_cpu_time_total / 1000))
     return host, kernels if device.type == "cuda" else None

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from picotrain.text import size
+from picotrain.markdown import Markdown, table
+from picotrain.text import several, size
 
 TOP, LEAST = 25, 0.001  # rows of a table, and the share of the whole that is worth one; the rest is one line below them
 NO_OPERATOR = "(no operator: Python, waiting)"
+IN_CODE = str.maketrans("|`", "/'")  # what would end a cell, or the code in it
 MAX_NAME = 90  # characters of a name: those of C++ templates run to thousands
 
 
@@ -49,8 +51,8 @@ class Window:
 
     def heading(self) -> list[str]:
         """The first lines of every table."""
-        took = f"{self.steps} step{'s' * (self.steps > 1)}, {self.wall_ms / self.steps:,.1f} ms each, the profiler's own cost included"
-        return [f"# {self.title}: {self}", "", "; ".join([took, *self.notes]) + ".", ""]
+        took = f"{several(self.steps, 'step')}, {self.wall_ms / self.steps:,.1f} ms each, the profiler's own cost included"
+        return [f"# {self.title}: {self}", "; ".join([took, *self.notes]) + "."]
 
 
 def by_name(rows: Iterable[Timed]) -> list[Timed]:
@@ -59,7 +61,11 @@ def by_name(rows: Iterable[Timed]) -> list[Timed]:
     for row in rows:
         before = merged.get(row.name, Timed(row.name, "", 0, 0.0))
         merged[row.name] = replace(before, calls=before.calls + row.calls, self_ms=before.self_ms + row.self_ms)
-    return sorted(merged.values(), key=lambda row: -row.self_ms)
+    return _sorted(merged.values())
+
+
+def _sorted(rows: Iterable[Timed]) -> list[Timed]:
+    return sorted(rows, key=lambda row: -row.self_ms)
 
 
 def headline(rows: Sequence[Timed], window: Window, count: int = 3) -> str:
@@ -71,38 +77,36 @@ def headline(rows: Sequence[Timed], window: Window, count: int = 3) -> str:
 def kernels_markdown(window: Window, host: Sequence[Timed], device: Sequence[Timed] | None) -> str:
     """kernels.md: kernels of the device by their time, then operators of the host by the time in themselves, by name and by
     shape. Shares are of the window's wall time. `device`: None on a CPU, where operators are all there is."""
-    lines = window.heading()
+    parts = window.heading()
     if device is not None:
         busy = 100 * sum(row.self_ms for row in device) / window.wall_ms
-        lines += ["## Kernels by time on the device", ""]
+        parts += ["## Kernels by time on the device"]
         if device:
-            lines += [f"Together {busy:.1f} % of the wall time; streams run side by side, so that it may be above 100 %.", ""]
-            lines += _timed(by_name(device), window, "kernel")
+            parts += [f"Together {busy:.1f} % of the wall time; streams run side by side, so that it may be above 100 %."]
+            parts += [_timed(by_name(device), window, "kernel")]
         else:
-            lines += ["None was recorded. CUPTI, which records them, said why on standard error; often it wants more rights.", ""]
-    lines += ["## Operators by their own time on the host", ""]
+            parts += ["None was recorded. CUPTI, which records them, said why on standard error; often it wants more rights."]
+    parts += ["## Operators by their own time on the host"]
     if device is not None:
-        lines += ["The host runs ahead of the device: this time counts only where the device waits for it.", ""]
-    lines += _timed(by_name(host), window, "operator")
-    lines += ["## The same by the shapes of their inputs", ""]
-    shaped = sorted((row for row in host if row.shapes), key=lambda row: -row.self_ms)
-    return "\n".join([*lines, *_timed(shaped, window, "operator", with_shapes=True)])
+        parts += ["The host runs ahead of the device: this time counts only where the device waits for it."]
+    parts += [_timed(by_name(host), window, "operator"), "## The same by the shapes of their inputs"]
+    parts += [_timed(_sorted(row for row in host if row.shapes), window, "operator", with_shapes=True)]
+    return "\n\n".join(parts) + "\n"
 
 
 def memory_markdown(window: Window, allocations: Sequence[Allocation], device: str) -> str:
     """memory.md: by what allocated them, the bytes alive at the peak, and all that was allocated in a step."""
-    lines = window.heading()
     ordered = sorted(allocations, key=lambda allocation: allocation.time_ns)
-    if not ordered:
-        return "\n".join([*lines, f"Nothing was allocated on {device}.", ""])
-    at_peak = max(range(len(ordered)), key=lambda i: ordered[i].total_bytes)
-    before, peak = ordered[0].total_bytes - ordered[0].bytes, ordered[at_peak].total_bytes
-    if before > 0:
-        said = f"At the peak {size(peak)} were allocated on {device}: {size(before)} before these steps, {size(peak - before)} in them."
-    else:
+    parts = [*window.heading(), f"Nothing was allocated on {device}."]
+    if ordered:
+        at_peak = max(range(len(ordered)), key=lambda i: ordered[i].total_bytes)
+        before, peak = ordered[0].total_bytes - ordered[0].bytes, ordered[at_peak].total_bytes
         said = f"At the peak these steps held {size(peak)} on {device}, beside what was there before (weights, optimizer state)."
-    head = ["allocated by", "alive at the peak", "in blocks", "allocated a step"]
-    return "\n".join([*lines, said, "", *_table(head, _holders(ordered, at_peak, window.steps))])
+        if before > 0:
+            said = f"At the peak {size(peak)} were allocated on {device}: {size(before)} before these steps, {size(peak - before)} in them."
+        head = ["allocated by", "alive at the peak", "in blocks", "allocated a step"]
+        parts[-1:] = [said, table(head, _holders(ordered, at_peak, window.steps))]
+    return "\n\n".join(parts) + "\n"
 
 
 def _holders(ordered: Sequence[Allocation], at_peak: int, steps: int) -> list[list[str]]:
@@ -122,23 +126,21 @@ def _holders(ordered: Sequence[Allocation], at_peak: int, steps: int) -> list[li
     least = LEAST * sum(held.values())
     ranked = sorted(taken, key=lambda by: (-held[by] if held[by] >= least else 0, -taken[by]))
     top = [by for by in ranked if held[by] >= least or taken[by] >= least * steps][:TOP]
-    groups = [(_cell(by), [by]) for by in top]
-    if rest := [by for by in ranked if by not in top]:
-        groups.append((f"{len(rest):,} others", rest))
+    rest = [by for by in ranked if by not in top]
     rows = []
-    for shown, names in groups:
+    for shown, names in [*((_code(by), [by]) for by in top), *([(f"{len(rest):,} others", rest)] if rest else [])]:
         bytes_held, blocks, bytes_taken = (sum(counter[by] for by in names) for counter in (held, count, taken))
         rows.append([shown, size(bytes_held), f"{blocks:,}", size(bytes_taken / steps)])
     return rows
 
 
-def _timed(rows: Sequence[Timed], window: Window, what: str, with_shapes: bool = False) -> list[str]:
+def _timed(rows: Sequence[Timed], window: Window, what: str, with_shapes: bool = False) -> Markdown:
     shown = [row for row in rows if row.self_ms >= LEAST * window.wall_ms][:TOP]
-    cells = [[_cell(row.name), *([_cell(row.shapes)] if with_shapes else []), *_figures(row, window)] for row in shown]
+    cells = [[_code(row.name), *([_code(row.shapes)] if with_shapes else []), *_figures(row, window)] for row in shown]
     if rest := rows[len(shown) :]:
         others = Timed("", "", sum(row.calls for row in rest), sum(row.self_ms for row in rest))
         cells.append([f"{len(rest):,} others", *([""] if with_shapes else []), *_figures(others, window)])
-    return _table([what, *(["shapes"] if with_shapes else []), "share", "ms a step", "calls a step", "µs a call"], cells)
+    return table([what, *(["shapes"] if with_shapes else []), "share", "ms a step", "calls a step", "µs a call"], cells)
 
 
 def _figures(row: Timed, window: Window) -> list[str]:
@@ -149,20 +151,10 @@ def _figures(row: Timed, window: Window) -> list[str]:
     return [f"{share:.1f} %", f"{each_ms:,.2f}", calls, f"{1000 * row.self_ms / row.calls:,.1f}"]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table that also reads well as it is: texts to the left, figures to the right."""
-    right = [not (title == "shapes" or i == 0) for i, title in enumerate(head)]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [[cell.rjust(w) if r else cell.ljust(w) for cell, w, r in zip(row, widths, right, strict=True)] for row in [head, *rows]]
-    rule = ["-" * (w - r) + ":" * r for w, r in zip(widths, right, strict=True)]
-    return [f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]]] + [""]
-
-
 def _name(name: str, most: int = MAX_NAME) -> str:
     return name if len(name) <= most else name[: most - 3] + "..."
 
 
-def _cell(text: str) -> str:
+def _code(text: str) -> str:
     """Names as code, since `__` and `<` mean something in Markdown; a phrase of our own as it is."""
-    shown = _name(text).replace("|", "/").replace("`", "'")
-    return shown if text.startswith("(") else f"`{shown}`"
+    return text if text.startswith("(") else Markdown(f"`{_name(text).translate(IN_CODE)}`")

@@ -11,9 +11,8 @@ from picotrain.errors import RunError
 from picotrain.metrics import plain
 from picotrain.report.charts import draw_charts
 from picotrain.report.closing import console_summary, what_next
+from picotrain.report.content import render
 from picotrain.report.facts import Run, read_run, summarise
-from picotrain.report.html import render_page
-from picotrain.report.markdown import render
 from picotrain.report.picture import draw_pictures
 from picotrain.terminal import say
 
@@ -26,12 +25,13 @@ def write_report(run_dir: Path, running: bool = False) -> dict[str, Any]:
     Works for runs in any state; `running` says whether one that has not ended is still at work or was interrupted.
     Raises RunError where the folder holds no run or cannot be written.
     """
+    from picotrain.report.html import render_page  # its libraries would take a fifth of a second of every start
+
     run = read_run(run_dir)
     summary = plain(summarise(run, running))
     try:
         pictures = draw_pictures(run, run_dir)
-        page = render(run, summary, pictures.get("learned"), pictures)
-        _replace(run_dir / "report.md", page, is_own_text(run_dir / "report.md", "# ", "", "This run "))
+        _replace(run_dir / "report.md", render(run, summary, pictures), is_own_text(run_dir / "report.md", "# ", "", "This run "))
         _replace(run_dir / "report.html", render_page(run, summary, draw_charts(run)), is_own_page(run_dir / "report.html"))
         text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         _replace(run_dir / "summary.json", text, is_own_json(run_dir / "summary.json", "status", "steps_done"))

@@ -1,45 +1,66 @@
-"""Panels as SVG for a page. matplotlib draws the curves; scales are written here, so that the page's CSS sets their size and colour."""
+"""Panels as SVG for a page, which a template writes: what stands here are places and texts. The page's CSS sets sizes and colours.
+
+matplotlib finds the ticks and draws nothing: its SVG has colours, fonts and ids of its own, which would have to be cut out again.
+"""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from picotrain.report.curves import Panel, Progress, course_panels, learned_panels, progress, resumed_at
+from picotrain.report.curves import Panel, course_panels, learned_panels, progress, resumed_at
 from picotrain.report.facts import Run
-from picotrain.report.picture import COLOURS, draw_panel, tick_text, x_locator, y_locator
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from picotrain.report.picture import tick_text, x_locator, y_locator
 
 LARGE, SMALL = (580, 300), (380, 210)  # width and height, about the pixels of a chart on a wide screen
 LEFT, RIGHT, TOP, BOTTOM = 54, 14, 10, 44
 DURATIONS = (("days", 86_400, 4), ("hours", 3_600, 3), ("minutes", 60, 3), ("seconds", 1, 0))  # name, seconds, from how many on
+Place = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """The curves over one thing. name: the class that the page shows or hides."""
+
+    name: str
+    curves: list[tuple[str, str, str]]  # class, colour, and path
+    points: list[tuple[str, Place, str]]  # colour, place, and what is said where the pointer rests on it
+    resumed: list[float]  # x of dotted lines
+    ring: Place | None
+
+
+@dataclass(frozen=True)
+class Scale:
+    name: str
+    label: str
+    ticks: list[tuple[float, str]]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """One panel as an SVG element: curves over steps with scales in steps and tokens, and over time; the page shows one of the three."""
+    """One panel: curves over steps with scales in steps and tokens, and over time; the page shows one of the three."""
 
     panel: Panel
-    large: bool
-    svg: str
+    width: int
+    height: int
+    grid: list[tuple[float, str]]
+    scales: list[Scale]
+    plots: list[Plot]
+    left: int = LEFT
+    right: int = RIGHT
+    top: int = TOP
+    bottom: int = BOTTOM
 
 
 @dataclass(frozen=True)
 class Charts:
-    """The charts of a page, and over what they can be shown besides steps."""
+    """The charts of a page, and over what they can be shown."""
 
     learned: Sequence[Chart] = ()
     course: Sequence[Chart] = ()
-    tokens: bool = False
-    time: bool = False
+    over: Sequence[str] = ()
     resumed: bool = False  # somewhere a dotted line says so
 
 
@@ -49,95 +70,92 @@ def draw_charts(run: Run) -> Charts:
     if not learned and not course:
         return Charts()
     done, resumed = progress(run), resumed_at(run)
+    per_step, unit, seconds = done.tokens_per_step, "", 1
+    if done.seconds is not None:
+        unit, seconds, _ = next((long for long in DURATIONS if done.seconds[-1] >= long[1] * long[2]), DURATIONS[-1])
+
+    def chart(panel: Panel, extent: tuple[int, int]) -> Chart:
+        axes = Axes(panel, extent, resumed)
+        by_step, low, high = axes.plot("by-step", lambda steps: steps)
+        scales, plots = [axes.scale("scale-steps", "steps", low, high, integer=True)], [by_step]
+        if per_step:
+            scales.append(axes.scale("scale-tokens", "tokens", low * per_step, high * per_step))
+        if unit:
+            by_time, low, high = axes.plot("by-time", lambda steps: done.seconds_at(steps) / seconds)
+            scales.append(axes.scale("by-time", f"{unit} of training", low, high))
+            plots.append(by_time)
+        return Chart(panel, *extent, axes.grid(), scales, plots)
+
     return Charts(
-        [Chart(panel, True, _svg(panel, done, resumed, LARGE)) for panel in learned],
-        [Chart(panel, False, _svg(panel, done, resumed, SMALL)) for panel in course],
-        tokens=bool(done.tokens_per_step),
-        time=done.seconds is not None,
-        resumed=bool(resumed),
+        [chart(panel, LARGE) for panel in learned],
+        [chart(panel, SMALL) for panel in course],
+        ["steps", *(["tokens"] if per_step else []), *(["time"] if unit else [])],
+        bool(resumed),
     )
 
 
-def _svg(panel: Panel, done: Progress, resumed: Sequence[int], extent: tuple[int, int]) -> str:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+class Axes:
+    """Where the values of a panel stand in a picture of this width and height."""
 
-    width, height = extent
-    picture = Figure(figsize=(width / 72, height / 72), dpi=72)
-    picture.patch.set_visible(False)
-    place = (LEFT / width, BOTTOM / height, 1 - (LEFT + RIGHT) / width, 1 - (BOTTOM + TOP) / height)
+    def __init__(self, panel: Panel, extent: tuple[int, int], resumed: Sequence[int]):
+        self._panel, self._resumed = panel, np.array(resumed, dtype=np.float64)
+        self._width, self._height = extent
+        values = panel.shown(np.concatenate([values for series in panel.series for values in (series.curve.low, series.curve.high)]))
+        self._of = np.log10 if panel.logarithmic else np.asarray
+        low, high = _widened(self._of(values))
+        self._low, self._high = (10**low, 10**high) if panel.logarithmic else (low, high)
 
-    def curves(name: str, x_of: Callable[[np.ndarray], np.ndarray]) -> Axes:
-        ax = picture.add_axes(place, label=name)
-        ax.set_axis_off()
-        ax.set_gid(name)
-        draw_panel(ax, panel, resumed, x_of)
-        return ax
+    def grid(self) -> list[tuple[float, str]]:
+        """y and text of the ticks."""
+        ticks = y_locator(self._panel.logarithmic).tick_values(self._low, self._high)
+        return [(float(self._y(tick)), tick_text(tick)) for tick in ticks if self._low <= tick <= self._high]
 
-    by_step = curves("by-step", np.asarray)
-    scales = [_scale(by_step, "scale-steps", "steps", height, integer=True)]
-    if done.tokens_per_step:
-        scales.append(_scale(by_step, "scale-tokens", "tokens", height, factor=done.tokens_per_step))
-    if done.seconds is not None:
-        unit, seconds, _ = next(duration for duration in DURATIONS if done.seconds[-1] >= duration[1] * duration[2])
-        by_time = curves("by-time", lambda steps: done.seconds_at(steps) / seconds)
-        scales.append(_scale(by_time, "by-time", f"{unit} of training", height))
-    out = io.StringIO()
-    with rc_context({"svg.hashsalt": panel.key}):
-        picture.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    grid = "\n".join(_grid(by_step, extent))
-    label = escape(f"{panel.title} ({panel.unit}): {panel.caption}")
-    inside = "\n".join([grid, *scales, _for_page(out.getvalue(), panel)])
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">\n{inside}</svg>'
+    def scale(self, name: str, label: str, low: float, high: float, integer: bool = False) -> Scale:
+        """The x axis from `low` to `high`."""
+        ticks = np.asarray(x_locator(integer).tick_values(low, high))
+        places = LEFT + (self._width - LEFT - RIGHT) * (ticks - low) / (high - low)
+        return Scale(name, label, [(x, tick_text(tick)) for x, tick in zip(places, ticks, strict=True) if low <= tick <= high])
 
+    def plot(self, name: str, x_of: Callable[[np.ndarray], np.ndarray]) -> tuple[Plot, float, float]:
+        """All curves, and from where to where the x axis goes, in what `x_of` makes of steps."""
+        panel = self._panel
+        low, high = _widened(x_of(np.concatenate([*(series.curve.steps for series in panel.series), self._resumed])))
 
-def _grid(ax: Axes, extent: tuple[int, int]) -> Iterator[str]:
-    """The y scale: a line and a figure for each tick, and the line at the bottom."""
-    width, height = extent
-    low, high = ax.get_ylim()
-    for tick in y_locator(ax.get_yscale() == "log").tick_values(low, high):
-        if low <= tick <= high:
-            y = height - ax.transData.transform((ax.get_xlim()[0], tick))[1]
-            yield f'<path class="grid" d="M{LEFT} {y:.1f}H{width - RIGHT}"/>'
-            yield f'<text class="y" x="{LEFT - 6}" y="{y:.1f}" dy="0.35em">{escape(tick_text(tick))}</text>'
-    yield f'<path class="axis" d="M{LEFT} {height - BOTTOM}H{width - RIGHT}"/>'
+        def place(steps: np.ndarray) -> np.ndarray:
+            return LEFT + (self._width - LEFT - RIGHT) * (x_of(steps) - low) / (high - low)
 
+        curves, points = [], []
+        for series in panel.series:
+            found = series.curve
+            x, y, top, bottom = place(found.steps), *(self._y(panel.shown(v)) for v in (found.mean, found.high, found.low))
+            if series.band:
+                around = [_path([*x[s], *x[s][::-1]], [*top[s], *bottom[s][::-1]]) for s in _known(top)]
+                curves.append(("band", series.colour, " ".join(around)))
+            if series.line:
+                kind = "faint" if series.style == "raw" else "line"
+                curves.append((kind, series.colour, " ".join(_path(x[s], y[s]) for s in _known(y))))
+            if series.marks:
+                tips = [f"step {step:,.0f}: {value:.4f} {panel.unit}" for step, value in zip(found.steps, found.mean, strict=True)]
+                points += [(series.colour, (a, b), tip) for a, b, tip in zip(x, y, tips, strict=True) if np.isfinite(b)]
+        ring = (float(place(np.array(panel.best[0]))), float(self._y(panel.best[1]))) if panel.best else None
+        return Plot(name, curves, points, list(place(self._resumed)), ring), low, high
 
-def _scale(ax: Axes, name: str, label: str, height: int, factor: float = 1, integer: bool = False) -> str:
-    """An x scale, in what `ax` shows times `factor`."""
-    low, high = ax.get_xlim()
-    parts = []
-    for tick in x_locator(integer).tick_values(low * factor, high * factor):
-        if low <= tick / factor <= high:
-            x = ax.transData.transform((tick / factor, ax.get_ylim()[0]))[0]
-            parts.append(f'<path class="axis" d="M{x:.1f} {height - BOTTOM}v4"/>')
-            parts.append(f'<text x="{x:.1f}" y="{height - BOTTOM + 5}" dy="0.95em">{escape(tick_text(tick))}</text>')
-    middle = (ax.bbox.x0 + ax.bbox.x1) / 2
-    return f'<g class="{name}">{"".join(parts)}<text x="{middle:.1f}" y="{height - 6}">{escape(label)}</text></g>'
+    def _y(self, values: np.ndarray | float) -> np.ndarray:
+        low, high = self._of(self._low), self._of(self._high)
+        return TOP + (self._height - TOP - BOTTOM) * (1 - (self._of(values) - low) / (high - low))
 
 
-def _for_page(svg: str, panel: Panel) -> str:
-    """What matplotlib drew, as a part of an HTML page."""
-    body = svg[svg.index("<svg") : svg.rindex("</svg>")]
-    body = body[body.index(">") + 1 :]
-    body = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->|\n\s*", " ", body, flags=re.DOTALL)
-    body = body.replace("xlink:href", "href")
-    # Coordinates to a tenth of a pixel: a third of the size.
-    body = re.sub(r'(?<= d=")[^"]*', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]), body)
-    for colour, value in COLOURS.items():
-        body = body.replace(value, f"var(--{colour})")
-    body = _with_tips(body, panel.tips)
-    body = re.sub(r'id="(by-\w+|points)"', r'class="\1"', body)
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{panel.key}-", body)  # no two elements of a page may have one name
+def _widened(values: np.ndarray) -> tuple[float, float]:
+    """From where to where an axis goes that shows these values: a twentieth more on both sides."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    margin = (high - low) / 20 or abs(high) / 20 or 1.0
+    return low - margin, high + margin
 
 
-def _with_tips(body: str, tips: Sequence[str]) -> str:
-    """Each marker of the measured points with its figures, to be seen where the pointer rests on it."""
+def _known(values: np.ndarray) -> list[slice]:
+    """The stretches without NaN."""
+    return np.ma.clump_unmasked(np.ma.masked_invalid(values))
 
-    def marked(group: re.Match[str]) -> str:
-        if len(tips) != group[0].count("<use"):
-            return group[0]
-        words = iter(tips)
-        return re.sub(r"(<use[^>]*?)/>", lambda use: f"{use[1]}><title>{escape(next(words))}</title></use>", group[0])
 
-    return re.sub(r'<g id="points">.*?</g>\s*</g>', marked, body)
+def _path(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> str:
+    return "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in zip(x, y, strict=True))

@@ -2,78 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from picotrain.report.charts import Charts
-from picotrain.report.content import Block, Columns, Note, Prose, Section, Table, number, percent
-from picotrain.report.html import fill, tile
-from picotrain.report.markdown import write
+from picotrain.markdown import Markdown, table
+from picotrain.report.content import count, fill, number, percent
+from picotrain.report.html import Tile
+from picotrain.report.html import fill as fill_page
 from picotrain.text import several, short
 
 Results = Mapping[str, Any]
 MINUS = "−"  # between names, of which one may hold a hyphen
+BADGES = {  # of a page: class of the style sheet, and words
+    "larger": ("finished", "larger than the noise"),
+    "no larger": ("running", "no larger than the noise"),
+    "not known": ("stopped", "not known"),
+}
 
 
 def markdown(results: Results) -> str:
     """The whole comparison as one page of Markdown."""
-    return write(_title(results), sections(results), {})
+    tables = (subjects, differences, texts, documents, centered, accuracies, skipped, speeds, machines)
+    named = {function.__name__: function for function in tables}
+    return fill("compare.md.j2", r=results, title=_title(results), names=_names(results), level=_level(results), **named)
 
 
 def page(results: Results) -> str:
     """The whole comparison as one HTML file that needs no other, in the style of report.html."""
-    badges = {"larger": "finished", "no larger": "running", "not known": "stopped"}  # classes of the style sheet
-    words = {"larger": "larger than the noise", "no larger": "no larger than the noise", "not known": "not known"}
     first, *others = results["verdicts"]
-    return fill(
-        title=f"{_title(results)}: compared",
-        name=_title(results),
-        status="compared" if set(others) - {first} else words[first],
-        badge="stopped" if set(others) - {first} else badges[first],
-        found=sections(results),
-        tiles=_tiles(results),
-        footer="Written by picotrain compare.",
-        charts=Charts(),
-    )
-
-
-def sections(results: Results) -> list[Section]:
-    """The comparison, section by section, as blocks without markup."""
-    leads = {"larger": "Larger than the noise.", "no larger": "No larger than the noise.", "not known": "Not known."}
-    top = [Prose(text, leads[verdict]) for text, verdict in zip(results["headline"], results["verdicts"], strict=True)]
-    found = [
-        Section("", [*top, Prose(_noise(results))]),
-        Section("What is compared", list(_subjects(results))),
-        Section("Is it fair?", [Note(text) for text in results["warnings"]] or [Prose("Nothing speaks against it.")]),
-        Section("Config differences", list(_config(results))),
-        Section("Training text and tokenizers", [_data(results)]),
-        Section("Bits per byte of whole documents", list(_bpb(results))),
-        Section("CORE by task", list(_core(results))),
-        Section("Speed of training", list(_speed(results))),
-        Section("Samples side by side", list(_samples(results))),
-    ]
-    return [section for section in found if section.blocks]
+    badge, status = ("stopped", "compared") if set(others) - {first} else BADGES[first]
+    title = _title(results)
+    return fill_page(markdown(results), title, status, badge, list(_tiles(results)), "Written by picotrain compare.")
 
 
 def headlines(results: Results) -> list[str]:
     """For each further model one sentence: whether its difference from the first is larger than the noise, and by which figures."""
     first, *others = _names(results)
-    found = []
+    rows, found = results["bpb"]["rows"], []
     for i, (other, verdict) in enumerate(zip(others, results["verdicts"], strict=True)):
-        rows, core = results["bpb"]["rows"], results["core"]
-        bpb, metric = rows[0]["differences"][i] if rows else None, core["differences"][i] if "differences" in core else None
+        bpb = rows[0]["differences"][i] if rows else None
         if bpb and bpb["low"] is not None:
-            better, worse = (other, first) if bpb["value"] < 0 else (first, other)
             low, high = sorted((abs(bpb["low"]), abs(bpb["high"])))
-            reach = f"{_level(results)} interval {low:.4f} to {high:.4f}, {several(rows[0]['documents'], 'document')}"
-            text = f"{better} is better than {worse} by more than the noise: {abs(bpb['value']):.4f} bits per byte less ({reach})"
+            reach = f"{low:.4f} to {high:.4f}" if verdict != "no larger" else _range(bpb)
+            reach = f"({_level(results)} interval {reach}, {several(rows[0]['documents'], 'document')}); {_core_clause(results, i)}."
+            better, worse = (other, first) if bpb["value"] < 0 else (first, other)
             if verdict == "no larger":
-                reach = f"{_level(results)} interval {_range(bpb)}, {several(rows[0]['documents'], 'document')}"
-                text = (
-                    f"The difference of {other} from {first} is no larger than the noise: {_signed(bpb['value'])} bits per byte ({reach})"
-                )
-            found.append(f"{text}; {_core_clause(results, i)}.")
-        elif metric:
+                text = f"The difference of {other} from {first} is no larger than the noise: {_signed(bpb['value'])} bits per byte"
+            else:
+                text = f"{better} is better than {worse} by more than the noise: {abs(bpb['value']):.4f} bits per byte less"
+            found.append(f"{text} {reach}")
+        elif _core_difference(results, i):
             size = "larger" if verdict == "larger" else "no larger"
             found.append(f"The difference of {other} from {first} is {size} than the noise by CORE alone: {_core_clause(results, i)}.")
         else:
@@ -82,178 +60,132 @@ def headlines(results: Results) -> list[str]:
 
 
 def _core_clause(results: Results, i: int) -> str:
-    core = results["core"]
-    metric = core["differences"][i] if "differences" in core else None
+    metric = _core_difference(results, i)
     if not metric:
         return "CORE was not evaluated"
     outside = metric["low"] > 0 or metric["high"] < 0
-    size = (
-        ("is higher" if metric["value"] > 0 else "is lower") + " by more than the noise" if outside else "differs by no more than the noise"
-    )
-    tests = [task["differences"][i] for task in core["tasks"] if task["differences"][i]]
+    size = f"is {'higher' if metric['value'] > 0 else 'lower'} by more" if outside else "differs by no more"
+    tests = [task["differences"][i] for task in results["core"]["tasks"] if task["differences"][i]]
     alone = sum(test["p_holm"] < 0.05 for test in tests)
     after = f", and {alone} of {len(tests)} tasks differ after Holm's correction" if alone else ""
-    return f"the CORE of {_names(results)[i + 1]} {size} ({_signed(metric['value'])}, {_range(metric)}){after}"
+    return f"the CORE of {_names(results)[i + 1]} {size} than the noise ({_signed(metric['value'])}, {_range(metric)}){after}"
 
 
-def _noise(results: Results) -> str:
-    """What the intervals cover, and what they do not."""
-    text = (
-        "Noise is what another choice of documents and examples would change. Training again from another seed gives another model, too; "
-    )
-    text += "how much that changes is not in these intervals, and only runs with several seeds tell."
-    if results["seeds_only"]:
-        text = "These runs differ in their seed alone: their difference is what chance in training does. The intervals cover what another "
-        text += "choice of documents and examples would change."
-    if len(results["verdicts"]) > 1:
-        text += (
-            f" Each is compared with {_names(results)[0]}; an interval is at {_level(results)}, so that all of them hold together at 95 %."
+def _core_difference(results: Results, i: int) -> Results | None:
+    return results["core"].get("differences", {i: None})[i]
+
+
+def subjects(results: Results) -> Markdown:
+    first = _names(results)[0]
+    rows = [
+        (
+            *(one["name"], count(one["step"]), _short(one["parameters"]), _short(one["tokens"])),
+            number(one["val_bpb"]) or "not measured",
+            "" if one is results["subjects"][0] else one["loop_problem"] or "yes",
         )
-    return text
+        for one in results["subjects"]
+    ]
+    return table(("model", "step", "parameters", "tokens trained", "val_bpb of its own loop", f"comparable with {first}"), rows)
 
 
-def _subjects(results: Results) -> Iterator[Block]:
-    rows = []
-    for one in results["subjects"]:
-        loop = number(one["val_bpb"]) or "not measured"
-        rows.append(
-            (one["name"], _count(one["step"]), _short(one["parameters"]), _short(one["tokens"]), loop, one["loop_problem"] or "yes")
-        )
-    rows[0] = (*rows[0][:-1], "")
-    first = rows[0][0]
-    yield Table(("model", "step", "parameters", "tokens trained", "val_bpb of its own loop", f"comparable with {first}"), rows)
-    yield Prose(
-        "What a training loop measured compares only at equal tokenizer, seq_len and validation rows; whole documents compare always."
-    )
-
-
-def _config(results: Results) -> Iterator[Block]:
+def differences(results: Results, experiment: bool) -> Markdown:
+    """Keys that differ, of those that make the experiment or of the others."""
     known = [i for i, one in enumerate(results["subjects"]) if one["kind"] == "run"]
-    if len(known) < 2:
-        return
-    names = _names(results)
-    for experiment, lead in ((True, "What makes the experiment:"), (False, "What does not change the experiment:")):
-        rows = [row for row in results["config"] if row["experiment"] == experiment]
-        if rows:
-            yield Prose(lead)
-            yield Table(("key", *(names[i] for i in known)), [(row["key"], *(_value(row["values"][i]) for i in known)) for row in rows])
-    if not results["config"]:
-        yield Prose("None: the configs are the same.")
+    rows = [(row["key"], *(_value(row["values"][i]) for i in known)) for row in results["config"] if row["experiment"] == experiment]
+    return table(("key", *(_names(results)[i] for i in known)), rows)
 
 
-def _data(results: Results) -> Block:
-    subjects = results["subjects"]
+def texts(results: Results) -> Markdown:
+    """What the models were trained on, and whether that is the same."""
     facts = {
         "corpus": lambda one: one["corpus"],
-        "corpus fingerprint": lambda one: _print(one["corpus_fingerprint"]),
-        "validation shards": lambda one: ", ".join(shard[:12] for shard in one["val_shards"]) or None,
-        "tokenizer fingerprint": lambda one: _print(one["tokenizer_fingerprint"]),
-        "vocabulary": lambda one: _count(one["vocab_size"]) or None,
-        "tokens per row (seq_len)": lambda one: _count(one["seq_len"]) or None,
+        "corpus fingerprint": lambda one: one["corpus_fingerprint"] and one["corpus_fingerprint"][:12],
+        "validation shards": lambda one: ", ".join(shard[:12] for shard in one["val_shards"]),
+        "tokenizer fingerprint": lambda one: one["tokenizer_fingerprint"] and one["tokenizer_fingerprint"][:12],
+        "vocabulary": lambda one: count(one["vocab_size"]),
+        "tokens per row (seq_len)": lambda one: count(one["seq_len"]),
         "UTF-8 bytes per token of these documents": lambda one: one["bytes_per_token"] and f"{one['bytes_per_token']:.3f}",
     }
-    rows = [(what, *(fact(one) or "not known" for one in subjects), _same([fact(one) for one in subjects])) for what, fact in facts.items()]
-    return Table(("", *_names(results), "the same?"), rows)
-
-
-def _bpb(results: Results) -> Iterator[Block]:
-    bpb, names = results["bpb"], _names(results)
-    for name, problem in bpb["problems"].items():
-        yield Note(f"{name} was not evaluated: {problem}.")
-    if not bpb["rows"]:
-        return
-    spread = f" (of {bpb['of']:,}, spread evenly)" if bpb["spread"] else ""
-    yield Prose(
-        f"Measured on {several(bpb['documents'], 'document')}{spread} of the validation shard of {bpb['text_of']}, in windows of "
-        f"{bpb['window']:,} tokens, each led by the model's own token for a beginning. Below zero the further model is the better one; "
-        f"intervals are paired bootstraps over documents at {_level(results)}."
-    )
     rows = []
-    for row in bpb["rows"]:
-        values = [number(value) or "not evaluated" for value in row["bpb"]]
-        rows.append((row["origin"] or "all", f"{row['documents']:,}", *values, *map(_figure, row["differences"])))
-    yield Table(("source", "documents", *names, *_against(names)), rows)
+    for what, fact in facts.items():
+        values = [fact(one) or "not known" for one in results["subjects"]]
+        same = "not known" if "not known" in values else "yes" if len(set(values)) == 1 else "no"
+        rows.append((what, *values, same))
+    return table(("", *_names(results), "the same?"), rows)
 
 
-def _core(results: Results) -> Iterator[Block]:
-    core, names = results["core"], _names(results)
-    if core["problem"]:
-        yield Prose(f"Not evaluated: {core['problem']}.")
-        return
-    most = core["max_per_task"]
-    size = f"at most {most:,}" if most and most > 0 else "all"
-    yield Prose(
-        f"{core['evaluated']} of {len(core['tasks'])} tasks of {core['bundle']}, with {size} examples each; random baselines by "
-        f"{core['baseline_table']}. Examples count that every model answered."
-    )
-    done = [task for task in core["tasks"] if not task["problem"]]
-    if done:
-        yield from _core_tables(results, done)
-    for i, name in enumerate(names):
-        if done and core["core_metric"][i] is None:
-            yield Note(f"{name} was not evaluated: none of its tasks could be finished.")
-    skipped = [(task["label"], task["problem"]) for task in core["tasks"] if task["problem"]]
-    if skipped:
-        yield Prose("Not evaluated:")
-        yield Table(("task", "why"), skipped)
+def documents(results: Results) -> Markdown:
+    rows = [
+        (
+            row["origin"] or "all",
+            count(row["documents"]),
+            *(number(v) or "not evaluated" for v in row["bpb"]),
+            *map(_figure, row["differences"]),
+        )
+        for row in results["bpb"]["rows"]
+    ]
+    return table(("source", "documents", *_names(results), *_against(results)), rows)
 
 
-def _core_tables(results: Results, done: Sequence[Results]) -> Iterator[Block]:
-    core, names = results["core"], _names(results)
+def centered(results: Results) -> Markdown:
+    core = results["core"]
     rows = [("CORE", "", *map(number, core["core_metric"]), *map(_figure, core["differences"]))]
-    for task in done:
-        differences = [difference and difference["centered"] for difference in task["differences"]]
-        rows.append((task["label"], f"{task['n']:,}", *map(number, task["centered"]), *map(_figure, differences)))
-    yield Prose("Centered accuracy, 0 for guessing and 1 for all right:")
-    yield Table(("task", "examples", *names, *_against(names)), rows)
-    for i, name in enumerate(names[1:]):
-        rows = []
-        for task in done:
-            if found := task["differences"][i]:
-                accuracy = (number(task["accuracy"][0]), number(task["accuracy"][i + 1]), _figure(found["accuracy"]))
-                alone = (f"{found['only_first']:,}", f"{found['only_other']:,}", _p(found["p"]), _p(found["p_holm"]))
-                rows.append((task["label"], *accuracy, *alone))
-        if rows:
-            yield Prose(f"Accuracy, and the examples that {names[0]} or {name} alone got right (p: McNemar's exact test, then after Holm):")
-            head = ("task", names[0], name, f"{name} {MINUS} {names[0]}", f"only {names[0]}", f"only {name}", "p", "p (Holm)")
-            yield Table(head, rows)
+    for task in _done(results):
+        found = [difference and difference["centered"] for difference in task["differences"]]
+        rows.append((task["label"], count(task["n"]), *map(number, task["centered"]), *map(_figure, found)))
+    return table(("task", "examples", *_names(results), *_against(results)), rows)
 
 
-def _speed(results: Results) -> Iterator[Block]:
-    rows, machines = [], set()
-    for one in results["subjects"]:
-        if one["median_tok_per_sec"] is not None:
-            machine = f"{one['world_size'] or '?'} x {one['hardware_name'] or '?'}"
-            machines.add(machine)
-            rows.append((one["name"], f"{one['median_tok_per_sec']:,.0f}", percent(one["median_mfu"]) or "not known", machine))
-    if rows:
-        yield Table(("model", "tokens per second, median", "MFU, median", "hardware"), rows)
-    if len(machines) > 1:
-        yield Note("The runs were trained on different hardware: their speeds do not compare.")
+def accuracies(results: Results, i: int) -> Markdown:
+    """Of the first model and of the one with this number."""
+    names, rows = _names(results), []
+    for task in _done(results):
+        if found := task["differences"][i - 1]:
+            accuracy = (number(task["accuracy"][0]), number(task["accuracy"][i]), _figure(found["accuracy"]))
+            rows.append(
+                (task["label"], *accuracy, count(found["only_first"]), count(found["only_other"]), _p(found["p"]), _p(found["p_holm"]))
+            )
+    head = (names[0], names[i], _against(results)[i - 1], f"only {names[0]}", f"only {names[i]}")
+    return table(("task", *head, "p", "p (Holm)"), rows)
 
 
-def _samples(results: Results) -> Iterator[Block]:
-    samples, names = results["samples"], _names(results)
-    how = (
-        "the likeliest token each time" if samples["temperature"] == 0 else f"temperature {samples['temperature']:g}, the same seed for all"
-    )
-    yield Prose(f"At most {samples['max_tokens']:,} tokens, {how}.")
-    for i, prompt in enumerate(samples["prompts"]):
-        yield Prose(f"[{prompt}]" if prompt else "none", "Prompt:")
-        yield Columns([(name, texts[i]) for name, texts in zip(names, samples["texts"], strict=True)])
+def skipped(results: Results) -> Markdown:
+    return table(("task", "why"), [(task["label"], task["problem"]) for task in results["core"]["tasks"] if task["problem"]])
 
 
-def _tiles(results: Results) -> Iterator[str]:
+def speeds(results: Results) -> Markdown:
+    rows = [
+        (one["name"], f"{one['median_tok_per_sec']:,.0f}", percent(one["median_mfu"]) or "not known", _machine(one))
+        for one in results["subjects"]
+        if one["median_tok_per_sec"] is not None
+    ]
+    return table(("model", "tokens per second, median", "MFU, median", "hardware"), rows)
+
+
+def machines(results: Results) -> set[str]:
+    """The hardware of the models whose speed is known."""
+    return {_machine(one) for one in results["subjects"] if one["median_tok_per_sec"] is not None}
+
+
+def _machine(one: Results) -> str:
+    return f"{one['world_size'] or '?'} x {one['hardware_name'] or '?'}"
+
+
+def _done(results: Results) -> list[Results]:
+    return [task for task in results["core"]["tasks"] if not task["problem"]]
+
+
+def _tiles(results: Results) -> Iterator[Tile]:
     """The headline figures, model by model."""
     rows, core = results["bpb"]["rows"], results["core"]
-    for i, name in enumerate(_names(results)):
-        bpb = rows[0]["bpb"][i] if rows else None
-        against = _figure(rows[0]["differences"][i - 1]) if rows and i else "the baseline"
-        yield tile(f"Bits per byte of {name}", number(bpb), against, "not evaluated")
-    for i, name in enumerate(_names(results)):
-        metric = core["core_metric"][i] if "core_metric" in core else None
-        against = "" if metric is None else _figure(core["differences"][i - 1]) if i else "the baseline"
-        yield tile(f"CORE of {name}", number(metric), against, "not evaluated")
+    for what, values, against in (
+        ("Bits per byte", rows and rows[0]["bpb"], rows and rows[0]["differences"]),
+        ("CORE", core.get("core_metric"), core.get("differences")),
+    ):
+        for i, name in enumerate(_names(results)):
+            value = number(values[i] if values else None)
+            more = "" if not value else _figure(against[i - 1]) if i else "the baseline"
+            yield f"{what} of {name}", value, more, "not evaluated"
 
 
 def _names(results: Results) -> list[str]:
@@ -268,19 +200,16 @@ def _level(results: Results) -> str:
     return f"{100 * results['confidence']:.3g} %"
 
 
-def _against(names: Sequence[str]) -> list[str]:
-    return [f"{other} {MINUS} {names[0]}" for other in names[1:]]
+def _against(results: Results) -> list[str]:
+    first, *others = _names(results)
+    return [f"{other} {MINUS} {first}" for other in others]
 
 
 def _figure(difference: Results | None) -> str:
     """A difference with its interval."""
     if difference is None:
         return "not known"
-    return (
-        f"{_signed(difference['value'])} ({_range(difference)})"
-        if difference["low"] is not None
-        else f"{_signed(difference['value'])} (too few)"
-    )
+    return f"{_signed(difference['value'])} ({_range(difference) if difference['low'] is not None else 'too few'})"
 
 
 def _range(difference: Results) -> str:
@@ -297,22 +226,8 @@ def _p(value: float) -> str:
     return "<0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
-def _same(values: Sequence[Any]) -> str:
-    if None in values:
-        return "not known"
-    return "yes" if len(set(values)) == 1 else "no"
-
-
-def _print(fingerprint: str | None) -> str | None:
-    return fingerprint[:12] if fingerprint else None
-
-
 def _value(value: Any) -> str:
     return "null" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
 
 
 def _short(value: int | None) -> str:

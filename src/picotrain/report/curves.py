@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from picotrain.report.facts import Record, Run, core_points
+from picotrain.text import short
 
 MAX_POINTS = 400  # of a curve: about two pixels each on a wide screen, and a report of some hundred kilobytes
 MAX_MARKERS = 60  # of a panel; more would hide the curve
@@ -25,13 +26,32 @@ class Curve:
     high: np.ndarray
     binned: bool  # False: every point is one value
 
+    @property
+    def last(self) -> str:
+        return figure(float(self.mean[np.isfinite(self.mean)][-1]))
+
 
 @dataclass(frozen=True)
 class Series:
+    """A curve and how it is drawn: as the range of its bins, as a line, with a mark at each point."""
+
     label: str
     curve: Curve
     style: Literal["raw", "line", "points"]
     colour: Literal["train", "val"] = "train"
+
+    @property
+    def band(self) -> bool:
+        return self.curve.binned and self.style != "points"
+
+    @property
+    def line(self) -> bool:
+        return not (self.band and self.style == "raw")
+
+    @property
+    def marks(self) -> bool:
+        alone = np.isfinite(self.curve.mean).sum() == 1  # a line needs two
+        return bool(alone) or (self.style == "points" and len(self.curve.steps) <= MAX_MARKERS)
 
 
 @dataclass(frozen=True)
@@ -43,7 +63,6 @@ class Panel:
     unit: str
     series: list[Series]
     caption: str
-    tips: list[str] = field(default_factory=list)  # one for each point of the series whose style is "points"
     best: tuple[float, float] | None = None  # step and value to be ringed
 
     @property
@@ -52,6 +71,10 @@ class Panel:
         values = np.concatenate([series.curve.high for series in self.series])
         values = values[values > 0]  # NaN is not
         return len(values) > 2 and float(values.max()) > WIDE * float(np.median(values))
+
+    def shown(self, values: np.ndarray) -> np.ndarray:
+        """What its scale has a place for, NaN for the rest."""
+        return np.where(values > 0, values, np.nan) if self.logarithmic else values
 
 
 @dataclass(frozen=True)
@@ -104,78 +127,42 @@ def resumed_at(run: Run) -> list[int]:
 
 def learned_panels(run: Run) -> list[Panel]:
     """Loss and bits per byte, as far as they were measured."""
-    return [panel for panel in (_loss(run), _bpb(run)) if panel]
-
-
-def course_panels(run: Run) -> list[Panel]:
-    """What went on during the training, as far as it was measured."""
-    found = [
-        _of_train(run, "lr", "Learning rate", "of the matrices"),
-        _of_train(run, "grad_norm", "Gradient norm", "before clipping"),
-        _of_train(run, "tok_per_sec", "Throughput", "tokens per second"),
-        _of_train(run, "mfu", "MFU", "% of the peak", factor=100),
-        _of_train(run, "data_wait_ms", "Wait for data", "ms a step"),
-        _core(run),
-    ]
-    return [panel for panel in found if panel]
-
-
-def _loss(run: Run) -> Panel | None:
     each, smooth, val = curve(run.train, "loss"), curve(run.train, "smooth_loss"), curve(run.val, "val_loss")
     series = [
         *([Series("range of the steps" if each.binned else "each step", each, "raw")] if each else []),
         *([Series("smoothed", smooth, "line")] if smooth else []),
         *([Series("validation", val, "points", "val")] if val else []),
     ]
-    if not series:
-        return None
-    words = [f"{label} {_last(found)}" for label, found in (("last smoothed", smooth), ("last validation", val)) if found]
-    return Panel("loss", "Loss", "nats per token", series, ", ".join(words), _tips(val, "nats per token"))
+    words = [f"last {label} {found.last}" for label, found in (("smoothed", smooth), ("validation", val)) if found]
+    panels = [Panel("loss", "Loss", "nats per token", series, ", ".join(words) or f"last {series[0].curve.last}")] if series else []
+    if bpb := curve(run.val, "val_bpb"):
+        at = int(np.nanargmin(bpb.low))
+        best = (float(bpb.steps[at]), float(bpb.low[at]))
+        caption = f"last {bpb.last}, best {best[1]:.4g} at step {best[0]:,.0f}"
+        panels.append(Panel("val_bpb", "Validation BPB", "bits per byte", [Series("validation", bpb, "points", "val")], caption, best))
+    return panels
 
 
-def _bpb(run: Run) -> Panel | None:
-    found = curve(run.val, "val_bpb")
-    if not found:
-        return None
-    best = int(np.nanargmin(found.low))
-    at = (float(found.steps[best]), float(found.low[best]))
-    caption = f"last {_last(found)}, best {at[1]:.4g} at step {at[0]:,.0f}"
-    series = [Series("validation", found, "points", "val")]
-    return Panel("val_bpb", "Validation BPB", "bits per byte", series, caption, _tips(found, "bits per byte"), at)
-
-
-def _core(run: Run) -> Panel | None:
-    points = core_points(run)
-    found = curve(points, "core_metric")
-    if not found or np.isfinite(found.mean).sum() < 2:
-        return None  # one value is no curve: it stands in words in its own section
-    return Panel(
-        "core", "CORE", "mean centered accuracy", [Series("CORE", found, "points", "val")], f"last {_last(found)}", _tips(found, "")
-    )
-
-
-def _of_train(run: Run, key: str, title: str, unit: str, factor: float = 1.0) -> Panel | None:
-    found = curve(run.train, key, factor)
-    if not found:
-        return None
-    low, high = float(np.nanmin(found.low)), float(np.nanmax(found.high))
-    caption = f"last {_last(found)}" + (f", from {figure(low)} to {figure(high)}" if low < high else "")
-    return Panel(key, title, unit, [Series(title, found, "line")], caption)
-
-
-def _tips(found: Curve | None, unit: str) -> list[str]:
-    if found is None or len(found.steps) > MAX_MARKERS:
-        return []
-    points: Any = zip(found.steps, found.mean, strict=True)
-    return [f"step {step:,.0f}: {value:.4f} {unit}".strip() for step, value in points if np.isfinite(value)]
-
-
-def _last(found: Curve) -> str:
-    return figure(float(found.mean[np.isfinite(found.mean)][-1]))
+def course_panels(run: Run) -> list[Panel]:
+    """What went on during the training, as far as it was measured."""
+    panels = []
+    for key, title, unit, factor in (
+        ("lr", "Learning rate", "of the matrices", 1),
+        ("grad_norm", "Gradient norm", "before clipping", 1),
+        ("tok_per_sec", "Throughput", "tokens per second", 1),
+        ("mfu", "MFU", "% of the peak", 100),
+        ("data_wait_ms", "Wait for data", "ms a step", 1),
+    ):
+        if found := curve(run.train, key, factor):
+            low, high = float(np.nanmin(found.low)), float(np.nanmax(found.high))
+            caption = f"last {found.last}" + (f", from {figure(low)} to {figure(high)}" if low < high else "")
+            panels.append(Panel(key, title, unit, [Series(title, found, "line")], caption))
+    core = curve(core_points(run), "core_metric")
+    if core and np.isfinite(core.mean).sum() > 1:  # one value is no curve: it stands in words in its own section
+        panels.append(Panel("core", "CORE", "mean centered accuracy", [Series("CORE", core, "points", "val")], f"last {core.last}"))
+    return panels
 
 
 def figure(value: float) -> str:
     """A value in few characters: 0.005, 3.971, 17.2k."""
-    from picotrain.text import short
-
     return short(value) if abs(value) >= 9999.5 else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -6,18 +6,21 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from picotrain.config.saved import MAX_CONFIG_BYTES, parse_yaml
-from picotrain.disk import parse_json, read_plain
-from picotrain.errors import RunError
+from picotrain.data.mixture import Mixture
+from picotrain.disk import MAX_BYTES, parse_json, read_plain
+from picotrain.errors import DataError, RunError
 from picotrain.metrics import METRICS, read_metrics
-from picotrain.report.shapes import ConfigShape, DataShape, EvalShape, LineShape, ManifestShape, PlanShape, ScoreShape
+from picotrain.report.shapes import ANY, CONFIG, DATA, EVAL, LINE, MANIFEST, PLAN, SCORE
 from picotrain.text import first_line
 
 Record = dict[str, Any]
@@ -49,6 +52,7 @@ class Run:
     config: Record
     plan: Record
     data: Record
+    mixture: Mixture | None  # what data.json says of the corpus
     environment: Record
     overrides: list[str]
     train: list[Record]
@@ -78,12 +82,15 @@ def read_run(run_dir: Path) -> Run:
     own_events = _of_kind(lines, "event")
     seconds = {line.get("path"): line.get("seconds") for line in _of_kind(cut + lines, "checkpoint")}
     checkpoints = _read_checkpoints(run_dir / "checkpoints", seconds, problems)
+    whole = [checkpoint.name for checkpoint in checkpoints if checkpoint.whole]
+    data = _read_json(run_dir / "data.json", problems, DATA)
     return Run(
         dir=run_dir,
         config_text=config_text,
-        config=_parse_yaml(config_text, problems),
-        plan=_read_json(run_dir / "plan.json", problems, PlanShape),
-        data=_read_json(run_dir / "data.json", problems, DataShape),
+        config=_parsed(run_dir / "config.yaml", parse_yaml, config_text or "{}", problems, CONFIG),
+        plan=_read_json(run_dir / "plan.json", problems, PLAN),
+        data=data,
+        mixture=_mixture(data.get("corpus"), problems),
         environment=_read_json(run_dir / "environment.json", problems),
         overrides=_read_text(run_dir / "overrides.txt", problems).splitlines(),
         train=_by_step(lines, "train"),
@@ -95,8 +102,8 @@ def read_run(run_dir: Path) -> Run:
         attempts=[(path.name, _read_text(path / "overrides.txt", problems)) for path in _folders(run_dir / "attempts", "[0-9]{1,9}")],
         evals=_read_evals(run_dir / "eval", problems),
         checkpoints=checkpoints,
-        best=_best(run_dir / "checkpoints" / "best", checkpoints),
-        latest=_latest(run_dir / "checkpoints" / "latest", checkpoints),
+        best=_named(run_dir / "checkpoints/best", whole) or _lowest(checkpoints),
+        latest=_named(run_dir / "checkpoints/latest", whole) or next(reversed(whole), None),
         problems=problems,
     )
 
@@ -106,7 +113,7 @@ def summarise(run: Run, running: bool = False) -> dict[str, Any]:
     plan, last = run.plan, run.train[-1] if run.train else {}
     steps_done = last["step"] + 1 if last else 0
     whole = [checkpoint for checkpoint in run.checkpoints if checkpoint.whole]
-    core = core_points(run)
+    core = core_points(run)[-1:]
     return {
         "name": plan.get("name") or (run.config.get("run") or {}).get("name") or run.dir.name,
         "status": _status(run, steps_done, running),
@@ -119,19 +126,14 @@ def summarise(run: Run, running: bool = False) -> dict[str, Any]:
         **_validation(run.val),
         "train_loss": last.get("loss"),
         "smooth_train_loss": last.get("smooth_loss"),
-        "core_metric": core[-1].get("core_metric") if core else None,
-        "core_step": core[-1]["step"] if core else None,
+        "core_metric": core[0].get("core_metric") if core else None,
+        "core_step": core[0]["step"] if core else None,
         **_throughput(run.train),
         "parameters": (plan.get("parameters") or {}).get("total"),
-        "flops_per_token": plan.get("flops_per_token"),
-        "seq_len": plan.get("seq_len"),
-        "total_batch_size": plan.get("total_batch_size"),
-        "vocab_size": plan.get("vocab_size") or (plan.get("tokenizer") or {}).get("vocab_size"),
+        **{key: plan.get(key) for key in ("flops_per_token", "seq_len", "total_batch_size")},
+        "vocab_size": plan.get("vocab_size"),
         "data": (run.config.get("data") or {}).get("name"),
-        "hardware_name": plan.get("hardware_name"),
-        "device": plan.get("device"),
-        "precision": plan.get("precision"),
-        "world_size": plan.get("world_size"),
+        **{key: plan.get(key) for key in ("hardware_name", "device", "precision", "world_size")},
         "best_checkpoint": run.best,
         "last_checkpoint": whole[-1].name if whole else None,
         "checkpoints": len(whole),
@@ -179,14 +181,10 @@ def _validation(val: Sequence[Record]) -> dict[str, Any]:
     measured = [line for line in val if line.get("val_bpb") is not None]
     first, last = (measured[0], measured[-1]) if measured else ({}, {})
     best = min(measured, key=lambda line: line["val_bpb"], default={})
+    named = {"initial": first, "best": best, "final": last}
     return {
         "validations": len(measured),
-        "initial_val_bpb": first.get("val_bpb"),
-        "initial_val_step": first.get("step"),
-        "best_val_bpb": best.get("val_bpb"),
-        "best_val_step": best.get("step"),
-        "final_val_bpb": last.get("val_bpb"),
-        "final_val_step": last.get("step"),
+        **{f"{which}_val_{of}": line.get(key) for which, line in named.items() for of, key in (("bpb", "val_bpb"), ("step", "step"))},
         "final_val_loss": last.get("val_loss"),
         "val_bpb_ratio": last["val_bpb"] / first["val_bpb"] if first.get("val_bpb") else None,
         "improved": best["val_bpb"] < first["val_bpb"] if len(measured) > 1 else None,
@@ -197,24 +195,19 @@ def _throughput(train: Sequence[Record]) -> dict[str, Any]:
     """Medians over the steps but the first, which compiles and warms up, and those that the profiler slowed, and how much of the
     time waited for data."""
     steady = [line for line in train[1:] if not line.get("profiled")] or train
-    dt_ms = sum(line.get("dt_ms") or 0 for line in steady)
+    dt_ms, waits = sum(line.get("dt_ms") or 0 for line in steady), [line.get("data_wait_ms") or 0.0 for line in steady]
     total_s = train[-1].get("total_training_time_s") if train else 0.0
     return {
         "total_training_time_s": sum(line.get("dt_ms") or 0 for line in train) / 1000 if total_s is None else total_s,
         "median_tok_per_sec": _median(line.get("tok_per_sec") for line in steady),
         "median_mfu": _median(line.get("mfu") for line in steady),
         "median_dt_ms": _median(line.get("dt_ms") for line in steady),
-        "data_wait_share": sum(line.get("data_wait_ms") or 0 for line in steady) / dt_ms if dt_ms else None,
-        "data_wait_p99_ms": _percentile([line.get("data_wait_ms") or 0.0 for line in steady], 99),
+        "data_wait_share": sum(waits) / dt_ms if dt_ms else None,
+        "data_wait_p99_ms": float(np.percentile(waits, 99, method="inverted_cdf")) if waits else None,
     }
 
 
-def _percentile(values: Sequence[float], percent: int) -> float | None:
-    """The nearest-rank percentile; None of nothing."""
-    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)] if values else None
-
-
-def _median(values: Any) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
@@ -223,14 +216,12 @@ def _read_lines(path: Path, problems: list[str]) -> list[Record]:
     """The lines up to the first damage."""
     lines: list[Record] = []
     odd: list[str] = []
-    if not path.is_file():
-        problems.append(f"there is no {path.name}: nothing was recorded yet")
-        return lines
     try:
         for number, line in enumerate(read_metrics(path), start=1):
-            lines.append(_known(line, LineShape, f"{path.name}, line {number}", odd))
+            lines.append(_known(line, LINE, f"{path.name}, line {number}", odd))
     except RunError as error:
-        problems.append(f"{error}; what follows it is not in this report")
+        missing = f"there is no {path.name}: nothing was recorded yet"
+        problems.append(f"{error}; what follows it is not in this report" if path.is_file() else missing)
     if odd:
         problems.append(odd[0] + (f"; {len(odd) - 1:,} more lines are like it" if len(odd) > 1 else ""))
     return lines
@@ -257,39 +248,46 @@ def _known(record: Record, shape: type[BaseModel], where: str, problems: list[st
     return record
 
 
-def _read_json(path: Path, problems: list[str], shape: type[BaseModel] | None = None) -> Record:
+def _read_json(path: Path, problems: list[str], shape: type[BaseModel] = ANY) -> Record:
+    data = _read(path, problems, MAX_BYTES)
+    return _parsed(path, parse_json, data, problems, shape) if data is not None else {}
+
+
+def _parsed(path: Path, parse: Callable[[Any], Any], data: str | bytes, problems: list[str], shape: type[BaseModel]) -> Record:
     try:
-        value = parse_json(read_plain(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        problems.append(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}")
+        value = parse(data)
+    except (yaml.YAMLError, ValueError) as error:
+        problems.append(f"{path.name} cannot be read: {first_line(error)}")
         return {}
     if not isinstance(value, dict):
-        problems.append(f"{path.name} holds no JSON object")
+        problems.append(f"{path.name} holds no mapping of keys to values")
         return {}
-    return _known(value, shape, path.name, problems) if shape else value
+    return _known(value, shape, path.name, problems)
+
+
+def _read(path: Path, problems: list[str], max_bytes: int) -> bytes | None:
+    try:
+        return read_plain(path, max_bytes)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {error.strerror}")
+        return None
 
 
 def _read_text(path: Path, problems: list[str]) -> str:
+    return (_read(path, problems, MAX_CONFIG_BYTES) or b"").decode("utf-8", errors="replace")
+
+
+def _mixture(corpus: Record | None, problems: list[str]) -> Mixture | None:
     try:
-        return read_plain(path, MAX_CONFIG_BYTES).decode("utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        problems.append(f"{path.name} cannot be read: {error.strerror}")
-        return ""
-
-
-def _parse_yaml(text: str, problems: list[str]) -> Record:
-    import yaml
-
-    try:
-        value = parse_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
-        problems.append(f"config.yaml is no plain YAML: {first_line(error)}")
-        return {}
-    return _known(value, ConfigShape, "config.yaml", problems) if isinstance(value, dict) else {}
+        found = Mixture.from_json(corpus) if corpus else None
+        if found and not all(math.isfinite(share) for share in found.shares):
+            raise ValueError("weights that are no numbers")
+        return found
+    except (DataError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        problems.append(f"data.json: {f'it has no {error}' if isinstance(error, KeyError) else error}: left out")
+        return None
 
 
 def _folders(root: Path, name: str) -> list[Path]:
@@ -298,14 +296,17 @@ def _folders(root: Path, name: str) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
 def _read_checkpoints(root: Path, seconds: Mapping[Any, Any], problems: list[str]) -> list[Checkpoint]:
     found = []
     for path in _folders(root, STEP_FOLDER):
         n_bytes = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-        val_bpb = _read_json(path / "metrics.json", problems, ScoreShape).get("val_bpb")
+        val_bpb = _read_json(path / "metrics.json", problems, SCORE).get("val_bpb")
         flaw = _flaw(path, problems)
-        saved_s = seconds.get(f"checkpoints/{path.name}")
-        found.append(Checkpoint(path.name, _step_of(path), n_bytes, not flaw, flaw, val_bpb, saved_s))
+        found.append(Checkpoint(path.name, _step_of(path), n_bytes, not flaw, flaw, val_bpb, seconds.get(f"checkpoints/{path.name}")))
     return found
 
 
@@ -313,36 +314,25 @@ def _flaw(checkpoint: Path, problems: list[str]) -> str:
     """Why a checkpoint cannot be whole. Sizes only: a report is written often, and hashing a large checkpoint takes minutes."""
     if not (checkpoint / "manifest.json").is_file():
         return "not whole: no manifest"
-    for name, listed in _read_json(checkpoint / "manifest.json", problems, ManifestShape).get("files", {}).items():
+    for name, listed in (_read_json(checkpoint / "manifest.json", problems, MANIFEST).get("files") or {}).items():
         file = checkpoint / Path(name).name
-        if not file.is_file() or file.stat().st_size != listed["bytes"]:
+        if not file.is_file() or file.stat().st_size != listed.get("bytes"):
             return f"not whole: {file.name} is missing or has another size than its manifest says"
     return ""
 
 
 def _read_evals(root: Path, problems: list[str]) -> list[Record]:
-    found = []
-    for path in _folders(root, STEP_FOLDER):
-        if results := _read_json(path / "results.json", problems, EvalShape):
-            found.append({**results, "step": _step_of(path)})
-    return sorted(found, key=lambda results: results["step"])
+    """results.json of each step, by step."""
+    found = [(_step_of(path), _read_json(path / "results.json", problems, EVAL)) for path in _folders(root, STEP_FOLDER)]
+    return [{**results, "step": step} for step, results in sorted(found, key=lambda pair: pair[0]) if results]
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
-
-
-def _latest(pointer: Path, checkpoints: Sequence[Checkpoint]) -> str | None:
-    """What checkpoints/latest names; without it the last whole checkpoint."""
-    whole = [checkpoint.name for checkpoint in checkpoints if checkpoint.whole]
+def _named(pointer: Path, whole: Sequence[str]) -> str | None:
+    """What checkpoints/latest or best names, if that is there and whole."""
     name = _read_text(pointer, []).strip()
-    return name if name in whole else whole[-1] if whole else None
+    return name if name in whole else None
 
 
-def _best(pointer: Path, checkpoints: Sequence[Checkpoint]) -> str | None:
-    """What checkpoints/best names; without it the whole checkpoint with the lowest val_bpb."""
-    whole = {checkpoint.name: checkpoint for checkpoint in checkpoints if checkpoint.whole}
-    if (name := _read_text(pointer, []).strip()) in whole:
-        return name
-    scored = [(checkpoint.val_bpb, name) for name, checkpoint in whole.items() if checkpoint.val_bpb is not None]
-    return min(scored)[1] if scored else None
+def _lowest(checkpoints: Sequence[Checkpoint]) -> str | None:
+    """The whole checkpoint with the lowest val_bpb."""
+    return min(((c.val_bpb, c.name) for c in checkpoints if c.whole and c.val_bpb is not None), default=(None, None))[1]
