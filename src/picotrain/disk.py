@@ -116,14 +116,6 @@ def content_hash(path: Path, read: Callable[[int], object] | None = None) -> str
     return digest.hexdigest()
 
 
-def is_at(file: int, path: Path) -> bool:
-    """Whether an open file is still the one with this name: else whoever had its lock has taken it away."""
-    try:
-        return os.path.samestat(os.fstat(file), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
 def is_own_json(path: Path, *keys: str) -> bool:
     """Whether nothing is at `path`, or a JSON object with these keys, as picotrain writes it: only that may be written anew."""
     if _is_nothing(path):

@@ -1,25 +1,88 @@
-"""The lock of a run directory: one start at a time, and none while a worker of an earlier one still lives."""
+"""Locks between processes, which the kernel drops with their process: `locked` for a file or folder that is being made, `RunLock`
+for a run directory: one start at a time, and none while a worker of an earlier one still lives."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
-from picotrain.disk import is_at, no_link
-from picotrain.errors import RunError
+from picotrain.errors import DataError, RunError
 from picotrain.terminal import say
 
 LOCK_FILE = ".lock"
 # Workers look for their launcher every half second (see `picotrain.worker`); the rest is for a loaded machine.
 ORPHAN_WAIT_S = 10.0
 OPENING_TRIES = 20  # against starts that fail at the same moment and take the folder away
+LOOK_S = 0.05  # how often a lock that another one has is tried
+
+
+def open_lock(path: Path, mode: str = "a+") -> TextIO:
+    """The file of a lock, not followed through a link, not emptied, and not waited for where it is a pipe. Raises OSError."""
+    file: Any = open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file
+
+
+def flock(file: IO[Any], kind: int = fcntl.LOCK_EX) -> bool:
+    """Whether the lock was got, without waiting; True with a warning where the file system knows no locks."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        say(f"picotrain: {file.name} cannot be locked ({error.strerror}): a second start will not be noticed")
+    return True
+
+
+def is_current(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is still the one with this name: else whoever had its lock has taken it away."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def locked(path: Path, wait: Callable[[], object] = lambda: time.sleep(LOOK_S)) -> Iterator[None]:
+    """Hold `path`, which need not be there, by an empty file beside it that vanishes with the lock.
+
+    `wait` is called again and again while another process has it; what it raises gives the wait up. Raises DataError where no lock can be
+    made, or the file is somebody's.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        try:
+            file = open_lock(lock)
+        except OSError as error:
+            raise DataError(f"{lock if os.path.lexists(lock) else path.parent} cannot be written: {error.strerror}") from error
+        try:
+            if os.fstat(file.fileno()).st_size:
+                raise DataError(f"{lock} is no lock of picotrain's, which are empty files; move it elsewhere")
+            while not flock(file):
+                wait()
+            if is_current(file, lock):
+                break
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # its holder removed it when it was done: this lock protects nothing
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        file.close()
 
 
 class RunLock:
@@ -51,8 +114,8 @@ class RunLock:
             file.close()
             raise RunError(f"{self.path} is no lock of picotrain's and would be written over; move it away, or name another run.dir")
         deadline = time.monotonic() + ORPHAN_WAIT_S
-        while not _flock(file, fcntl.LOCK_EX) or not self._is_current(file):
-            if not self._is_current(file):  # a start that failed has taken it away
+        while not flock(file) or not is_current(file, self.path):
+            if not is_current(file, self.path):  # a start that failed has taken it away
                 file.close()
                 file = self._open()
                 continue
@@ -84,7 +147,7 @@ class RunLock:
         """Let go of the directory, and take away what this start has made and left empty. Nothing where it is not held."""
         if self._file is None:
             return
-        if self._made and _flock(self._file, fcntl.LOCK_EX):  # nobody shares it
+        if self._made and flock(self._file):  # nobody shares it
             self._remove_what_was_made()
         self._file.close()
         self._file = None
@@ -104,9 +167,9 @@ class RunLock:
                 missing = [place for place in (folder, *folder.parents) if not place.is_dir()]
                 self._made = [place for place in reversed(missing) if _make(place)][::-1]
                 try:
-                    file = open(self.path, "x+", opener=no_link)  # noqa: SIM115
+                    file = open_lock(self.path, "x+")
                 except FileExistsError:
-                    return open(self.path, "a+", opener=no_link)
+                    return open_lock(self.path)
                 self._made.insert(0, self.path)
                 self._beside = {path.name for path in folder.iterdir()} - {LOCK_FILE}
                 return file
@@ -120,13 +183,9 @@ class RunLock:
                 place.rmdir()
         raise RunError(f"{folder} cannot be written: {problem.strerror or problem}") from problem
 
-    def _is_current(self, file: TextIO) -> bool:
-        """Whether the path still leads to this file."""
-        return is_at(file.fileno(), self.path)
-
     def _keep(self, file: TextIO) -> None:
         # From exclusive to shared is not atomic: whoever gets in between has the directory, and this start has not.
-        if not _flock(file, fcntl.LOCK_SH):
+        if not flock(file, fcntl.LOCK_SH):
             file.close()
             raise RunError(_refusal(self.path.parent, _holder(file := self._open())))
         self._file = file
@@ -146,21 +205,10 @@ def _make(folder: Path) -> bool:
 def is_locked(run_dir: Path) -> bool:
     """Whether a start or one of its workers has the directory now."""
     try:
-        with open(run_dir.absolute() / LOCK_FILE, "a+", opener=no_link) as file:
-            return not _flock(file, fcntl.LOCK_EX)
+        with open_lock(run_dir.absolute() / LOCK_FILE, "r+") as file:
+            return not flock(file)
     except OSError:
         return False
-
-
-def _flock(file: TextIO, kind: int) -> bool:
-    """Whether the lock was got; True with a warning where the file system knows no locks."""
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        say(f"picotrain: {file.name} cannot be locked ({error.strerror}): a second start will not be noticed")
-    return True
 
 
 def _holder(file: TextIO) -> dict[str, Any]:

@@ -44,9 +44,7 @@ class LocalFiles:
 
     @contextmanager
     def hold(self, shard: Shard) -> Iterator[Path]:
-        path = self._root / shard.name
-        self._check(path, shard)
-        yield path
+        yield self.check(shard)
 
     def prefetch(self, shards: Sequence[Shard], /) -> None:
         pass
@@ -73,12 +71,14 @@ class LocalFiles:
             raise DataError(f"{path} cannot be read: it has {stat.st_size:,} bytes, and had {shard.bytes:,} when the corpus was scanned")
         return stat
 
-    def _check(self, path: Path, shard: Shard) -> None:
+    def check(self, shard: Shard) -> Path:
+        """The shard's file. Raises DataError unless it is the one that was scanned."""
         from picotrain.data.footers import fingerprint_of
 
+        path = self._root / shard.name
         stat = self._stat(path, shard)
-        if self._seen.get(shard.name) == stat.st_mtime_ns:
-            return
-        if fingerprint_of(path) != shard.fingerprint:
-            raise DataError(f"{path} changed since the corpus was scanned: its footer is another one")
-        self._seen[shard.name] = stat.st_mtime_ns
+        if self._seen.get(shard.name) != stat.st_mtime_ns:
+            if fingerprint_of(path) != shard.fingerprint:
+                raise DataError(f"{path} changed since the corpus was scanned: its footer is another one")
+            self._seen[shard.name] = stat.st_mtime_ns
+        return path

@@ -217,7 +217,7 @@ def _download(url: str, sha256: str, archive: Path, say: Callable[[str], None]) 
     def attempt() -> str:
         nonlocal arrived
         digest, arrived = hashlib.sha256(), 0
-        with open(archive, "wb") as out, closing(store.read(name)[1]) as blocks:
+        with open(archive, "wb") as out, closing(store.read(name)) as blocks:
             for block in blocks:
                 arrived += len(block)
                 if arrived > MAX_ARCHIVE_BYTES:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import stat
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from picotrain import lock
 from picotrain.data.footers import require_regular
-from picotrain.disk import is_at
 from picotrain.errors import DataError
 
 PLAIN = (".txt", ".md", ".rst")  # running text: cut when long
@@ -84,32 +83,22 @@ def identify(files: Sequence[Input], unreadable: bool = False, read: Callable[[i
 
 @contextmanager
 def locked(path: Path, say: Say = silent) -> Iterator[None]:
-    """Hold `path` against other processes, by a lock file beside it that vanishes with the lock."""
-    lock = path.with_name(f".{path.name}.lock")
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Held open: closing it would end the lock. Nothing is written: a file of that name may be somebody's.
-            file = open(lock, "ab", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666))  # noqa: SIM115
-        except OSError as error:
-            what = lock if os.path.lexists(lock) else path.parent
-            raise DataError(f"{what} cannot be written: {error.strerror}") from error
-        if (status := os.fstat(file.fileno())).st_size or not stat.S_ISREG(status.st_mode):
-            file.close()
-            raise DataError(f"{lock} is no lock of picotrain's, which are empty files; move it elsewhere")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    """Hold `path` against other processes; `say` is told when that takes waiting. Raises DataError."""
+    told = False
+
+    def wait() -> None:
+        nonlocal told
+        if not told:
             say(f"waiting for another process that makes {path}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        if is_at(file.fileno(), lock):
-            break
-        file.close()  # its holder removed it when it was done: this lock protects nothing
+            told = True
+        time.sleep(lock.LOOK_S)
+
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path.parent} cannot be written: {error.strerror}") from error
+    with lock.locked(path, wait):
         yield
-    finally:
-        lock.unlink(missing_ok=True)
-        file.close()
 
 
 def put_in_place(partial: Path, out: Path) -> None:

@@ -69,6 +69,8 @@ def sorted_error(error: Exception, where: str, reason: str) -> Exception:
     """What a third party's error is to us: Missing, a DataError that no retry mends, or Transient."""
     if isinstance(error, Transient | DataError | Cancelled):
         return error
+    if isinstance(error, FileNotFoundError) and isinstance(cause := error.__cause__, Exception) and _is_of_network(cause):
+        return sorted_error(cause, where, reason)  # fsspec's HTTP says "not found" whatever keeps it from knowing a size
     status = _status(error)
     names = {type(link).__name__ for link in _chain(error)}
     if isinstance(error, FileNotFoundError) or status in (404, 410):
@@ -91,7 +93,7 @@ def sorted_error(error: Exception, where: str, reason: str) -> Exception:
 def reason_of(error: BaseException, url: str) -> str:
     """One line about an error, without what is secret in `url`."""
     status = _status(error)
-    text = next((line for link in _chain(error) if (line := _first_line(link))), type(error).__name__)
+    text = next((str(link).strip() for link in _chain(error) if str(link).strip()), type(error).__name__).splitlines()[0]
     if status is not None and status >= 400 and str(status) not in text:
         text = f"HTTP {status}: {text}"
     parts = urlsplit(url)
@@ -101,8 +103,8 @@ def reason_of(error: BaseException, url: str) -> str:
     return redacted(text)
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+def _is_of_network(error: Exception) -> bool:
+    return isinstance(error, OSError) or type(error).__module__.startswith("aiohttp")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

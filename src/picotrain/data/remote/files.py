@@ -2,9 +2,9 @@
 
 All that processes have to agree on is in the folder, guarded by locks that the kernel drops with their process:
 
-    NAME                     a whole shard; a shared lock on it keeps it from being removed
-    NAME.partial.HASH        what has arrived of it; HASH stands for the content that is wanted
-    NAME.partial.HASH.lock   locked by who fetches it; holds the version that the bytes are of
+    NAME                a whole shard; a shared lock on it keeps it from being removed
+    NAME.partial.HASH   what has arrived of it
+    .NAME.lock          locked by who fetches it
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -22,13 +22,12 @@ from picotrain.data.corpus import Shard
 from picotrain.data.remote.errors import Cancelled
 from picotrain.data.remote.fetch import Fetcher
 from picotrain.data.remote.room import Room
-from picotrain.data.remote.shared import flock, locked, partial_path
-from picotrain.disk import is_at
 from picotrain.errors import DataError
+from picotrain.lock import LOOK_S, flock, is_current, locked
 from picotrain.text import size
 
 REST_S = 20.0  # a shard that could not be fetched ahead is left alone for so long
-LOOK_S = 5.0  # how often the threads look whether another process removed what is wanted
+REMOVED_S = 5.0  # how often the threads look whether another process removed what is wanted
 CLOSE_S = 2.0  # within which the threads are gone
 
 
@@ -41,9 +40,8 @@ class RemoteFiles:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(
-                f"{self.folder} cannot be made: {error.strerror}; set PICOTRAIN_CACHE to a folder that can be written"
-            ) from error
+            where = f"{self.folder} cannot be made: {error.strerror}"
+            raise DataError(f"{where}; set PICOTRAIN_CACHE to a folder that can be written") from error
         self._room = Room(self.folder, cap_bytes, say)
         self._wake = threading.Condition()  # guards what follows
         self._fetcher = Fetcher(url, self.folder, say)
@@ -53,19 +51,30 @@ class RemoteFiles:
         self._no_room: set[str] = set()
         self._failed: dict[str, tuple[float, Exception]] = {}  # when, and why, a shard could not be fetched ahead
 
-    def hold(self, shard: Shard) -> AbstractContextManager[Path]:
+    @contextmanager
+    def hold(self, shard: Shard) -> Iterator[Path]:
         """The shard as a whole, verified local file that stays while the context lasts; fetched first if it is not there.
 
         Raises DataError when it cannot be had, is not what its footer promised, the disk is full, or `close` is called.
         """
-        return self._hold(shard)
+        fetcher = self._fetcher
+        try:
+            file = self._open(shard, fetcher)
+        except Cancelled:
+            raise DataError(f"{fetcher.where(shard)}: the wait for it was given up, as its reader was closed") from None
+        try:
+            yield self.folder / shard.name
+        finally:
+            file.close()
+            with self._wake:  # there may be room now
+                self._no_room.clear()
+                self._wake.notify_all()
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         """Fetch these in the background, the most urgent first; replaces what was asked for before. Never raises: what fails
         is tried again when it is held, and fails there."""
-        wanted = tuple(shards)
         with self._wake:
-            if wanted == self._wanted:
+            if self._wanted == (wanted := tuple(shards)):
                 return
             self._wanted = wanted
             self._no_room.clear()
@@ -89,21 +98,6 @@ class RemoteFiles:
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    @contextmanager
-    def _hold(self, shard: Shard) -> Iterator[Path]:
-        fetcher = self._fetcher
-        try:
-            file = self._open(shard, fetcher)
-        except Cancelled:
-            raise DataError(f"{fetcher.where(shard)}: the wait for it was given up, as its reader was closed") from None
-        try:
-            yield self.folder / shard.name
-        finally:
-            file.close()
-            with self._wake:
-                self._no_room.clear()
-                self._wake.notify_all()
-
     def _open(self, shard: Shard, fetcher: Fetcher) -> IO[bytes]:
         """The whole shard, opened under a shared lock, marked as used now."""
         path = self.folder / shard.name
@@ -115,44 +109,39 @@ class RemoteFiles:
                 file = open(path, "rb")  # noqa: SIM115  # held open: closing it ends the lock
             except FileNotFoundError:
                 continue  # removed in this moment
-            try:
-                flock(file, fcntl.LOCK_SH, fetcher.stop)
-                if is_at(file.fileno(), path) and fetcher.is_whole(shard):
-                    os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
-                    return file
-            except BaseException:
-                file.close()
-                raise
+            while not flock(file, fcntl.LOCK_SH):  # by who is about to remove it
+                time.sleep(LOOK_S)
+            if is_current(file, path) and fetcher.is_whole(shard):
+                os.utime(path, ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
+                return file
             file.close()
 
     def _obtain(self, shard: Shard, fetcher: Fetcher, urgent: bool) -> None:
         """See to it that the shard is there, whole; unless it is not urgent and there is no room for it."""
         began = time.monotonic()
-        partial = partial_path(self.folder, shard)
-        try:
-            with locked(partial, fetcher.stop) as lock:
-                if fetcher.is_whole(shard):
-                    return
-                if urgent and shard.name in self._failed and self._failed[shard.name][0] > began:
-                    raise self._failed[shard.name][1]  # just now, while we waited for that attempt
-                with self._room.reserved(shard, self._wanted, urgent) as granted:
-                    if granted:
-                        fetcher.fetch(shard, partial, lock)
-                        self._failed.pop(shard.name, None)
-                    else:
-                        self._no_room.add(shard.name)
-        except OSError as error:  # the network's are sorted by now
-            raise fetcher.disk_error(error, shard, partial) from error
+
+        def wait() -> None:
+            if fetcher.stop.wait(LOOK_S):
+                raise Cancelled
+
+        with locked(self.folder / shard.name, wait):
+            if fetcher.is_whole(shard):
+                return
+            if urgent and shard.name in self._failed and self._failed[shard.name][0] > began:
+                raise self._failed[shard.name][1]  # just now, while we waited for that attempt
+            with self._room.reserved(shard, self._wanted, urgent) as granted:
+                if granted:
+                    fetcher.fetch(shard)
+                    self._failed.pop(shard.name, None)
+                else:
+                    self._no_room.add(shard.name)
 
     def _work(self, fetcher: Fetcher) -> None:
         """A background thread: fetches the most urgent shard that nobody else does, until its fetcher is stopped."""
-        while True:
+        while not fetcher.stop.is_set():
             with self._wake:
-                if fetcher.stop.is_set():
-                    return
-                shard = self._next(fetcher)
-                if shard is None:
-                    self._wake.wait(LOOK_S)
+                if (shard := self._next(fetcher)) is None:
+                    self._wake.wait(REMOVED_S)
                     continue
                 self._busy.add(shard.name)
             try:

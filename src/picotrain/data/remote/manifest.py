@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from picotrain.config.places import redacted
 from picotrain.data.corpus import BadShard, OnBad, Shard, hash_bytes, read_footer
 from picotrain.data.folder import is_shard_name, words_for_others
-from picotrain.data.remote.errors import Transient, retry
+from picotrain.data.remote.errors import retry
 from picotrain.data.remote.store import RemoteFile, Store, open_store
 from picotrain.disk import find_json, write_whole
 from picotrain.errors import DataError
@@ -75,18 +74,23 @@ def read_shards(url: str, files: Sequence[RemoteFile], cache: Path, say: Say, on
 def _read_all(
     url: str, files: Sequence[RemoteFile], scratch: Path, known: dict[tuple[Any, ...], Shard], say: Say, on_bad: OnBad | None
 ) -> None:
-    """The footers of `files` into `known`."""
+    """The footers of `files` into `known`, each through a stand-in: a sparse file of the shard's size with only its end filled in."""
     stop = threading.Event()
     store = open_store(url, stop)
     say(f"reading the footers of {len(files):,} shards of {store.where()}")
 
     def read_one(file: RemoteFile) -> Shard | BadShard:
+        where, path = store.where(file.name), scratch / file.name
         try:
-            return _read_one(store, file, scratch, stop, say)
+            retry(lambda: _stand_in(store, file, path), where, stop, say, lambda: 0)
+            return read_footer(path)
         except BadShard as error:
+            error.args = (str(error).replace(str(path), where),)
             if on_bad is None:
                 raise
             return error
+        finally:
+            path.unlink(missing_ok=True)
 
     with ThreadPoolExecutor(READERS) as pool:
         try:
@@ -103,27 +107,14 @@ def _read_all(
             raise
 
 
-def _read_one(store: Store, file: RemoteFile, scratch: Path, stop: threading.Event, say: Say) -> Shard:
-    """One footer, through a stand-in: a sparse file of the shard's size with only its end filled in."""
-    where = store.where(file.name)
-    path = scratch / file.name
-    try:
-        retry(lambda: _stand_in(store, file, path), where, stop, say, lambda: 0)
-        return read_footer(path)
-    except BadShard as error:
-        error.args = (str(error).replace(str(path), where),)
-        raise
-    finally:
-        path.unlink(missing_ok=True)
-
-
 def _stand_in(store: Store, file: RemoteFile, path: Path) -> None:
-    """Write the end of the shard to where it belongs in `path`: the whole of it if the server has no ranges."""
+    """Write the end of the shard to where it belongs in `path`."""
     size = store.info(file.name).bytes if file.bytes is None else file.bytes
-    start = 0 if size is None else max(0, size - TAIL_BYTES)
+    if size is None:
+        raise DataError(f"{store.where(file.name)}: the server does not tell its size")
+    start = max(0, size - TAIL_BYTES)
     with open(path, "wb+") as out:
-        start = _copy(store, file.name, start, size, out)
-        size = out.seek(0, os.SEEK_END)
+        _copy(store, file.name, start, size, out)
         out.seek(max(0, size - 8))
         tail = out.read(8)
         length = int.from_bytes(tail[:4], "little") + 8
@@ -131,16 +122,11 @@ def _stand_in(store: Store, file: RemoteFile, path: Path) -> None:
             _copy(store, file.name, size - length, start, out)
 
 
-def _copy(store: Store, name: str, start: int, end: int | None, out: Any) -> int:
-    """Bytes [start, end) of a file into their place in `out`; where they really start."""
-    offset, blocks = store.read(name, start, end)
-    at = out.seek(offset)
-    with closing(blocks):
-        for block in blocks:
-            at += out.write(block)
-    if end is not None and at < end:
-        raise Transient(f"it ended after {at:,} of {end:,} bytes")
-    return offset
+def _copy(store: Store, name: str, start: int, end: int, out: IO[bytes]) -> None:
+    """Bytes [start, end) of a file into their place in `out`."""
+    out.seek(start)
+    with closing(store.read(name, start, end)) as blocks:
+        out.writelines(blocks)
 
 
 def _key(file: RemoteFile) -> tuple[Any, ...]:
