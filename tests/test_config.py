@@ -97,7 +97,7 @@ def test_every_choice_of_every_group_composes():
 
 
 def test_the_groups_hold_the_choices_of_the_design():
-    assert choices("model") == [f"d{depth}" for depth in (2, 4, 6, 8, 12, 16, 20, 24, 26, 32)]
+    assert choices("model") == [*(f"d{depth}" for depth in (2, 4, 6, 8, 12, 16, 20, 24, 26, 32)), "llama_d4", "llama_d12"]
     assert set(choices("hardware")) == {"auto", "cpu", "mps", "1x4090"} | {f"{n}x{gpu}" for n in (1, 8) for gpu in ("h100", "h200", "a100")}
     assert set(choices("schedule")) == {"trapezoid", "cosine", "constant"}
     assert set(choices("cadence")) == {"default", "smoke", "none"}
@@ -108,8 +108,9 @@ def test_the_groups_hold_the_choices_of_the_design():
 @pytest.mark.parametrize("choice", choices("model"))
 def test_a_model_is_its_depth(choice: str):
     config = yaml.safe_load((conf_dir() / "model" / f"{choice}.yaml").read_text())
-    depth = int(choice[1:])
-    assert config == {"depth": depth, "head_dim": 64 if depth < 12 else 128}
+    kind, _, number = choice.rpartition("d")
+    depth, more = int(number), {"kind": "llama", "n_kv_heads": 2} if kind == "llama_" else {}
+    assert config == {"depth": depth, "head_dim": 64 if depth < 12 else 128} | more
     assert 64 * depth % config["head_dim"] == 0 or depth < 12
 
 

@@ -270,18 +270,14 @@ def test_compiled_blocks_give_the_same_gradients_and_share_their_code(config: di
 # ---------------------------------------------------------------- plan
 
 
-def test_the_plan_counts_flops_and_memory_of_a_tied_table():
-    words = ("data=pystdlib", "model=llama_d4", "hardware=cpu", "tokenizer.vocab_size=65536", "train.seq_len=32", "train.max_steps=1",
-             "train.device_batch_size=1", "train.total_batch_size=32", "checkpoint.background=false")  # fmt: skip
+def test_a_tied_table_counts_once_and_as_the_head():
+    words = ("data=pystdlib", "model=llama_d4", "hardware=cpu", "tokenizer.vocab_size=65536", "train.seq_len=32", "train.max_steps=1")
     own, tied = (plan.decide(compose([*words, f"model.tie_embeddings={value}"])) for value in ("false", "true"))
     table = 65536 * 256
     (_, apart, _, flops), (_, together, _, flops_tied) = memory.facts(own), memory.facts(tied)
     assert apart.total - together.total == table and apart.scaling == together.scaling and flops == flops_tied
     matrices = 4 * (256 * (2 * 256 + 2 * 128) + 3 * 256 * 704)
     assert flops == 6 * (matrices + table) + 4 * 12 * 256 * 32
-    # Its two gradients are summed at the end of the backward, each as large as the table.
-    gradients_of = {name: memory.predict(c, *memory.facts(c)[:2], 1).gradients for name, c in (("own", own), ("tied", tied))}
-    assert gradients_of["tied"] >= 4 * (together.total + 2 * table) or gradients_of["tied"] == gradients_of["own"]
 
 
 def test_fp8_wants_an_mlp_that_sixteen_divides():

@@ -104,6 +104,7 @@ def test_what_an_eager_step_on_a_cpu_keeps_is_counted_to_five_percent(words: tup
         ("--batch", "4", "--grad-accum", "2"),
         ("--batch", "16", "--recompute", "selective", "full"),
         ("--batch", "4", "--set", "model.value_embeds=true", "model.residual_scalars=true", "model.smear=true", "model.n_kv_heads=2"),
+        ("--batch", "4", "--recompute", "none", "full", "--set", "model.kind=llama", "model.n_kv_heads=2", "model.qk_norm=true"),
     ],
     ids=" ".join,
 )
@@ -112,6 +113,15 @@ def test_a_step_on_a_gpu_is_predicted_to_ten_percent_of_its_live_tensors(depth: 
     for line in bench.load(MEMORY).run(bench.parser(MEMORY).parse_args(arguments)):
         assert line["device"] == "cuda" and line["measured_mib"] > 3000
         assert 0.9 < line["ratio"] < 1.1, line
+
+
+@pytest.mark.parametrize("micro_batches", ["1", "2"])
+@pytest.mark.parametrize("kind", [("gpt",), ("llama", "model.tie_embeddings=true")], ids=" ".join)
+def test_the_gradients_of_large_tables_are_predicted_also_of_one_that_is_embedding_and_head(kind: tuple[str, ...], micro_batches: str):
+    arguments = ["--count", "--depth", "4", "--seq-len", "32", "--vocab", "65536", "--precision", "bf16", "--batch", "1", "--grad-accum"]
+    arguments += [micro_batches, "--set", *(f"model.kind={kind[0]}", *kind[1:])]
+    for line in bench.load(MEMORY).run(bench.parser(MEMORY).parse_args(arguments)):
+        assert 0.95 < line["ratio"] < 1.05, line
 
 
 # Real runs -------------------------------------------------------------------------------------------------
