@@ -64,7 +64,7 @@ def sitecustomize(folder: Path, code: str) -> str:
 DIES_ONCE = """
 import os
 if os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    from picotrain import model
+    from picotrain.models.gpt import module as model
     forward, count = model.GPT.forward, 0
     def dying(self, *args, **more):
         global count

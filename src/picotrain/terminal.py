@@ -29,7 +29,6 @@ LABEL_WIDTH = 18  # columns of the labels beside facts
 CALM = {f"bar.{part}": "cyan" for part in ("complete", "finished", "pulse")}  # rich's own red looks like an alarm
 _HEAD = re.compile(r" *(?:- |(?:error|note|warning|WARNING|picotrain): )?")  # what the lines that follow are indented by
 
-_LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "WARNING": logging.WARNING}  # of messages that begin so
 _log = logging.getLogger("picotrain")
 _lasting = {2}  # streams that nobody has to read
 
@@ -128,7 +127,10 @@ def plain(draw: Callable[[TextIO], object]) -> str:
 
 
 def _level(message: str) -> int:
-    return _LEVELS.get(message.partition(":")[0], logging.INFO)
+    """By how a message begins."""
+    if message.startswith(("error:", "Traceback ")):
+        return logging.ERROR
+    return logging.WARNING if message.lower().startswith("warning:") else logging.INFO
 
 
 class _Printing(logging.Handler):
