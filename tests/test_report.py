@@ -14,7 +14,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from picotrain.errors import RunError
-from picotrain.markdown import cell, fence
+from picotrain.markdown import cell, fence, table
 from picotrain.metrics import MetricsFile
 from picotrain.report import console_summary, evaluated, read_run, summarise, write_report
 
@@ -210,6 +210,29 @@ def test_table_cells_neutralise_markup(run: Callable[..., Path]) -> None:
     root = run(event(0, "a|b <img src=x> *c* [d](e) _f_ g_h\nline"), *train(1))
     write_report(root)
     assert r"| a\|b \<img src=x\> \*c\* \[d\](e) \_f\_ g_h line |" in text_of(root)
+
+
+def test_a_table_reads_well_as_it_is_and_escapes_what_is_in_it() -> None:
+    text = table(("name", "share"), [("a|b", "3.5 %"), ("<x>", "12.0 %"), (None, None)])
+    assert text.splitlines() == [
+        "| name  |  share |",
+        "| ----- | -----: |",
+        r"| a\|b  |  3.5 % |",
+        r"| \<x\> | 12.0 % |",
+        "|       |        |",
+    ]
+    assert table(("name", "share"), []) == ""
+
+
+def test_the_report_of_a_run_with_another_name_is_still_ours_and_notes_are_not(run: Callable[..., Path]) -> None:
+    root = run(*train(5))
+    write_report(root)
+    (root / "plan.json").write_text(json.dumps({"name": "renamed"}))
+    write_report(root)
+    assert text_of(root).startswith("# renamed\n\nThis run ")
+    (root / "report.md").write_text("# renamed\n\nWhat I think of this run.\n")
+    write_report(root)
+    assert "What I think" in text_of(root)
 
 
 @pytest.mark.parametrize("name", ["test/test_sqlite3/__main__.py", "__init__.py", "a__b", "_a_b_", "x/_y_/z", "*a* [b](c) `d`"])

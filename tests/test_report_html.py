@@ -18,7 +18,7 @@ from test_report import unpadded
 from picotrain.report import read_run, summarise, write_report
 from picotrain.report.charts import Charts, draw_charts
 from picotrain.report.curves import MAX_POINTS, course_panels, curve, learned_panels, progress
-from picotrain.report.html import render_page
+from picotrain.report.html import fill, render_page
 
 Line = dict[str, Any]
 VOID = ("meta", "input", "br", "hr", "img", "link", "base")
@@ -212,6 +212,13 @@ def test_hostile_text_stays_text(run: Callable[..., Path], where: str) -> None:
     assert_harmless(page)
     assert HOSTILE[: HOSTILE.index('"')] in page.text or json.dumps(HOSTILE)[1:-1] in page.text
     assert "\x1b" not in page.source
+
+
+def test_markup_in_a_page_of_markdown_stays_text_even_if_it_was_not_escaped() -> None:
+    text = "# t\n\n<script>alert(1)</script>\n\n[a](javascript:1) <b onclick=x> ![p](http://x/y.png)\n\n<details><summary>ok</summary>\n\n</details>\n"
+    page = Page(fill(text, "t", "s", "finished", [], "f"))
+    assert_harmless(page)
+    assert "<script>alert(1)</script>" in page.text and [tag for tag, _ in page.tags].count("details") == 1
 
 
 def test_without_a_line_of_core_it_is_not_evaluated_and_never_zero(run: Callable[..., Path]) -> None:

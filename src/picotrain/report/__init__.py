@@ -31,7 +31,7 @@ def write_report(run_dir: Path, running: bool = False) -> dict[str, Any]:
     summary = plain(summarise(run, running))
     try:
         pictures = draw_pictures(run, run_dir)
-        _replace(run_dir / "report.md", render(run, summary, pictures), is_own_text(run_dir / "report.md", "# ", "", "This run "))
+        _replace(run_dir / "report.md", render(run, summary, pictures), is_own_text(run_dir / "report.md", "#", "", "This run "))
         _replace(run_dir / "report.html", render_page(run, summary, draw_charts(run)), is_own_page(run_dir / "report.html"))
         text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         _replace(run_dir / "summary.json", text, is_own_json(run_dir / "summary.json", "status", "steps_done"))

@@ -48,10 +48,12 @@ class Chart:
     grid: list[tuple[float, str]]
     scales: list[Scale]
     plots: list[Plot]
-    left: int = LEFT
-    right: int = RIGHT
     top: int = TOP
-    bottom: int = BOTTOM
+
+    @property
+    def span(self) -> tuple[int, int, int]:
+        """Left and right end of the x axis, and its y."""
+        return LEFT, self.width - RIGHT, self.height - BOTTOM
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from picotrain.disk import is_own_picture
-from picotrain.report.curves import Panel, Series, course_panels, learned_panels, resumed_at
+from picotrain.report.curves import Panel, course_panels, learned_panels, resumed_at
 from picotrain.report.facts import Run, core_points
 from picotrain.terminal import say
 from picotrain.text import encodable, printable, short
@@ -66,14 +66,25 @@ def tick_text(value: float, _: float = 0) -> str:
     return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + unit
 
 
+def _figure(height: float, **more: Any) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(8, height), dpi=150, **more)
+
+
+def _plain(ax: Axes, across: Literal["x", "y"]) -> None:
+    """Thin lines across, and no box around."""
+    ax.grid(axis=across, color=COLOURS["grid"], linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+
+
 def _grid(run: Run, panels: Sequence[Panel], columns: int, height: float) -> Figure | None:
     if not panels:
         return None
-    from matplotlib.figure import Figure
-
     rows = -(-len(panels) // columns)
     tall = 1.2 + height * rows
-    page = Figure(figsize=(8, tall), dpi=150)
+    page = _figure(tall)
     axes = page.subplots(rows, columns, squeeze=False).ravel()
     # In inches, as the margins do not grow with the picture; matplotlib's own layouts double the time.
     page.subplots_adjust(left=0.08, right=0.98, bottom=0.55 / tall, top=1 - 0.65 / tall, wspace=0.2, hspace=0.85 / height)
@@ -89,22 +100,26 @@ def _grid(run: Run, panels: Sequence[Panel], columns: int, height: float) -> Fig
 
 
 def _draw(ax: Axes, panel: Panel, resumed: Sequence[int]) -> None:
-    from matplotlib.ticker import NullLocator
-
+    if panel.logarithmic:
+        ax.set_yscale("log")
     for step in resumed:
         ax.axvline(step, color=COLOURS["quiet"], linewidth=0.8, linestyle=":")
     for series in panel.series:
-        _draw_series(ax, series, panel)
+        found = series.curve
+        mean, low, high = (panel.shown(values) for values in (found.mean, found.low, found.high))
+        if series.band:
+            label = None if series.line else series.label
+            ax.fill_between(found.steps, low, high, color=COLOURS[series.colour], alpha=0.22, linewidth=0, label=label)
+        if series.line:
+            faint: dict[str, Any] = {"alpha": 0.35, "linewidth": 0.8} if series.style == "raw" else {"linewidth": 1.5}
+            marker = "o" if series.marks else ""
+            ax.plot(found.steps, mean, color=COLOURS[series.colour], label=series.label, marker=marker, markersize=4, **faint)
     if panel.best:
-        ring: dict[str, Any] = {"color": COLOURS["val"], "marker": "o", "markersize": 9, "markerfacecolor": "none"}
-        ax.plot(*([value] for value in panel.best), **ring)
-    if panel.logarithmic:
-        ax.set_yscale("log")
-    ax.xaxis.set_major_locator(x_locator(integer=True))
-    ax.yaxis.set_major_locator(y_locator(panel.logarithmic))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(tick_text)
-    ax.yaxis.set_major_formatter(tick_text)
+        ax.plot(*([value] for value in panel.best), color=COLOURS["val"], marker="o", markersize=9, markerfacecolor="none")
+    ax.minorticks_off()
+    for axis, locator in ((ax.xaxis, x_locator(integer=True)), (ax.yaxis, y_locator(panel.logarithmic))):
+        axis.set_major_locator(locator)
+        axis.set_major_formatter(tick_text)
     ax.tick_params(axis="y", length=0)
     _plain(ax, "y")
     ax.set_title(f"{panel.title} ({panel.unit})", loc="left", fontsize=10)
@@ -112,39 +127,18 @@ def _draw(ax: Axes, panel: Panel, resumed: Sequence[int]) -> None:
         ax.legend(frameon=False, loc="upper right")
 
 
-def _draw_series(ax: Axes, series: Series, panel: Panel) -> None:
-    found, colour = series.curve, COLOURS[series.colour]
-    mean, low, high = (panel.shown(values) for values in (found.mean, found.low, found.high))
-    if series.band:
-        label = None if series.line else series.label
-        ax.fill_between(found.steps, low, high, color=colour, alpha=0.22, linewidth=0, label=label)
-    if series.line:
-        faint: dict[str, Any] = {"alpha": 0.35, "linewidth": 0.8} if series.style == "raw" else {"linewidth": 1.5}
-        ax.plot(found.steps, mean, color=colour, marker="o" if series.marks else "", markersize=4, label=series.label, **faint)
-
-
-def _plain(ax: Axes, axis: Any) -> None:
-    """Lines across, and no box around."""
-    ax.grid(axis=axis, color=COLOURS["grid"], linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-
-
 def _core(run: Run) -> Figure | None:
-    points = core_points(run)
-    tasks: Mapping[str, Any] = points[-1].get("tasks") or {} if points else {}
-    bars = [(label, task) for label, task in tasks.items() if task.get("centered") is not None][:MAX_TASKS]
+    last = next(reversed(core_points(run)), {})
+    bars = {label: task["centered"] for label, task in (last.get("tasks") or {}).items() if task.get("centered") is not None}
     if not bars:
         return None
-    from matplotlib.figure import Figure
-
-    page = Figure(figsize=(8, 1.2 + 0.24 * len(bars)), dpi=150, layout="constrained")
+    labels = list(bars)[:MAX_TASKS]
+    page = _figure(1.2 + 0.24 * len(labels), layout="constrained")
     ax = page.subplots()
-    labels = [encodable(printable(label), "latin-1")[:40] for label, _ in bars]
-    ax.barh(range(len(bars)), [task["centered"] for _, task in bars], color=COLOURS["train"], height=0.7)
-    ax.set_yticks(range(len(bars)), labels, parse_math=False)
+    ax.barh(range(len(labels)), [bars[label] for label in labels], color=COLOURS["train"], height=0.7)
+    ax.set_yticks(range(len(labels)), [encodable(printable(label), "latin-1")[:40] for label in labels], parse_math=False)
     ax.invert_yaxis()
     ax.axvline(0, color=COLOURS["quiet"], linewidth=0.8)
     _plain(ax, "x")
-    ax.set_xlabel(f"centered accuracy at step {points[-1]['step']:,}")
+    ax.set_xlabel(f"centered accuracy at step {last['step']:,}")
     return page
