@@ -33,6 +33,7 @@ from picotrain.data.prepare import (
     HARMLESS,
     INPUTS,
     KINDS,
+    NOT_TEXT,
     SKIPPED,
     Options,
     Sizes,
@@ -321,10 +322,11 @@ def test_files_that_are_not_utf8_can_be_skipped_with_a_count(tmp_path: Path) -> 
     (tmp_path / "b.py").write_text("b")
     (tmp_path / "c.py").write_text("c")
     said: list[str] = []
-    corpus = prepare(tmp_path, tmp_path.parent / "out-skip", undecodable="skip", say=said.append)
+    corpus = prepare(tmp_path, tmp_path.parent / "out-skip", options=Options(tolerated=HARMLESS | {NOT_TEXT}), say=said.append)
     assert "skipped 1 file or row that is not UTF-8" in said
     assert corpus.origin is not None
-    assert corpus.origin["undecodable"] == ["a.py"]
+    assert corpus.origin["skipped"] == {"not text": 1}
+    assert [(entry["source"], entry["kind"]) for entry in skipped(corpus.root)] == [("a.py", "not text")]
 
 
 @pytest.mark.parametrize(
@@ -548,7 +550,7 @@ def test_a_damaged_row_group_is_left_out_and_the_others_are_taken(tmp_path: Path
     train, val = split_of(prepare(path, tmp_path / "out", options=Options(tolerated=KINDS)))
     assert sorted(train + val) == sorted(texts[:20] + texts[40:])
     assert [entry["place"] for entry in skipped(tmp_path / "out")] == ["row group 1"]
-    with pytest.raises(DataError, match=r"x\.parquet, row group 1 cannot be read after 0 rows"):
+    with pytest.raises(DataError, match=r"x\.parquet, row group 1: it cannot be read after 0 rows"):
         prepare(path, tmp_path / "strict")
 
 
