@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gzip
 import json
 import multiprocessing
@@ -262,6 +264,20 @@ def test_a_lock_is_waited_for_and_leaves_nothing(tmp_path: Path) -> None:
             assert time.monotonic() - started > 0.2
     assert len(said) == 1
     assert "waiting for another process" in said[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_said_once_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for name in ("one", "two"):
+        with locked(tmp_path / name):
+            pass
+    assert capsys.readouterr().err.count("cannot be locked (No locks available)") == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -661,6 +677,18 @@ def test_other_options_do_not_go_on_with_what_was_left(tmp_path: Path, monkeypat
         prepare(source, tmp_path / "out", options=Options(sizes=SMALL))
     corpus = prepare(source, tmp_path / "out", options=Options(min_chars=50, sizes=SMALL))
     assert min(len(text) for side in split_of(corpus) for text in side) >= 50
+
+
+def test_what_another_version_has_left_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, options = mixed_input(tmp_path / "in"), Options(sizes=SMALL)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "write_job", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(source, tmp_path / "out", options=options)
+    key = tmp_path / ".out.partial" / "key.json"
+    key.write_text(json.dumps({"identity": json.loads(key.read_text())["identity"]}))
+    for done in (tmp_path / ".out.partial" / "work").glob("task_*.json"):
+        done.write_text('{"documents": 1}')
+    assert prepare(source, tmp_path / "out", options=options).documents > 300
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
