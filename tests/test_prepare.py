@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gzip
 import json
 import multiprocessing
@@ -33,6 +35,7 @@ from picotrain.data.prepare import (
     HARMLESS,
     INPUTS,
     KINDS,
+    NOT_TEXT,
     SKIPPED,
     Options,
     Sizes,
@@ -264,6 +267,20 @@ def test_a_lock_is_waited_for_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_system_without_locks_is_said_once_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_locks(*_arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for name in ("one", "two"):
+        with locked(tmp_path / name):
+            pass
+    assert capsys.readouterr().err.count("cannot be locked (No locks available)") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_one_document_is_no_corpus(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("short")
     with pytest.raises(DataError, match=r"one\.txt gave one document, .* at least two different ones.*over 256 KB"):
@@ -321,10 +338,11 @@ def test_files_that_are_not_utf8_can_be_skipped_with_a_count(tmp_path: Path) -> 
     (tmp_path / "b.py").write_text("b")
     (tmp_path / "c.py").write_text("c")
     said: list[str] = []
-    corpus = prepare(tmp_path, tmp_path.parent / "out-skip", undecodable="skip", say=said.append)
+    corpus = prepare(tmp_path, tmp_path.parent / "out-skip", options=Options(tolerated=HARMLESS | {NOT_TEXT}), say=said.append)
     assert "skipped 1 file or row that is not UTF-8" in said
     assert corpus.origin is not None
-    assert corpus.origin["undecodable"] == ["a.py"]
+    assert corpus.origin["skipped"] == {"not text": 1}
+    assert [(entry["source"], entry["kind"]) for entry in skipped(corpus.root)] == [("a.py", "not text")]
 
 
 @pytest.mark.parametrize(
@@ -548,7 +566,7 @@ def test_a_damaged_row_group_is_left_out_and_the_others_are_taken(tmp_path: Path
     train, val = split_of(prepare(path, tmp_path / "out", options=Options(tolerated=KINDS)))
     assert sorted(train + val) == sorted(texts[:20] + texts[40:])
     assert [entry["place"] for entry in skipped(tmp_path / "out")] == ["row group 1"]
-    with pytest.raises(DataError, match=r"x\.parquet, row group 1 cannot be read after 0 rows"):
+    with pytest.raises(DataError, match=r"x\.parquet, row group 1: it cannot be read after 0 rows"):
         prepare(path, tmp_path / "strict")
 
 
@@ -659,6 +677,18 @@ def test_other_options_do_not_go_on_with_what_was_left(tmp_path: Path, monkeypat
         prepare(source, tmp_path / "out", options=Options(sizes=SMALL))
     corpus = prepare(source, tmp_path / "out", options=Options(min_chars=50, sizes=SMALL))
     assert min(len(text) for side in split_of(corpus) for text in side) >= 50
+
+
+def test_what_another_version_has_left_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, options = mixed_input(tmp_path / "in"), Options(sizes=SMALL)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, "write_job", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(source, tmp_path / "out", options=options)
+    key = tmp_path / ".out.partial" / "key.json"
+    key.write_text(json.dumps({"identity": json.loads(key.read_text())["identity"]}))
+    for done in (tmp_path / ".out.partial" / "work").glob("task_*.json"):
+        done.write_text('{"documents": 1}')
+    assert prepare(source, tmp_path / "out", options=options).documents > 300
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -42,8 +43,14 @@ def flock(file: IO[Any], kind: int = fcntl.LOCK_EX) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        say(f"picotrain: {file.name} cannot be locked ({error.strerror}): a second start will not be noticed")
+        _warn(Path(file.name).parent, error.strerror)
     return True
+
+
+@lru_cache
+def _warn(folder: Path, why: str) -> None:
+    """Once for each folder."""
+    say(f"picotrain: files in {folder} cannot be locked ({why}): other processes will not be noticed")
 
 
 def is_current(file: IO[Any], path: Path) -> bool:

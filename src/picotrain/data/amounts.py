@@ -17,6 +17,7 @@ from picotrain.data import sources
 from picotrain.data.corpus import hint_for, read_footer
 from picotrain.data.mixture import Mixture
 from picotrain.data.prepare import documents
+from picotrain.data.prepare.found import Found
 from picotrain.data.prepare.inputs import CODE, PARQUET, PLAIN, Input, kind_of
 from picotrain.data.prepare.shards import VAL_FRACTION
 from picotrain.errors import DataError
@@ -117,7 +118,7 @@ def _beginning(file: Input, max_bytes: int) -> list[str]:
                 return [codecs.decode(opened.read(max_bytes), "utf-8", "ignore")]
         except OSError as error:
             raise DataError(f"{file.path} cannot be read: {error.strerror}") from error
-    return list(_up_to(max_bytes, (found.text for found in documents.read(file) if isinstance(found, documents.Found))))
+    return list(_up_to(max_bytes, (found.text for found in documents.read(file) if isinstance(found, Found))))
 
 
 def _up_to(max_bytes: int, texts: Iterator[str]) -> Iterator[str]:

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from picotrain.data.corpus import MANIFEST, ORIGIN, TEXT, Shard, found_in, manifest_entries, manifest_of, read_footer
 from picotrain.data.folder import Chosen, choose
 from picotrain.data.footers import opened, raising, reason_of
-from picotrain.data.prepare import content_hash
-from picotrain.disk import find_json
+from picotrain.disk import content_hash, find_json
 from picotrain.errors import DataError
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from picotrain.data.corpus import (
 )
 from picotrain.data.folder import RULE, choose, has_shards
 from picotrain.data.mixture import Mixture, Source
-from picotrain.data.prepare import Input, Progress, Say, Undecodable, identify, locked, look, prepare, silent
+from picotrain.data.prepare import NOT_TEXT, Input, Options, Progress, Say, identify, locked, look, prepare, silent
 from picotrain.disk import find_json, read_plain, write_whole
 from picotrain.errors import ConfigError, DataError, Problem, TokenizerError
 from picotrain.places import expanded
@@ -81,13 +81,13 @@ def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
         return _scan_url(data, cache, say)
     if (corpus := known(data, cache, say)) is not None:
         return corpus
-    files, undecodable = inputs(data)
+    files, options = inputs(data)
     say(f"preparing {data.name} from {several(len(files), 'file')}")
     with _lines_of_bytes(say) as progress:
         identified = identify(files, read=_adding("reading", sum(file.path.stat().st_size for file in files), progress))
     folder = cache / "corpora" / f"{_label(data)}-{identified[0][:16]}"
     with _lines_of_bytes(say) as progress:
-        prepare(files, folder, name=data.name, undecodable=undecodable, identified=identified, say=say, progress=progress)
+        prepare(files, folder, name=data.name, identified=identified, options=options, say=say, progress=progress)
     write_whole(_index(files, cache), json.dumps({"folder": folder.name, "stats": _stats(files)}).encode(), shared=True)
     return scan(folder, data.name, data.val_shard, on_bad=passing_over(data, say))
 
@@ -318,16 +318,16 @@ def mixture_of(data: DataConfig, corpora: list[Corpus]) -> Mixture:
     return Mixture(data.name, tuple(Source(corpus, entry.weight, entry.at_end == "wrap") for entry, corpus in pairs))
 
 
-def inputs(data: DataConfig, say: Say = silent) -> tuple[list[Input], Undecodable]:
-    """The files to prepare, and what to do with one that is not UTF-8 (the library's own tests hold some on purpose). `say` is told what
+def inputs(data: DataConfig, say: Say = silent) -> tuple[list[Input], Options]:
+    """The files to prepare, and how (the library's own tests hold files that are not UTF-8 on purpose). `say` is told what
     lies beside them and is not read."""
     if data.kind == "pystdlib":
-        return list(_stdlib_files()), "skip"
+        return list(_stdlib_files()), Options(tolerated=Options().tolerated | {NOT_TEXT})
     assert data.path is not None  # the schema's business
     looked = look(data.path)
     for line in looked.words():
         say(f"{data.path}: {line}")
-    return looked.files, "error"
+    return looked.files, Options()
 
 
 def _shard_folder(data: DataConfig) -> Path | None:

@@ -20,42 +20,19 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from picotrain.data.corpus import ORIGIN, Corpus, scan
-from picotrain.data.prepare.documents import (
-    CUT_ABOVE,
-    CUT_NEAR,
-    DUPLICATE,
-    EMPTY,
-    HARMLESS,
-    KINDS,
-    NOT_TEXT,
-    NULL,
-    SHORT,
-    TOO_LONG,
-    UNREADABLE,
-    cut_plain_text,
-)
-from picotrain.data.prepare.inputs import (
-    KNOWN,
-    PLAIN,
-    SUFFIXES,
-    Identified,
-    Input,
-    Listed,
-    Say,
-    identify,
-    locked,
-    put_in_place,
-    silent,
-)
-from picotrain.data.prepare.place import INPUTS, KEY, SKIPPED, WORK, check_place
-from picotrain.data.prepare.segments import EXAMPLES, MAX_BUCKETS, Mapped, Part, Sizes, Task, cut_into_parts, line_of, load_mapped, map_task
-from picotrain.data.prepare.shards import Job, ShardOptions, content_hash, load_written, plan_jobs, write_job
+from picotrain.data.prepare.cutting import CUT_ABOVE, CUT_NEAR, cut_plain_text
+from picotrain.data.prepare.found import DUPLICATE, EMPTY, HARMLESS, KINDS, NOT_TEXT, NULL, SHORT, TOO_LONG, UNREADABLE, line_of
+from picotrain.data.prepare.inputs import PLAIN, Identified, Input, Listed, identify
+from picotrain.data.prepare.parts import Job, Part, Sizes, cut_into_parts
+from picotrain.data.prepare.place import INPUTS, KEY, SKIPPED, WORK, Say, check_place, locked, put_in_place, silent
+from picotrain.data.prepare.segments import EXAMPLES, Task, map_task
+from picotrain.data.prepare.shards import ShardJob, ShardOptions, plan_jobs, write_job
 from picotrain.data.prepare.walk import Left, expand, look
 from picotrain.data.prepare.workers import WorkerLost, run
 from picotrain.disk import find_json, write_whole
@@ -63,36 +40,14 @@ from picotrain.errors import DataError
 from picotrain.hardware import cores
 from picotrain.places import expanded
 
-__all__ = [
-    "CUT_ABOVE",
-    "CUT_NEAR",
-    "HARMLESS",
-    "INPUTS",
-    "KINDS",
-    "KNOWN",
-    "SKIPPED",
-    "SUFFIXES",
-    "Identified",
-    "Input",
-    "Options",
-    "Progress",
-    "Say",
-    "Sizes",
-    "Undecodable",
-    "content_hash",
-    "cut_plain_text",
-    "expand",
-    "identify",
-    "locked",
-    "look",
-    "prepare",
-    "silent",
-]
+__all__ = ["CUT_ABOVE", "CUT_NEAR", "HARMLESS", "INPUTS", "KINDS", "NOT_TEXT", "SKIPPED", "Input", "Options", "Progress", "Say", "Sizes"]
+__all__ += ["cut_plain_text", "expand", "identify", "locked", "look", "prepare", "silent"]
 
 PARALLEL_ABOVE = 64 << 20  # bytes of text that are worth more processes
+MAX_BUCKETS = 1 << 14
+LAYOUT = 2  # of what an interrupted call leaves: one of an earlier version is begun anew
 
-Progress = Callable[[str, int, int], None]  # what is being done, bytes of it, of all
-Undecodable = Literal["error", "skip"]  # what a text file that is not UTF-8 is
+Progress = Callable[[str, int, int], object]  # what is being done, bytes of it, of all
 
 
 class Options(NamedTuple):
@@ -114,12 +69,11 @@ def prepare(
     out: Path,
     *,
     name: str | None = None,
-    undecodable: Undecodable = "error",
     identified: Identified | None = None,
     options: Options = Options(),  # noqa: B008  # immutable
     workers: int | None = None,
     say: Say = silent,
-    progress: Progress | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> Corpus:
     """Make the corpus folder `out` from files, folders (searched for the known suffixes) and globs.
 
@@ -137,8 +91,6 @@ def prepare(
     files = [file for file in looked.files if not file.path.absolute().is_relative_to(out)]  # e.g. `prepare . --out corpus` again
     if not files:
         raise DataError(f"all the input files lie in {out}, which is to be made; name another --out")
-    if undecodable == "skip":
-        options = options._replace(tolerated=options.tolerated | {NOT_TEXT})
     if (bad := next((left for left in looked.left if left.kind == UNREADABLE), None)) and UNREADABLE not in options.tolerated:
         raise DataError(f"{bad.source} cannot be read: {bad.reason}")
     for line in looked.words():
@@ -167,7 +119,7 @@ def prepare(
     return scan(out, name)
 
 
-def _identify(files: Sequence[Input], options: Options, progress: Progress | None) -> Identified:
+def _identify(files: Sequence[Input], options: Options, progress: Progress) -> Identified:
     total = sum(file.path.stat().st_size for file in files if file.path.exists())
     done, lock = 0, Lock()
 
@@ -175,8 +127,7 @@ def _identify(files: Sequence[Input], options: Options, progress: Progress | Non
         nonlocal done
         with lock:
             done += amount
-        if progress is not None:
-            progress("looking for changes", min(done, total), total)
+        progress("looking for changes", min(done, total), total)
 
     return identify(files, UNREADABLE in options.tolerated, read)
 
@@ -195,158 +146,139 @@ def _identity(content: str, options: Options) -> str:
     return hashlib.blake2b(json.dumps(decisive).encode(), digest_size=16).hexdigest()
 
 
+@dataclass
 class _Preparation:
     """One call, in the folder `partial`, which survives an interruption."""
 
-    def __init__(
-        self,
-        files: Sequence[Input],
-        left: Sequence[Left],
-        listed: Listed,
-        partial: Path,
-        identity: str,
-        options: Options,
-        workers: int | None,
-        say: Say,
-        progress: Progress | None,
-    ):
-        self.files, self.left, self.listed, self.partial, self.identity, self.options = files, left, listed, partial, identity, options
-        self.say, self.progress = say, progress
-        self.work = partial / WORK
-        parts = cut_into_parts(files, options.sizes)
-        self.bytes = sum(part.bytes for task in parts for part in task)
-        self.buckets = max(1, min(MAX_BUCKETS, -(-self.bytes // options.sizes.bucket)))
-        self.tasks = [self._task(number, task) for number, task in enumerate(parts)]
-        self.workers = workers or (cores() if self.bytes > PARALLEL_ABOVE else 1)
-
-    def _task(self, number: int, parts: list[Part]) -> Task:
-        files, options = tuple(self.files[part.file] for part in parts), self.options
-        return Task(number, tuple(parts), files, self.work, self.buckets, options.sizes.held, options.min_chars, options.tolerated)
+    files: Sequence[Input]
+    left: Sequence[Left]
+    listed: Listed
+    partial: Path
+    identity: str
+    options: Options
+    workers: int | None
+    say: Say
+    progress: Progress
 
     def run(self) -> None:
         """Fill the folder with the finished corpus."""
-        self._open()
-        self._run("reading", map_task, self.tasks, self.bytes)
-        mapped = [load_mapped(task) for task in self.tasks]
-        self._check(mapped)
-        jobs = self._plan(mapped)
-        self._run("writing shards", write_job, jobs, sum(job.bytes for job in jobs))
-        written = [load_written(job) for job in jobs]
-        self._finish(mapped, jobs, written)
+        parts, options, work = cut_into_parts(self.files, self.options.sizes), self.options, self.partial / WORK
+        total = sum(part.bytes for task in parts for part in task)
+        buckets = max(1, min(MAX_BUCKETS, -(-total // options.sizes.bucket)))
+        workers = self.workers or (cores() if total > PARALLEL_ABOVE else 1)
 
-    def _open(self) -> None:
+        def task(number: int, parts: list[Part]) -> Task:
+            files, base = tuple(self.files[part.file] for part in parts), work / f"task_{number:06d}"
+            return Task(base, tuple(parts), files, buckets, options.sizes.held, options.min_chars, options.tolerated)
+
+        tasks = [task(*numbered) for numbered in enumerate(parts)]
+        self._open(tasks)
+        self._run("reading", map_task, tasks, workers, total)
+        mapped = [task.found() for task in tasks]
+        self._check(mapped)
+        for_all = ShardOptions(work / INPUTS, self.identity, options.seed, options.keep_duplicates, options.sizes.row_group)
+        jobs = plan_jobs(tasks, mapped, options.sizes, for_all)
+        self._run("writing shards", write_job, jobs, workers, sum(job.bytes for job in jobs))
+        self._finish(tasks, mapped, jobs)
+
+    def _open(self, tasks: Sequence[Task]) -> None:
         """The work folder, with what an earlier call has done if it was the same."""
-        if find_json(self.partial / KEY) != {"identity": self.identity}:
+        key = {"identity": self.identity, "layout": LAYOUT}
+        if find_json(self.partial / KEY) != key:
             shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True, exist_ok=True)
-        write_whole(self.partial / KEY, json.dumps({"identity": self.identity}).encode())  # first: it tells whose the folder is
-        self.work.mkdir(exist_ok=True)
-        write_whole(self.work / INPUTS, json.dumps([[str(file.path), file.source] for file in self.files]).encode())
-        if done := sum(task.done.exists() for task in self.tasks):
-            self.say(f"going on with an interrupted call: {done} of {len(self.tasks)} parts of the input are read")
+        write_whole(self.partial / KEY, json.dumps(key).encode())  # first: it tells whose the folder is
+        (self.partial / WORK).mkdir(exist_ok=True)
+        listed = json.dumps([[str(file.path), file.source] for file in self.files])
+        write_whole(self.partial / WORK / INPUTS, listed.encode())
+        if done := sum(task.done.exists() for task in tasks):
+            self.say(f"going on with an interrupted call: {done} of {len(tasks)} parts of the input are read")
 
-    def _run(self, what: str, function: Callable[[Any], None], jobs: Sequence[Any], total: int) -> None:
+    def _run(self, what: str, function: Callable[[Any], None], jobs: Sequence[Job], workers: int, total: int) -> None:
         left = [job for job in jobs if not job.done.exists()]
+        run(function, left, workers, lambda done: self.progress(what, min(done, total), total))
+        self.progress(what, total, total)
 
-        def report(done: int) -> None:
-            if self.progress is not None:
-                self.progress(what, min(done, total), total)
-
-        run(function, left, self.workers, report)
-        report(total)
-
-    def _check(self, mapped: Sequence[Mapped]) -> None:
+    def _check(self, mapped: Sequence[dict[str, Any]]) -> None:
         """Raise DataError unless there are two different texts."""
-        ends = {end for found in mapped for end in (found.low, found.high) if end is not None}
-        if len(ends) > 1:
+        count = sum(found["documents"] for found in mapped)
+        if count and min(found["low"] for found in mapped) != max(found["high"] for found in mapped):
             return
-        count = sum(found.documents for found in mapped)
         what = "no document" if not count else "one document" if count == 1 else f"{count:,} documents, all the same"
         where = self.files[0].path if len(self.files) == 1 else f"the {len(self.files):,} input files"
-        skipped = [example for found in mapped for example in found.examples]
+        skipped = [example for found in mapped for example in found["examples"]]
         raise DataError(
             f"{where} gave {what}, and a corpus needs at least two different ones, to train on and to validate on; "
             f"give more files, or a plain text ({', '.join(PLAIN)}) over {CUT_ABOVE >> 10} KB, which is cut into documents"
             + (f". What was skipped begins with: {skipped[0]}" if skipped else "")
         )
 
-    def _plan(self, mapped: Sequence[Mapped]) -> list[Job]:
-        options = ShardOptions(self.identity, self.options.seed, self.options.keep_duplicates, self.options.sizes.row_group)
-        return plan_jobs(self.tasks, mapped, self.buckets, self.work, self.work / INPUTS, self.options.sizes, options)
-
-    def _finish(self, mapped: Sequence[Mapped], jobs: Sequence[Job], written: Sequence[dict[str, Any]]) -> None:
+    def _finish(self, tasks: Sequence[Task], mapped: Sequence[dict[str, Any]], jobs: Sequence[ShardJob]) -> None:
         """Name the shards, the validation shard last, and write down where they come from and what was skipped."""
-        filled = [(job, found) for job, found in zip(jobs, written, strict=True) if found["documents"]]
-        filled = [*filled[1:], filled[0]]
-        width = max(5, len(str(len(filled) - 1)))  # names are sorted as text
+        written = [job.found() for job in jobs]
+        val, *train = [(job, found) for job, found in zip(jobs, written, strict=True) if found["documents"]]
+        width = max(5, len(str(len(train))))  # names are sorted as text
         shards = {}
-        for index, (job, found) in enumerate(filled):
+        for index, (job, found) in enumerate([*train, val]):
             name = f"shard_{index:0{width}d}.parquet"
-            if job.shard.exists():  # else an interrupted call has moved it already
-                os.replace(job.shard, self.partial / name)
+            if job.output.exists():  # else an interrupted call has moved it already
+                os.replace(job.output, self.partial / name)
             shards[name] = {"bytes": found["file_bytes"], "xxh3_64": found["xxh3_64"]}
-        counts = sum((found.counts for found in mapped), Counter({DUPLICATE: sum(found["duplicates"] for found in written)}))
+        counts = sum((Counter(found["counts"]) for found in mapped), Counter({DUPLICATE: sum(found["duplicates"] for found in written)}))
+        self._summarize(mapped, counts)
         counts.update(left.kind for left in self.left)
         with open(self.partial / SKIPPED, "wb") as target:
             target.writelines(line_of(left.source, "", left.kind, left.reason).encode() for left in self.left)
-            for part in (*self.tasks, *jobs):
+            for part in (*tasks, *jobs):
                 with open(part.skipped, "rb") as source:
                     shutil.copyfileobj(source, target)
         if not (self.partial / SKIPPED).stat().st_size:
             (self.partial / SKIPPED).unlink()
         write_whole(self.partial / INPUTS, json.dumps(self.listed).encode())
-        origin = self._origin(mapped, filled, counts) | {"shards": shards}
-        write_whole(self.partial / ORIGIN, json.dumps(origin, indent=1).encode())
-        self._summarize(mapped, origin, counts)
-        shutil.rmtree(self.work)
-        (self.partial / KEY).unlink()
-
-    def _origin(self, mapped: Sequence[Mapped], filled: Sequence[tuple[Job, dict[str, Any]]], counts: Counter[str]) -> dict[str, Any]:
-        *train, val = (found for _, found in filled)
-        return {
+        documents, text_bytes = sum(found["documents"] for _, found in train), sum(found["bytes"] for found in written)
+        origin = {
             "kind": "prepared",
             "identity": self.identity,
             "files": len(self.files),
             "seed": self.options.seed,
             "min_chars": self.options.min_chars,
             "keep_duplicates": self.options.keep_duplicates,
-            "train_documents": sum(found["documents"] for found in train),
-            "val_documents": val["documents"],
-            "text_bytes": sum(found["bytes"] for _, found in filled),
-            "empty": counts[EMPTY],
+            "train_documents": documents,
+            "val_documents": val[1]["documents"],
+            "text_bytes": text_bytes,
             "skipped": {kind: count for kind, count in sorted(counts.items()) if count},
-            "undecodable": [source for found in mapped for source in found.undecodable],
-            "cut": {source: pieces for found in mapped for source, pieces in found.cut.items()},
+            "shards": shards,
         }
+        write_whole(self.partial / ORIGIN, json.dumps(origin, indent=1).encode())
+        text = f"{text_bytes / 1e6:,.1f} MB of text in {len(shards):,} shards"
+        self.say(f"prepared {documents:,} training and {val[1]['documents']:,} validation documents, {text}")
+        shutil.rmtree(self.partial / WORK)
+        (self.partial / KEY).unlink()
 
-    def _summarize(self, mapped: Sequence[Mapped], origin: dict[str, Any], counts: Counter[str]) -> None:
-        cut = list(origin["cut"].items())
+    def _summarize(self, mapped: Sequence[dict[str, Any]], counts: Counter[str]) -> None:
+        cut = [item for found in mapped for item in found["cut"].items()]
         for source, pieces in cut[:EXAMPLES]:
             where = f"at blank lines near {CUT_NEAR >> 10} KB"
             self.say(f"{source} is a plain text over {CUT_ABOVE >> 10} KB: cut into {pieces:,} documents {where}")
         if len(cut) > EXAMPLES:
             self.say(f"{len(cut) - EXAMPLES:,} more plain texts were cut so")
-        for kind, count in sorted((counts - Counter(left.kind for left in self.left)).items()):
+        for kind, count in sorted(counts.items()):
             if count:
                 self.say(_left_out(kind, count, self.options.min_chars))
         if self.options.tolerated >= KINDS:  # else what is skipped was expected
-            for example in [example for found in mapped for example in found.examples][:EXAMPLES]:
+            for example in [example for found in mapped for example in found["examples"]][:EXAMPLES]:
                 self.say(f"  e.g. {example}")
-        train, val, shards = origin["train_documents"], origin["val_documents"], len(origin["shards"])
-        text = f"{origin['text_bytes'] / 1e6:,.1f} MB of text in {shards:,} shards"
-        self.say(f"prepared {train:,} training and {val:,} validation documents, {text}")
 
 
 def _left_out(kind: str, count: int, min_chars: int) -> str:
     """A line for the terminal."""
-    short = f"shorter than {min_chars:,} characters"
-    one, many = {
-        EMPTY: ("left out {} empty document", "left out {} empty documents"),
-        NULL: ("left out {} null", "left out {} nulls"),
-        SHORT: (f"left out {{}} document {short}", f"left out {{}} documents {short}"),
-        DUPLICATE: ("left out {} exact duplicate", "left out {} exact duplicates"),
-        NOT_TEXT: ("skipped {} file or row that is not UTF-8", "skipped {} files or rows that are not UTF-8"),
-        UNREADABLE: ("skipped {} file or row group that cannot be read", "skipped {} files or row groups that cannot be read"),
-        TOO_LONG: ("skipped {} document that is too long", "skipped {} documents that are too long"),
-    }.get(kind, ("skipped {} " + kind, "skipped {} " + kind + "s"))
-    return (one if count == 1 else many).format(f"{count:,}")
+    verb, one, many, which = {
+        EMPTY: ("left out", "empty document", "empty documents", ""),
+        NULL: ("left out", "null", "nulls", ""),
+        SHORT: ("left out", "document", "documents", f" shorter than {min_chars:,} characters"),
+        DUPLICATE: ("left out", "exact duplicate", "exact duplicates", ""),
+        NOT_TEXT: ("skipped", "file or row that is not UTF-8", "files or rows that are not UTF-8", ""),
+        UNREADABLE: ("skipped", "file or row group that cannot be read", "files or row groups that cannot be read", ""),
+        TOO_LONG: ("skipped", "document that is too long", "documents that are too long", ""),
+    }.get(kind, ("skipped", kind, f"{kind}s", ""))
+    return f"{verb} {count:,} {one if count == 1 else many}{which}"

@@ -8,12 +8,14 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from picotrain.data.footers import TEXT, opened, raising, read_footer, reason_of
+from picotrain.data.prepare.cutting import cut_plain_text
+from picotrain.data.prepare.found import BAD_LINE, MAX_DOCUMENT_BYTES, NOT_TEXT, NULL, UNREADABLE, Found, Skipped, Span, too_long
 from picotrain.data.prepare.inputs import CSV, JSON_LINES, PARQUET, PLAIN, Input, kind_of
 from picotrain.data.prepare.workers import tick
 from picotrain.errors import DataError
@@ -21,53 +23,14 @@ from picotrain.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-CUT_ABOVE, CUT_NEAR = 256 << 10, 64 << 10  # characters
-MAX_DOCUMENT_BYTES = 256 << 20  # one document is held in memory as a whole
 READ_BYTES = 1 << 20
 TICK_LINES = 512  # progress is told so often
 EXPANSION = 4  # text that a compressed byte gives, about
 
-EMPTY, NULL, SHORT, DUPLICATE = "empty", "null", "short", "duplicate"
-NOT_TEXT, BAD_LINE, UNREADABLE, TOO_LONG = "not text", "bad line", "unreadable", "too long"
-HARMLESS = frozenset({EMPTY, SHORT, DUPLICATE})  # left out without anything being wrong
-KINDS = frozenset({*HARMLESS, NULL, NOT_TEXT, BAD_LINE, UNREADABLE, TOO_LONG})
+Items = Iterator[Found | Skipped]
 
 
-class Found(NamedTuple):
-    """A document; `place` is its line, its row (from 0) or its piece (from 0) within the file."""
-
-    place: int
-    text: str
-
-
-class Span(NamedTuple):
-    """A part of a file: row groups of Parquet, or the bytes of whole JSON lines, of which the first has this number."""
-
-    start: int
-    end: int
-    first_line: int = 1
-
-
-class Skipped(NamedTuple):
-    """Something that gives no document: where it is, one of KINDS, why, and the whole sentence for an error."""
-
-    source: str
-    place: str
-    kind: str
-    reason: str
-    error: str
-
-
-def place_name(file: Input, place: int) -> str:
-    """How a place is called in this kind of file."""
-    if kind_of(file.path, PARQUET):
-        return f"row {place}"
-    if kind_of(file.path, (*JSON_LINES, *CSV)):
-        return f"line {place}"
-    return f"piece {place}" if place else ""
-
-
-def read(file: Input, span: Span | None = None) -> Iterator[Found | Skipped]:
+def read(file: Input, span: Span | None = None) -> Items:
     """The texts of a file, or of a span of it, as they come, and what cannot be used."""
     try:
         if kind_of(file.path, PARQUET):
@@ -75,12 +38,11 @@ def read(file: Input, span: Span | None = None) -> Iterator[Found | Skipped]:
         elif kind_of(file.path, JSON_LINES):
             yield from _read_lines(file, _json_lines, span)
         elif kind_of(file.path, CSV):
-            yield from _read_lines(file, _csv_rows)
+            yield from _read_lines(file, _csv_rows, None)
         else:
             yield from _read_text(file)
     except (OSError, EOFError, zlib.error) as error:
-        why = _why(error)
-        yield Skipped(file.source, "", UNREADABLE, why, f"{file.path} cannot be read: {why}")
+        yield Skipped(file, "", UNREADABLE, f"cannot be read: {_why(error)}")
 
 
 def _why(error: Exception) -> str:
@@ -93,48 +55,14 @@ def _why(error: Exception) -> str:
     return why
 
 
-def cut_plain_text(text: str | Iterable[str]) -> Iterator[str]:
-    """Pieces of about 64 K characters, cut after a blank line where there is one, else after a line, else after a word.
-
-    Joined they are the text again, which may come in chunks. Up to 256 K characters a text stays whole.
-    """
-    held, whole = "", True
-    for chunk in [text] if isinstance(text, str) else text:
-        held += chunk
-        start = 0
-        while len(held) - start > CUT_ABOVE:
-            whole, end = False, _cut_at(held, start)
-            yield held[start:end]
-            start = end
-        held = held[start:]
-    start = 0
-    while not whole and len(held) - start > CUT_NEAR * 3 // 2:
-        end = _cut_at(held, start)
-        yield held[start:end]
-        start = end
-    if whole or start < len(held):
-        yield held[start:]
-
-
-def _cut_at(text: str, start: int) -> int:
-    """Where the piece that begins at `start` ends: after the last good place in the second half of 64 K characters."""
-    low, high = start + CUT_NEAR // 2, start + CUT_NEAR
-    for mark in ("\n\n", "\r\n\r\n", "\n", " "):
-        found = text.rfind(mark, low, high)
-        if found >= 0:
-            return found + len(mark)
-    return high
-
-
 # --- text ----------------------------------------------------------------------------------------
 
 
-def _read_text(file: Input) -> Iterator[Found | Skipped]:
+def _read_text(file: Input) -> Items:
     """One document, or the pieces of a long plain text. A file that is not text gives nothing, so it is read over before."""
-    size = file.path.stat().st_size
-    plain = kind_of(file.path, PLAIN)
+    size, plain = file.path.stat().st_size, kind_of(file.path, PLAIN)
     if not plain and size > MAX_DOCUMENT_BYTES:
-        yield _too_long(file, "", size)
+        yield too_long(file, "", size)
         return
     try:
         if size <= MAX_DOCUMENT_BYTES // 8:
@@ -144,32 +72,35 @@ def _read_text(file: Input) -> Iterator[Found | Skipped]:
                 pass
             texts = _decoded(file.path)
     except UnicodeError as error:
-        reason = str(error)
-        yield Skipped(file.source, "", NOT_TEXT, reason, f"{file.path} {reason}; convert it (iconv -f ... -t UTF-8) or leave it out")
+        yield Skipped(file, "", NOT_TEXT, f"{error}; convert it (iconv -f ... -t UTF-8) or leave it out")
     else:
-        pieces = cut_plain_text(texts) if plain else ["".join(texts)]
-        yield from (Found(place, piece) for place, piece in enumerate(pieces))
+        yield from map(Found._make, enumerate(cut_plain_text(texts) if plain else ["".join(texts)]))
     tick(size)
 
 
 def _decoded(path: Path) -> Iterator[str]:
     """A file's text in chunks. Raises UnicodeError with the first bad place, also for a NUL, which no text has."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    offset = 0
+    offset, raw = 0, b"-"
     with open(path, "rb") as file:
-        while True:
+        while raw:
             raw = file.read(READ_BYTES)
             if (nul := raw.find(b"\0")) >= 0:
                 raise UnicodeError(f"is not UTF-8 text (a NUL at offset {offset + nul:,}: binary, or UTF-16)")
             offset += len(raw)
             try:
-                text = decoder.decode(raw, final=not raw)
+                yield decoder.decode(raw, final=not raw)
             except UnicodeDecodeError as error:
                 where = f"byte 0x{error.object[error.start]:02x} at offset {offset - len(error.object) + error.start:,}"
                 raise UnicodeError(f"is not UTF-8 ({where})") from None
-            yield text
-            if not raw:
-                return
+
+
+def _is_text(text: str) -> bool:
+    """Whether it holds no half of a character, which JSON can spell and which stands for bytes that are not UTF-8."""
+    try:
+        return text.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 # --- lines ---------------------------------------------------------------------------------------
@@ -207,9 +138,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
             yield raw, raw.tell
 
 
-def _read_lines(
-    file: Input, parse: Callable[[Input, BinaryIO, Span | None], Iterator[Found | Skipped]], span: Span | None = None
-) -> Iterator[Found | Skipped]:
+def _read_lines(file: Input, parse: Callable[[Input, BinaryIO, Span | None], Items], span: Span | None) -> Items:
     with _opened(file.path) as (stream, position):
         if span is not None:
             stream.seek(span.start)
@@ -222,7 +151,7 @@ def _read_lines(
         tick(position() - seen)
 
 
-def _json_lines(file: Input, stream: BinaryIO, span: Span | None) -> Iterator[Found | Skipped]:
+def _json_lines(file: Input, stream: BinaryIO, span: Span | None) -> Items:
     """The field `text` of every line; blank lines are nothing."""
     number = span.first_line - 1 if span else 0
     while (span is None or stream.tell() < span.end) and (line := stream.readline(MAX_DOCUMENT_BYTES + 1)):
@@ -231,35 +160,33 @@ def _json_lines(file: Input, stream: BinaryIO, span: Span | None) -> Iterator[Fo
             size = len(line)
             while line and not line.endswith(b"\n"):
                 size += len(line := stream.readline(READ_BYTES))
-            yield _too_long(file, f"line {number}", size)
+            yield too_long(file, f"line {number}", size)
         elif line.strip():
-            text, reason = _text_of(line)
-            yield (
-                _bad_line(file, number, f"{reason}; each line must be a JSON object with a string `{TEXT}`")
-                if reason
-                else Found(number, text)
-            )
+            try:
+                yield Found(number, _text_of(line))
+            except ValueError as error:
+                reason = f"{error}; each line must be a JSON object with a string `{TEXT}`"
+                yield Skipped(file, f"line {number}", BAD_LINE, reason)
 
 
-def _text_of(line: bytes) -> tuple[str, str]:
-    """(text, "") or ("", what is wrong)."""
+def _text_of(line: bytes) -> str:
+    """The field `text` of a JSON object. Raises ValueError."""
     try:
         value = json.loads(line)
-        if not isinstance(value, dict):
-            return "", f"a JSON {type(value).__name__}, not an object"
-        if TEXT not in value:
-            return "", f"no field `{TEXT}`; its fields are {', '.join(value) or '(none)'}"
-        if not isinstance(text := value[TEXT], str):
-            return "", f"`{TEXT}` is {type(text).__name__}, not a string"
-        text.encode()
-        return text, ""
-    except UnicodeEncodeError:
-        return "", f"`{TEXT}` holds a lone surrogate"
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8
-        return "", f"not JSON ({error})"
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}, not an object")
+    if TEXT not in value:
+        raise ValueError(f"no field `{TEXT}`; its fields are {', '.join(value) or '(none)'}")
+    if not isinstance(text := value[TEXT], str):
+        raise ValueError(f"`{TEXT}` is {type(text).__name__}, not a string")
+    if not _is_text(text):
+        raise ValueError(f"`{TEXT}` holds a lone surrogate")
+    return text
 
 
-def _csv_rows(file: Input, stream: BinaryIO, _span: Span | None) -> Iterator[Found | Skipped]:
+def _csv_rows(file: Input, stream: BinaryIO, _span: Span | None) -> Items:
     """The column `text` of every row. By Python's csv: pyarrow's reader takes no row that is longer than its block."""
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     lines = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
@@ -267,55 +194,33 @@ def _csv_rows(file: Input, stream: BinaryIO, _span: Span | None) -> Iterator[Fou
     try:
         header = next(rows, [])
         if TEXT not in header:
-            reason = f"has no `{TEXT}` column; its columns are {_shown(', '.join(header)) or '(none)'}"
-            yield Skipped(file.source, "", UNREADABLE, reason, f"{file.path} {reason}")
+            columns = ", ".join(header).encode("utf-8", "replace").decode()[:200]
+            yield Skipped(file, "", UNREADABLE, f"has no `{TEXT}` column; its columns are {columns or '(none)'}")
             return
         column = header.index(TEXT)
         for row in rows:
-            if len(row) != len(header):
-                if row:  # a blank line is nothing
-                    yield _bad_line(file, rows.line_num, f"{len(row)} fields, and the header has {len(header)}")
-            elif _has_surrogates(row[column]):
-                reason = "the text is not valid UTF-8"
-                yield Skipped(file.source, f"line {rows.line_num}", NOT_TEXT, reason, f"{file.path}:{rows.line_num}: {reason}")
-            else:
+            if row and len(row) != len(header):  # a blank line is nothing
+                yield Skipped(file, f"line {rows.line_num}", BAD_LINE, f"{len(row)} fields, and the header has {len(header)}")
+            elif row and not _is_text(row[column]):
+                yield Skipped(file, f"line {rows.line_num}", NOT_TEXT, "the text is not valid UTF-8")
+            elif row:
                 yield Found(rows.line_num, row[column])
     except csv.Error as error:  # where the next row begins can only be guessed
-        yield _bad_line(file, rows.line_num, f"no CSV from here on ({error}); quote fields that hold commas, quotes or line breaks")
+        reason = f"no CSV from here on ({error}); quote fields that hold commas, quotes or line breaks"
+        yield Skipped(file, f"line {rows.line_num}", BAD_LINE, reason)
     finally:
         lines.detach()  # its end would close the stream
-
-
-def _has_surrogates(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _shown(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()[:200]
-
-
-def _bad_line(file: Input, line: int, reason: str) -> Skipped:
-    return Skipped(file.source, f"line {line}", BAD_LINE, reason, f"{file.path}:{line}: {reason}")
-
-
-def _too_long(file: Input, place: str, size: int) -> Skipped:
-    reason = f"a document of {size:,} bytes; the limit is {MAX_DOCUMENT_BYTES:,}"
-    return Skipped(file.source, place, TOO_LONG, reason, f"{file.path}{', ' * bool(place)}{place}: {reason}")
 
 
 # --- Parquet -------------------------------------------------------------------------------------
 
 
-def _read_parquet(file: Input, span: Span | None) -> Iterator[Found | Skipped]:
+def _read_parquet(file: Input, span: Span | None) -> Items:
     """The column `text`, about 1 MiB or one document at a time. A row group that is damaged is left from there on."""
     try:
         shard = read_footer(file.path)
     except DataError as error:
-        yield Skipped(file.source, "", UNREADABLE, str(error).removeprefix(str(file.path)).lstrip(": "), str(error))
+        yield Skipped(file, "", UNREADABLE, str(error).removeprefix(str(file.path)).lstrip(": "))
         return
     groups = range(span.start, span.end) if span else range(len(shard.row_groups))
     row = sum(group.rows for group in shard.row_groups[: groups.start])
@@ -326,24 +231,20 @@ def _read_parquet(file: Input, span: Span | None) -> Iterator[Found | Skipped]:
             seen = 0
             try:
                 for batch in parquet.iter_batches(batch_rows, row_groups=[rg], columns=[TEXT], use_threads=False):
-                    yield from _rows(file, batch.column(0), row + seen)
+                    for place, text in enumerate(_texts(batch.column(0)), row + seen):
+                        if isinstance(text, str):
+                            yield Found(place, text)
+                        elif text is None:
+                            yield Skipped(file, f"row {place}", NULL, "the text is null")
+                        else:
+                            yield Skipped(file, f"row {place}", NOT_TEXT, "the text is not valid UTF-8")
                     seen += len(batch)
                 if seen != group.rows:
                     raise OSError(f"it holds {seen:,} rows, and the footer promised {group.rows:,}")
             except Exception as error:  # whatever pyarrow raises
-                reason = f"cannot be read after {seen:,} rows: {reason_of(error)}"
-                yield Skipped(file.source, f"row group {rg}", UNREADABLE, reason, f"{file.path}, row group {rg} {reason}")
+                yield Skipped(file, f"row group {rg}", UNREADABLE, f"it cannot be read after {seen:,} rows: {reason_of(error)}")
             row += group.rows
             tick(group.text_bytes)
-
-
-def _rows(file: Input, column: pa.Array, first: int) -> Iterator[Found | Skipped]:
-    for row, text in enumerate(_texts(column), first):
-        if isinstance(text, str):
-            yield Found(row, text)
-        else:
-            kind, reason = (NULL, "the text is null") if text is None else (NOT_TEXT, "the text is not valid UTF-8")
-            yield Skipped(file.source, f"row {row}", kind, reason, f"{file.path}, row {row}: {reason}")
 
 
 def _texts(column: pa.Array) -> list[str | bytes | None]:
@@ -354,11 +255,10 @@ def _texts(column: pa.Array) -> list[str | bytes | None]:
         return column.to_pylist()
     except UnicodeDecodeError:
         plain = column.dictionary_decode() if isinstance(column, pa.DictionaryArray) else column
-        return [_decoded_or_raw(raw) for raw in plain.cast(pa.large_binary()).to_pylist()]
-
-
-def _decoded_or_raw(raw: bytes | None) -> str | bytes | None:
-    try:
-        return None if raw is None else raw.decode()
-    except UnicodeDecodeError:
-        return raw
+        found: list[Any] = plain.cast(pa.large_binary()).to_pylist()
+        for index, raw in enumerate(found):
+            try:
+                found[index] = None if raw is None else raw.decode()
+            except UnicodeDecodeError:
+                continue
+        return found

@@ -10,10 +10,9 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from picotrain.errors import DataError
@@ -27,7 +26,7 @@ class WorkerLost(DataError):
     """A worker that was killed: what the others have done stays good."""
 
 
-_on_tick: Callable[[int], None] | None = None
+_on_tick: Callable[[int], object] | None = None
 
 
 def tick(amount: int) -> None:
@@ -36,13 +35,13 @@ def tick(amount: int) -> None:
         _on_tick(amount)
 
 
-def run(function: Callable[[Job], None], jobs: Sequence[Job], workers: int, progress: Callable[[int], None]) -> None:
+def run(function: Callable[[Job], None], jobs: Sequence[Job], workers: int, progress: Callable[[int], object]) -> None:
     """Call `function` for every job; `progress` is told the sum of all ticks so far. The first error ends everything."""
     if min(workers, len(jobs)) > 1:
         _run_in_processes(function, jobs, min(workers, len(jobs)), progress)
         return
     global _on_tick
-    done = 0
+    done, before = 0, _on_tick
 
     def add(amount: int) -> None:
         nonlocal done
@@ -54,17 +53,21 @@ def run(function: Callable[[Job], None], jobs: Sequence[Job], workers: int, prog
         for job in jobs:
             function(job)
     finally:
-        _on_tick = None
+        _on_tick = before
 
 
-def _run_in_processes(function: Callable[[Job], None], jobs: Sequence[Job], workers: int, progress: Callable[[int], None]) -> None:
+def _run_in_processes(function: Callable[[Job], None], jobs: Sequence[Job], workers: int, progress: Callable[[int], object]) -> None:
     context = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads that it does not copy
     ticks = context.Value("q", 0)
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, context, _start, (ticks,))
     try:
-        with _without_interrupts():  # which starts the workers
+        # Workers start with the first submits. What a terminal sends is blocked in them for good: they end with us.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+        try:
             left = {pool.submit(function, job) for job in jobs}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         while left:
             done, left = wait(left, POLL_S, FIRST_COMPLETED)
             for future in done:
@@ -81,16 +84,6 @@ def _run_in_processes(function: Callable[[Job], None], jobs: Sequence[Job], work
         raise
 
 
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """What a terminal sends waits. Processes that are started here never see it, not even before their first line: they end with us."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start(ticks: Any) -> None:
     """What a worker does first."""
     global _on_tick
@@ -104,7 +97,6 @@ def _start(ticks: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
