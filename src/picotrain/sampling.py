@@ -17,9 +17,9 @@ from picotrain.config.schema import SamplingConfig
 from picotrain.model import Decoder, KVCache, LanguageModel
 from picotrain.tokenizer import Tokenizer
 
-# A small model's matrices take microseconds, and threads that meet after each of them mostly wait for each other: beside other
-# processes, which hold them up, for milliseconds. On two cores one thread reads a token of d6 (12 M) at 0.8 of two threads' speed,
-# beside two busy processes at 1.7 times it (benchmarks/busy.py).
+# A small model's matrices take microseconds. Threads that meet after each of them mostly wait for each other, and beside other
+# processes they wait for milliseconds. On two cores one thread reads a token of d6 (12 M) at 0.8 times the speed of two threads. Beside
+# two busy processes it has 1.7 times their speed (benchmarks/busy.py).
 ONE_THREAD_PARAMETERS = 16 << 20
 
 

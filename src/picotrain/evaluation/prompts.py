@@ -23,7 +23,7 @@ SHOTS_SEED = 1234  # plus the index of the example
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """Token ids of which ids[start:] is scored, 1 <= start <= len(ids): nothing precedes the first id to predict it from."""
+    """Token ids. ids[start:] is scored. start >= 1, because nothing stands before the first id to predict it from."""
 
     ids: np.ndarray  # (n,) int64
     start: int

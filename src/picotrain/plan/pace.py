@@ -3,16 +3,17 @@
 A figure is a line as that benchmark prints it, with what `setting` adds. Figures shipped with the package stand in figures.jsonl beside
 this file, those measured on this machine in the cache folder's file of the same name, which the benchmark appends to.
 
-Forward and backward. A figure's seconds per FLOP are those of the matmul ceiling measured beside it, plus a rest: work on single values,
-of which there is as much per FLOP as the model is narrow. So a figure is carried to another width w as
+Forward and backward. A figure's seconds per FLOP are those of the matmul ceiling measured beside it, plus a rest. The rest is work on
+single values, and a narrow model has more of it per FLOP. So a figure is carried to another width w as
 
     seconds per FLOP = 1 / ceiling + (measured - 1 / ceiling) x own width / w
 
-and between two widths that were measured, both are carried and blended by log(w). The optimizer comes once a step, in seconds per
-parameter that it works on. GPUs and processes are taken to scale without loss. How near it comes: docs/results.md.
+Between two widths that were measured, both figures are carried and blended by log(w). The optimizer comes once a step, in seconds per
+parameter that it works on. GPUs and processes are taken to scale without loss. docs/results.md says how near it comes.
 
-Where no figure is near, the matmul ceiling of this machine stands in (`picotrain.plan.ceilings`), with a rest as it was elsewhere; for
-a GPU whose peak is known, a share of that. A validation is the forward of its tokens: a third of what training on them takes.
+Where no figure is near, the matmul ceiling of this machine stands in (`picotrain.plan.ceilings`), with the rest that was measured
+elsewhere. For a GPU whose peak is known a share of that peak does. A validation is the forward of its tokens: a third of what
+training on them takes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SHIPPED = Path(__file__).with_name("figures.jsonl")
 REST = {"compiled": 2 * 0.8e-12, "eager": 2 * 1.4e-12}
 REST_WIDTH = 256
 ADAMW_S = 2 * 0.5e-9  # seconds per parameter and step with one thread; 0.3 to 0.7 ns with two
-# A validation that takes more than so much of a run is said, with the eval_tokens that would make all of them VALIDATION_AIM of the steps.
+# Validations that take a larger share of a run are said, with the eval_tokens that make them VALIDATION_AIM of the steps.
 VALIDATION_SHARE, VALIDATION_AIM = 0.2, 0.05
 # A figure is near a plan when they differ by at most these factors.
 NEAR = {"width": 2.0, "seq_len": 2.0, "micro_batch_tokens": 4.0, "vocab": 4.0}
@@ -263,7 +264,7 @@ def joined(own: Sequence[Figure], others: Sequence[Figure]) -> list[Figure]:
 
 
 def predict_ms(wanted: Figure, figures: Sequence[Figure]) -> float | None:
-    """Milliseconds of a step of `wanted`'s shape, whose own times are not looked at; None: no figure is near."""
+    """Milliseconds of a step in the shape of `wanted`, whatever times that holds. None: no figure is near."""
     found = _nearest(wanted, _of(wanted, figures))
     flops = wanted.micro_batch_tokens * wanted.grad_accum * wanted.flops_per_token
     return 1000 * (flops * _blend(wanted, found) + _optimizer_s(wanted, found)) if found else None
@@ -284,7 +285,7 @@ def _as_figure(plan: Plan, config: Config) -> Figure:
 
 
 def _nearest(wanted: Figure, figures: Sequence[Figure]) -> list[Figure]:
-    """The figures to predict from: the nearest of those at most as wide and of those at least as wide; [] if none is near."""
+    """The figures to predict from: the nearest one at most as wide, and the nearest one at least as wide. [] if none is near."""
 
     def apart(figure: Figure, key: str) -> float:
         return abs(math.log2(getattr(figure, key) / getattr(wanted, key)))

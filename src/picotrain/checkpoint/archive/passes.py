@@ -233,7 +233,7 @@ class Mirror:
         return False
 
     def _best(self, whole: set[str]) -> str:
-        """The better one of what the run and what the archive call best ("": none): a restored run does not know them all."""
+        """The better one of the run's best and the archive's best ("": none). A restored run does not know all checkpoints."""
         here = self._checkpoints / "best"
         ours = here.read_text().strip() if here.is_file() else ""
         return min({ours, self._pointer_there("best")} & whole, key=lambda step: (self._val_bpb(step), step), default="")
