@@ -75,7 +75,7 @@ class Archive:
         return self._mirror.bytes if self._mirror else 0
 
     def start(self) -> None:
-        """Begin to mirror. Returns as soon as the archive is known to be ours. START_S seconds later it returns in any case, and goes on trying.
+        """Begin to mirror. Returns as soon as the archive is known to be ours. After START_S seconds it returns in any case, and tries on.
 
         Raises RunError when no later attempt would mend what is wrong: the archive is another run's, there is no such bucket, access
         is refused, a folder cannot be written, the run directory neither.
