@@ -188,12 +188,12 @@ class Loader(Iterator[Batch]):
         """The state behind the last batch that `next` returned."""
         return self._position.state()
 
-    def look_ahead(self, batches: int, given_up: Callable[[], bool] = lambda: False) -> BaseException | None:
-        """Wait until the next `batches` batches are ready, or until `given_up()`. Returns the error where one of them cannot be made.
+    def look_ahead(self, batches: int, should_stop: Callable[[], bool] = lambda: False) -> BaseException | None:
+        """Wait until the next `batches` batches are ready, or until `should_stop()`. Returns the error where one of them cannot be made.
 
         So a failure is known before the step begins, while all ranks can still agree on what to do.
         """
-        while len(self._taken) < batches and self._failed is None and not given_up():
+        while len(self._taken) < batches and self._failed is None and not should_stop():
             self._take(LOOK_S)
         return self._failed if len(self._taken) < batches else None
 
