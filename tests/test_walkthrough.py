@@ -12,9 +12,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("name", "printed"), [("walkthrough", "a second backward adds:  True"), ("python", "did you mean train.seq_len?")]
-)
+@pytest.mark.parametrize(("name", "printed"), [("walkthrough", "a second backward adds:  True"), ("python", "did you mean train.seq_len?")])
 def test_a_notebook_runs_and_was_committed_with_its_outputs(name: str, printed: str, tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Jupyter's own packages

@@ -19,8 +19,9 @@ first_calls.settle()
 
 
 def param_groups(model: LanguageModel, rates: Rates) -> list[dict[str, Any]]:
-    """The embeddings, the head, the scalars if there are any, and last all matrices in between, each with its peak rate; only
-    matrices decay. Every parameter is in exactly one group, that of `LanguageModel.group_of`.
+    """Groups of parameters, each with its peak learning rate: embeddings, head, scalars if there are any, and last the matrices.
+
+    Only matrices decay. Every parameter is in the one group that `LanguageModel.group_of` names.
     """
     rate_of = {"embed": rates.embed_lr, "head": rates.head_lr, "scalars": rates.scalar_lr, "matrices": rates.matrix_lr}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in rate_of}
@@ -39,12 +40,12 @@ def build(section: Optimizer, model: LanguageModel, rates: Rates, parallel: Para
 
 
 class Guard:
-    """Decides on the device whether an update is skipped: when loss or gradient norm is not finite or,
-    with `max_z`, when the loss is more than so many standard deviations above the mean of the last WINDOW good ones.
+    """Decides on the device whether an update is skipped: when loss or gradient norm is not finite. With `max_z` it is skipped, too, when
+    the loss is more than `max_z` standard deviations above the mean of the last WINDOW good losses.
 
-    The same on every rank, since loss and norm are. on_device: whether the optimizer takes the decision as `found_inf` (its section's
-    `skips` says it) and leaves weights, moments and step counters as they are. Any other is left without gradients, which makes its
-    step do nothing; for that the host has to wait for the decision.
+    Every rank decides the same, since loss and norm are the same. on_device: whether the optimizer looks at `found_inf` and then leaves
+    weights, moments and step counters as they are (its section's `skips` says so). Any other optimizer finds no gradients, so its step
+    does nothing. For that the host has to wait for the decision.
     """
 
     WINDOW = 100
@@ -77,6 +78,6 @@ class Guard:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's rate to its peak times the schedule's factor."""
+    """Set every group's learning rate to its peak times the schedule's factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

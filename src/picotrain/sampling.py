@@ -17,9 +17,9 @@ from picotrain.config.schema import SamplingConfig
 from picotrain.model import Decoder, KVCache, LanguageModel
 from picotrain.tokenizer import Tokenizer
 
-# A small model's matrices take microseconds, and threads that meet after each of them mostly wait for each other: beside other
-# processes, which hold them up, for milliseconds. On two cores one thread reads a token of d6 (12 M) at 0.8 of two threads' speed,
-# beside two busy processes at 1.7 times it (benchmarks/busy.py).
+# A small model's matrices take microseconds. Threads that meet after each of them mostly wait for each other, and beside other
+# processes they wait for milliseconds. On two cores one thread reads a token of d6 (12 M) at 0.8 times the speed of two threads. Beside
+# two busy processes it has 1.7 times their speed (benchmarks/busy.py).
 ONE_THREAD_PARAMETERS = 16 << 20
 
 
@@ -37,14 +37,14 @@ def complete(
     prompts: Sequence[str],
     sampling: SamplingConfig,
     seed: int,
-    given_up: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Sample]:
     """One continuation of each prompt; prompt i is drawn with seed + i, so that it does not depend on the others.
 
-    given_up: asked before each token; once it says so, nothing more is written.
+    should_stop: asked before each token. Once it is true, nothing more is written.
     """
     return [
-        Sample(prompt, "".join(stream_text(model, tokenizer, prompt, sampling, seed + i, given_up))) for i, prompt in enumerate(prompts)
+        Sample(prompt, "".join(stream_text(model, tokenizer, prompt, sampling, seed + i, should_stop))) for i, prompt in enumerate(prompts)
     ]
 
 
@@ -54,19 +54,19 @@ def stream_text(
     prompt: str,
     sampling: SamplingConfig,
     seed: int,
-    given_up: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[str]:
     """Yield the continuation of a prompt piece by piece, as text; an empty prompt starts a document from nothing.
 
     The model reads `<|bos|>` and the prompt, and ends when it writes `<|bos|>`, the start of another document. A token
     may hold part of a character: a piece comes out when its characters are whole. Bytes that never become a character
-    show as U+FFFD. It ends, too, before a token when `given_up()`.
+    show as U+FFFD. It also ends before a token where `should_stop()`.
     """
     prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
     options = (sampling.max_tokens, sampling.temperature, sampling.top_k)
     ids = generate(model, prompt_ids, *options, seed=seed, stop_id=tokenizer.bos_id)
-    while not given_up() and (id := next(ids, None)) is not None:
+    while not should_stop() and (id := next(ids, None)) is not None:
         if piece := utf8.decode(tokenizer.decode_bytes([id])):
             yield piece
     if rest := utf8.decode(b"", final=True):

@@ -1,4 +1,4 @@
-"""What sizes follow from: dimensions, parameters, FLOPs, and the rules that scale batch and learning rates. Plain arithmetic, no torch.
+"""Dimensions, parameters, FLOPs, and the rules that scale batch and learning rates. Plain arithmetic, no torch.
 
 The reference point of the scaling rules is depth 12 (width 768, vocabulary 32,768) at a data:parameter
 ratio of 12 and a batch of 2^19 tokens.
@@ -32,8 +32,8 @@ class Dims:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameter counts by part. `scaling` (matrices and head) is what the data:parameter ratio counts. A table that is embedding and head
-    at once counts as the head."""
+    """Parameter counts by part. The data:parameter ratio counts `scaling`: matrices and head. A table that is embedding and head at once
+    counts as the head."""
 
     embedding: int
     matrices: int
@@ -52,7 +52,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a model keeps of a token from the forward to the backward, counted in values; a tensor that two operators keep counts once."""
+    """What a model keeps of a token from the forward to the backward, in values. A tensor that two operators keep counts once."""
 
     norms: int  # of a layer: what enters norms, which work in fp32 where they are made of operators
     values: int  # of a layer: all else, in the compute dtype
@@ -130,17 +130,17 @@ def derive_batch_tokens(params: Parameters, seq_len: int) -> int:
 
 
 def scale_rates(base: Rates, width: int, batch_tokens: int, total_tokens: int, orthogonal: bool = False) -> Rates:
-    """Rates given at the reference point, moved to this width, batch and horizon.
+    """Learning rates given at the reference point, moved to this width, batch and horizon.
 
     * Every rate grows with sqrt(batch / 2^19): the square-root rule for Adam (arXiv:2205.10287).
     * Matrices fall with 1 / width, as in the maximal update parametrization (arXiv:2203.03466, table 8); embedding
       and head fall with 1 / sqrt(width), nanochat's empirical rule.
-    * The rate of orthogonal updates (Muon's) of matrices stays as it is. They have the same spectral norm at every width, which is
-      what that parametrization wants (arXiv:2310.17813). nanochat assumes the square-root rule for the batch; here the rate of
+    * The rate of orthogonal updates (Muon's) of matrices stays as it is. These updates have the same spectral norm at every width, and
+      that parametrization wants just this (arXiv:2310.17813). nanochat assumes the square-root rule for the batch. Here the rate of
       2^19 tokens was also the best of five at 2^12 (docs/log.md, 2026-11-23).
-    * Decay keeps the share of the training over which the weights are a moving average of their updates: lr x decay x steps is the
+    * Weights are a moving average of their updates over some share of the training. Decay keeps that share: lr x decay x steps is the
       same at every width, batch and horizon (arXiv:2405.13698, where decay grows with the width as the rate falls with it). A
-      matrix shrinks by at most MOST_SHRINK a step, so that few steps have less of it.
+      matrix shrinks by at most MOST_SHRINK a step, so short runs have less decay.
     """
     batch_scale = math.sqrt(batch_tokens / REFERENCE_BATCH_TOKENS)
     width_scale = REFERENCE_WIDTH / width

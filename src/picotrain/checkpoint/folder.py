@@ -91,7 +91,7 @@ def require_parts(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, FileEntry]:
-    """The files of a checkpoint by name, of which each is a plain name. Raises CheckpointError."""
+    """The files of a checkpoint by name. Each name is a plain one. Raises CheckpointError."""
     if path.is_symlink():
         raise CheckpointError(f"{path.name} is a symlink, and a checkpoint is a folder")
     return checked(Manifest, path / "manifest.json").files
@@ -237,7 +237,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _put(tmp: Path, path: Path) -> None:
-    """Give a file its name. A folder that somebody has put there is set aside: neither may the run fail for it, nor what is in it go."""
+    """Give a file its name. A folder that somebody has put there is set aside. The run must not fail for it, nor its content go."""
     try:
         os.replace(tmp, path)
     except IsADirectoryError:

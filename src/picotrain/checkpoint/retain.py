@@ -16,8 +16,8 @@ TRASH, TEMPORARY = ".trash-", ".tmp-"
 def retain(root: Path, section: CheckpointConfig) -> None:
     """Remove what the rules of `section` do not keep. The newest whole checkpoint and what `best` names always stay.
 
-    Of rolling checkpoints only the newest whole one of all is kept; of permanent ones the newest keep_last (None: all) and those
-    whose step is a multiple of keep_every.
+    A rolling checkpoint is kept only while it is the newest whole one of all. Of permanent ones the newest keep_last are kept (None:
+    all), and those whose step is a multiple of keep_every.
     """
     there = complete(root)
     if not there:

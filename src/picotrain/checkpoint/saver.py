@@ -46,9 +46,9 @@ class Saved:
 class Saver:
     """Saves one run's checkpoints, one at a time; for one rank only.
 
-    What cannot be written (a full disk, a folder that is gone) is no exception: `poll` hands out a Saved with its error, and
-    the next save tries again. Anything else that goes wrong in the background is a bug and is raised by the next call.
-    The host copies of the tensors are kept from save to save: memory of the size of a checkpoint.
+    What cannot be written (a full disk, a folder that is gone) raises nothing. `poll` hands out a Saved with its error, and the next
+    save tries again. Anything else that goes wrong in the background is a bug, and the next call raises it. The host copies of the
+    tensors are kept from save to save: memory of the size of a checkpoint.
     """
 
     def __init__(self, root: Path, section: CheckpointConfig):
@@ -72,7 +72,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def put_off(self) -> None:
-        """Count a save that could not begin as begun: the next rolling one is due after its minutes, not at every step."""
+        """Count a save that could not begin as begun. So the next rolling one is due after its minutes, not at every step."""
         self._begun_s = time.monotonic()
 
     def save(self, state: TrainState, metrics_bytes: int, rolling: bool = False) -> None:
@@ -187,8 +187,8 @@ def describe_state(state: TrainState, metrics_bytes: int) -> dict[str, Any]:
 def write(root: Path, parts: dict[str, Tensors], scalars: dict[str, Any], shard_bytes: int, rolling: bool = False) -> Path:
     """Write tensors and scalars as the checkpoint of their step. Raises OSError.
 
-    Files are written and flushed to disk under a temporary name, the manifest last, then the folder is renamed: a crash
-    at any moment leaves the previous checkpoints whole and no half one under a step's name.
+    Files are written and flushed to disk under a temporary name, the manifest last. Then the folder is renamed. So a crash at any moment
+    leaves the previous checkpoints whole, and no half one under a step's name.
     """
     final = step_dir(root, scalars["step"])
     if not root.parent.is_dir():
@@ -219,8 +219,8 @@ def write(root: Path, parts: dict[str, Tensors], scalars: dict[str, Any], shard_
 
 @contextmanager
 def _unmade(*folders: Path) -> Iterator[None]:
-    """Where the body fails, remove those of the folders that came into being meanwhile, if they are empty: torch's writer makes anew what
-    somebody removes. One that was there before stays; it is held open, so that no new folder gets its number."""
+    """Where the body fails, remove those of the folders that came into being meanwhile, if they are empty. torch's writer makes folders
+    anew that somebody removes. A folder that was there before stays. It is held open, so that no new folder gets its number."""
     held = {folder: os.open(folder, os.O_RDONLY | os.O_DIRECTORY) for folder in folders if folder.is_dir()}
     try:
         yield

@@ -130,12 +130,12 @@ def scan(
     say: Say = lambda text: None,
     on_bad: OnBad | None = None,
 ) -> Corpus:
-    """The corpus in folder `root`: its `*.parquet`, of which `picotrain.data.folder.choose` says what each is for.
+    """The corpus in folder `root`: its `*.parquet`. `picotrain.data.folder.choose` says what each shard is for.
 
-    Footers are read in parallel and kept in `data.json` in the folder, or below `cache` where that is given; a shard whose size or
-    modification time changed is read again. `only` limits the corpus to these names, of which the last (or `val_shard`)
-    validates. `say` is told what is left out. `on_bad` is told of a shard that cannot be read, which is then left out.
-    Raises DataError when folder, shards, `text` column or validation shard are missing or unusable.
+    Footers are read in parallel and kept in `data.json` in the folder, or below `cache` where that is given. A shard whose size or
+    modification time changed is read again. `only` limits the corpus to these names; the last one (or `val_shard`) validates. `say` is
+    told what is left out. `on_bad` is told of a shard that cannot be read, and that shard is left out. Raises DataError when folder,
+    shards, `text` column or validation shard are missing or unusable.
     """
     root = expanded(root).absolute()
     if not root.is_dir():
@@ -192,10 +192,10 @@ def read_texts(root: Path, shard: Shard, rg: int) -> list[str]:
 
 
 def sample_texts(corpus: Corpus, max_bytes: int, on_bad: OnBad | None = None) -> Iterator[str]:
-    """At most about `max_bytes` (characters counted) of training text, spread evenly over all row groups; all of it when it is less.
+    """At most about `max_bytes` (characters counted) of training text, spread evenly over all row groups. All of it when it is less.
 
-    Of a remote corpus only a few shards are fetched for it, spread evenly too. `on_bad` is told of a row group that cannot be
-    read, which is then passed over; None: the error is raised.
+    Of a remote corpus only a few shards are fetched for it, spread evenly, too. `on_bad` is told of a row group that cannot be read, and
+    that row group is passed over. None: the error is raised.
     """
     shards = corpus.shards
     if corpus.remote:
@@ -244,10 +244,10 @@ def _thin(texts: list[str], share: int) -> Iterator[str]:
 
 
 def read_footers(root: Path, names: Sequence[str], cache: Path | None = None, on_bad: OnBad | None = None) -> list[Shard]:
-    """The footers of these shards, from what is remembered where size and modification time still agree.
+    """The footers of these shards. A footer is remembered as long as the shard's size and modification time agree.
 
-    They are remembered in the folder, unless another's file has that name there, or below `cache` where it is given: a folder of the
-    user's is left as it is. `on_bad` is told of a shard that cannot be read, which is then left out; None: BadShard is raised.
+    They are remembered in the folder, unless another's file has that name there. Where `cache` is given they are kept below it, so that a
+    user's folder stays as it is. `on_bad` is told of a shard that cannot be read, and that shard is left out. None: BadShard is raised.
     """
     elsewhere = [] if cache is None else [manifest_of(root, cache)]
     manifests = [*elsewhere, root / MANIFEST]
@@ -302,7 +302,7 @@ def manifest_entries(path: Path) -> dict[str, tuple[list[int], Shard]] | None:
 
 
 def _write_manifest(path: Path, entries: dict[str, tuple[list[int], Shard]]) -> None:
-    """A manifest only saves time, so that none is no error; a file that is not ours stays."""
+    """Keep the manifest. It only saves time, so failing to write it is no error. A file that is not ours stays."""
     data = json.dumps({**MADE_BY, "files": [{**shard.to_json(), "stat": stat} for stat, shard in entries.values()]}).encode()
     with suppress(OSError):
         if os.path.lexists(path) and (path.is_symlink() or manifest_entries(path) is None):

@@ -35,8 +35,8 @@ class Files(Protocol):
 
 
 class LocalFiles:
-    """The shards of a folder. A shard that changed since its footer was scanned is refused: its size at every look, the
-    footer's hash whenever its modification time is new."""
+    """The shards of a folder. A shard that changed since its footer was scanned is refused. Its size is compared at every look, the
+    footer's hash whenever the modification time is new."""
 
     def __init__(self, root: Path):
         self._root = root

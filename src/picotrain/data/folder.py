@@ -46,8 +46,8 @@ class Chosen(NamedTuple):
 
 
 def find_shards(root: Path) -> Found:
-    """The `*.parquet` files directly in a folder. Hidden ones never count. Links are followed to files; what leads nowhere, and what
-    is no file, is left out with a word. Raises OSError."""
+    """The `*.parquet` files directly in a folder. Hidden ones never count. Links to files are followed. Links that lead nowhere, and what
+    is no file, are left out with a word. Raises OSError."""
     names, others, odd = [], [], []
     with os.scandir(root) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -88,9 +88,9 @@ def words_for_others(names: Iterable[str]) -> list[str]:
 def choose(names: Sequence[str], where: str, val_shard: str | None) -> Chosen:
     """Which of these shards, sorted by name, train and which one validates. Raises DataError; `where` is the folder or URL for it.
 
-    Where the names tell a split that is held out from others, they rule: train (and files without a split's name, if no file is
-    called train) trains, the first of the validation split validates, or of the test split where there is none. All other
-    shards are left out. Else all train but the last. `val_shard` names another one that validates.
+    Where the names tell of a split that is held out, they rule. Shards called train train; where none is called so, those without a
+    split's name do. The first shard of the validation split validates, or of the test split where there is none. All other shards are
+    left out. Where the names hold no split out, the last shard validates and all others train. `val_shard` names another shard to validate.
     """
     by_split: dict[Split | None, list[str]] = {}
     for name in names:

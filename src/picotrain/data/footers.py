@@ -69,8 +69,8 @@ class RowGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file. `fingerprint` hashes its size and its footer: cheap, and changed by any honest rewrite,
-    but blind to bytes flipped inside a data page (reading those fails or is caught by the page's own checks)."""
+    """One Parquet file. `fingerprint` hashes its size and its footer. That is cheap, and every honest rewrite changes it. Bytes flipped
+    inside a data page do not: reading them fails, or the page's own checks find them."""
 
     name: ShardName
     bytes: Count
@@ -170,8 +170,8 @@ def opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 @contextmanager
 def raising(refusal: Any) -> Iterator[None]:
-    """What pyarrow raises, of whatever type, as `refusal(why)`; a DataError stays as it is. For blocks that do nothing else:
-    of a damaged file it raises KeyError, UnicodeDecodeError, OverflowError and more beside its own errors."""
+    """Whatever pyarrow raises, as `refusal(why)`. A DataError stays as it is. For blocks that only call pyarrow. Of a damaged file it
+    raises KeyError, UnicodeDecodeError, OverflowError and more beside its own errors."""
     try:
         yield
     except DataError:

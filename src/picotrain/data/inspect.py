@@ -280,8 +280,8 @@ class Bad(NamedTuple):
 
 @dataclass
 class Verification:
-    """What was read and what is wrong with it. `unhashed` and `unlisted` name shards without a hash in origin.json, and
-    without an entry in data.json, to be compared with: of those it is only known that they can be read."""
+    """What was read, and what is wrong with it. `unhashed` names shards without a hash in origin.json, `unlisted` those without an entry in
+    data.json. There was nothing to compare them with: it is only known that they can be read."""
 
     folder: str
     shards: int
@@ -292,10 +292,10 @@ class Verification:
 
 
 def verify(folder: Path, progress: Progress | None = None, cache: Path | None = None) -> Verification:
-    """Read every shard of a folder wholly, page checksums on, and compare it with data.json, or what the `cache` remembers in its
-    place, and with origin.json.
+    """Read every shard of a folder wholly, page checksums on. Compare it with origin.json, and with data.json or what the `cache` remembers
+    in its place.
 
-    Raises DataError only when there is no shard at all; what is wrong with one is in the result, everything at once.
+    What is wrong with a shard is in the result, everything at once. Raises DataError only when there is no shard at all.
     """
     files = shard_files(folder)
     prints, hashes = _manifest(folder, cache), _hashes(folder)

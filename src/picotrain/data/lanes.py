@@ -1,14 +1,14 @@
 """Lanes: a fixed number of independent, resumable readers of units. Without torch.
 
-The U units of epoch e stand in the order that (seed, e) gives them; all epochs laid end to end form one endless
-sequence of positions. `picotrain.data.shares` says what each of the L lanes takes of an epoch: as many rows as the others, within one.
-Row g of the run comes from lane g mod L, so that the order of rows depends on seed and config alone. Of the rows of a step, dp_rank r
-of W takes those with i mod W == r: where W divides L and the rows of a step, these are the rows of the lanes l with l mod W == r.
+(seed, e) gives the order of the U units of epoch e. All epochs laid end to end form one endless sequence of positions.
+`picotrain.data.shares` says what each of the L lanes takes of an epoch: as many rows as the others, within one. Row g of the run comes
+from lane g mod L. So the order of rows depends on seed and config alone. Of the rows of a step, dp_rank r of W takes those with
+i mod W == r. W divides L and the rows of a step, so these are the rows of the lanes l with l mod W == r.
 
-In a mixture every lane reads all sources, each with a cursor of its own; `picotrain.data.mixture` says which gives the next row.
+In a mixture every lane reads all sources, and has a cursor for each. `picotrain.data.mixture` says which source gives the next row.
 
-The state of a stream is {"row": g, "lanes_count": L, "lanes": [[[position, slice, row, rows] of each source] | null, ...]}:
-plain JSON. A rank knows its own lanes only; `merge_states` makes one state of all ranks', from which any W goes on.
+The state of a stream is plain JSON: {"row": g, "lanes_count": L, "lanes": [[[position, slice, row, rows] of each source] | null, ...]}.
+A rank knows its own lanes only. `merge_states` makes one state of all ranks' states, from which any W goes on.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ State = dict[str, Any]
 
 
 class Cursor(NamedTuple):
-    """Where a lane stands: its next row is `row` of those that it takes of slice `slice` of the unit at `position` or, where these
-    `rows` are used up, the first one after them. rows is 0 until a slice was opened."""
+    """Where a lane stands in one source: at the unit `position`, in slice `slice` of it.
+
+    The lane takes `rows` rows of that slice, and `row` is the next one. Where row == rows, the next row is the first one behind them.
+    rows is 0 until a slice was opened."""
 
     position: int
     slice: int = 0
@@ -58,8 +60,8 @@ class SliceRows(NamedTuple):
 class Stream:
     """One source as all lanes share it: corpus, order and packing, but no place in it. Safe to use from several threads.
 
-    on_bad: called with the error where a unit cannot be read, which is then passed over from there on; None: the error is raised.
-    kept: how many units that lanes share are kept packed, so that those of one process make them once.
+    on_bad: called with the error where a unit cannot be read. The rest of that unit is then passed over. None: the error is raised.
+    kept: how many shared units stay packed, so that the lanes of one process make each of them once.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class Stream:
         return self.shares.at(position)[1] in self._bad
 
     def slices_from(self, lane: int, cursor: Cursor) -> Iterator[SliceRows]:
-        """A lane's slices from the first with a row left on, packed; what holds no full row is passed over. Endless, but for
+        """A lane's packed slices, from the first one that has a row left. A slice without a full row is passed over. Endless, but for
         a source that is read once."""
         used_up = cursor.row == cursor.rows > 0
         first = cursor.slice + used_up
@@ -127,7 +129,7 @@ class Stream:
         return [self.corpus.shards[index] for index in wanted]
 
     def _bounds(self, index: int) -> Sequence[int]:
-        """Where a unit's slices begin and end by its size; estimated from the footer's bytes where the rows were not counted."""
+        """Where a unit's slices begin and end, by its size. Estimated from the footer's bytes where the rows were not counted."""
         if self._counted is not None:
             return [0, *accumulate(self._counted[index])]
         size = self.shares.size(index)
@@ -195,7 +197,7 @@ class Stream:
 
 
 class Reader:
-    """One lane's place in one source. `pool` prepares its next slice when the share `prefetch_at` of the present one is used."""
+    """One lane's place in one source. `pool` prepares the next slice once the share `prefetch_at` of the present one is used."""
 
     def __init__(self, stream: Stream, lane: int, cursor: Cursor, pool: Executor, prefetch_at: float):
         self.stream, self._lane, self._pool, self._prefetch_at = stream, lane, pool, prefetch_at
@@ -306,7 +308,7 @@ def start_state(lanes: int, sources: int = 1) -> State:
 
 
 def merge_states(states: Sequence[State]) -> State:
-    """One state of what the ranks know, each its own lanes, after the same row."""
+    """One state of the ranks' states, which stand behind the same row. Each rank knows its own lanes."""
     if len({(state["row"], state["lanes_count"]) for state in states}) != 1:
         raise ValueError(f"states of different rows cannot be merged: {[state['row'] for state in states]}")
     known = zip(*(state["lanes"] for state in states), strict=True)
@@ -333,7 +335,7 @@ def check_lanes(lanes: int, num_units: int, dp_size: int, rows_per_step: int) ->
 
 def has_full_row(corpus: Corpus, tokenizer: Encoder, seq_len: int, unit_bytes: int, on_bad: OnBad | None = None) -> bool:
     """Whether the training shards yield at least one row. Reads until it finds one: mostly a single slice. `on_bad` is told of a
-    unit that cannot be read, which is then passed over; None: the error is raised."""
+    unit that cannot be read, and the unit is passed over. None: the error is raised."""
     for unit in units(corpus.shards, unit_bytes):
         try:
             for tokens in tokenized(corpus.files, corpus.shards[unit.shard], unit, tokenizer, slice_bytes(unit_bytes)):

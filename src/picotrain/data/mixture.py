@@ -1,7 +1,7 @@
 """Several corpora as one stream of rows: which source a row comes from, by weight. A single corpus is a mixture of one.
 
-The source of a lane's k-th row is a function of (seed, lane, k): the golden-ratio sequence, which is so even that after n
-rows a source is off its weight by a few rows and not by the square root of n (Kronecker sequences; Niederreiter 1992, ch. 3).
+The source of a lane's k-th row is a function of (seed, lane, k): the golden-ratio sequence. It is so even that after n rows a source
+is off its weight by a few rows. Random draws would be off by the square root of n (Kronecker sequences; Niederreiter 1992, ch. 3).
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ UnitRows = tuple[tuple[Annotated[int, Field(strict=True, ge=0, le=2**31)], ...],
 
 @dataclass(frozen=True)
 class Source:
-    """One corpus of a mixture. weight: its share of the rows, relative to the others'. repeat: whether it begins anew
-    when it was read once, or leaves the mixture. rows: of each unit's slices in the first epoch, where they were counted; good for the
-    tokenizer, seq_len, unit_bytes and seed that they were counted with."""
+    """One corpus of a mixture.
+
+    weight: its share of the rows, relative to the others' weights. repeat: whether it begins anew when it was read once; else it leaves
+    the mixture. rows: the rows of each unit's slices in the first epoch, where they were counted. They hold for the tokenizer, seq_len,
+    unit_bytes and seed that they were counted with."""
 
     corpus: Corpus
     weight: float = 1.0
@@ -90,7 +92,7 @@ class Mixture:
 
     @property
     def sizes(self) -> list[int]:
-        """What each source counts for in an epoch of all: its rows, or its bytes of text while the rows of some are not counted."""
+        """What each source counts for in an epoch of all: its rows. While some sources are not counted it is the bytes of text, for all."""
         return [source.corpus.text_bytes if self.epoch_rows is None else source.epoch_rows or 0 for source in self.sources]
 
     @property

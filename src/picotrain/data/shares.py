@@ -1,9 +1,9 @@
 """How the lanes share an epoch: whole units as long as that comes out even, then parts of units. Without torch.
 
-A lane gives a row whenever its turn comes, so that lanes whose units hold fewer rows than the others' would be in the next epoch
-while the others still read this one. Therefore every lane gets the same share of each epoch. The epoch's units, in their order,
-are dealt out one by one while no lane gets more than its share. What is left is laid end to end and cut into what each lane still
-lacks. A unit on a cut is packed by both its lanes, and each takes its rows.
+A lane gives a row whenever its turn comes. With whole units alone, a lane with fewer rows would be in the next epoch while the others
+still read this one. Therefore every lane gets the same share of each epoch. The epoch's units, in their order, are dealt out one by
+one while no lane gets more than its share. What is left is laid end to end and cut into what each lane still lacks. Both lanes of a
+cut unit pack it, and each takes its rows.
 
 A unit's size is the number of its rows where they were counted (`picotrain.data.counts`), else the bytes of its text.
 """
@@ -57,7 +57,7 @@ class Shares:
 
         self.units, self.lanes, self._seed, self._sharing = units, lanes, seed, sharing
         self._sizes = np.minimum(np.asarray(sizes, np.int64), MAX_SIZE)
-        # Neighbours share units. The lanes of a rank, which have their number mod 2, 4, 8, ... in common, are made neighbours.
+        # Neighbours share units. The lanes of one rank have the same number mod 2, 4, 8, ..., so these are made neighbours.
         self._neighbours = np.array(sorted(range(lanes), key=lambda lane: f"{lane:032b}"[::-1]))
         self._epoch = lru_cache(maxsize=2)(self._share)
 
@@ -151,8 +151,8 @@ class Shares:
 def part(turn: Turn, bounds: Sequence[int], number: int, rows: int) -> tuple[int, int]:
     """The rows [a, b) of slice `number` that a turn takes, of its `rows`. Turns that meet take every row once.
 
-    bounds: where the unit's slices begin and end by its size, n + 1 numbers from 0 to the size; slices beyond them, where they are an
-    estimate, are cut as the last one is.
+    bounds: where the unit's slices begin and end by its size, n + 1 numbers from 0 to the size. They may be an estimate. Slices beyond
+    them are then cut as the last one is.
     """
     k = min(number, len(bounds) - 2)
     start, end = bounds[k], bounds[k + 1]

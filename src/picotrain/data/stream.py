@@ -41,7 +41,7 @@ WORKERS = 2  # threads that read, tokenize and pack
 class Position(NamedTuple):
     """A rank's place in the stream, cheap enough to keep with every batch."""
 
-    row: int  # rows of the whole run so far, over all ranks
+    row: int  # rows of the whole run so far, of all ranks
     lanes: int
     dp_rank: int
     dp_size: int
@@ -114,18 +114,20 @@ class _Prepared(NamedTuple):
 
 
 class Loader(Iterator[Batch]):
-    """An endless iterator over this rank's micro-batches, while it is entered: its threads start and end with the context.
+    """An endless iterator over this rank's micro-batches. It is a context: its threads start when it is entered, and end with it.
 
-    state: None for the start, else a state merged of all ranks'; any dp_size that divides lanes and rows_per_step goes
-    on exactly. The rows of a step are the same for any device_batch_size.
-    on_bad_shard: "stop" raises what cannot be read; "skip" passes over the rest of its unit and notes it in `skipped`.
+    state: None for the start, else the merged state of all ranks. Any dp_size that divides lanes and rows_per_step goes on exactly.
+    The rows of a step are the same for any device_batch_size.
+    on_bad_shard: "stop" raises what cannot be read. "skip" passes over the rest of its unit and notes it in `skipped`.
 
-    Memory, at most, beside the batches of a step and 2 x READY_BATCHES: let S be max(8 MiB, unit_bytes), t the bytes of an id in
-    rows (2, or 4 above 65,536 ids), and count a token a byte of text (mostly it is one in four). Each of lanes / dp_size lanes
-    holds for each source its present and its prepared slice, 2 x S x t, and as much again where lanes share units; each of WORKERS
-    slices in the making takes S x (5 + 4 + t) for text, ids and rows, and up to 10 x its longest document while that is cut. A unit
-    below S counts with its own size. Raises DataError where lanes, corpus, dp_size, rows_per_step and state do not go together; what
-    fails in the background is raised by `next`.
+    Memory, at most, beside the batches of a step and 2 x READY_BATCHES. Let S be max(8 MiB, unit_bytes), and t the bytes of an id in
+    rows: 2, or 4 above 65,536 ids. Count a token a byte of text (mostly it is one in four bytes). A unit below S counts with its own size.
+
+        lanes / dp_size lanes x sources x 2 x S x t      the present and the prepared slice; twice that where lanes share units
+        WORKERS x S x (5 + 4 + t)                        text, ids and rows of slices in the making
+        WORKERS x 10 x the longest document              while it is cut
+
+    Raises DataError where lanes, corpus, dp_size, rows_per_step and state do not go together. `next` raises what fails in the background.
     """
 
     def __init__(
@@ -149,7 +151,7 @@ class Loader(Iterator[Batch]):
         self._data = mixture = Mixture.of(data)
         self._skipped: deque[str] = deque()
         on_bad = self._note_skipped if on_bad_shard == "skip" else None
-        # Sources of the same shape must not stand in the same order, so each has a seed of its own.
+        # Each source has a seed of its own, so that two sources of the same shape do not stand in the same order.
         kept = 2 * len(range(dp_rank, lanes, dp_size))  # what the lanes of this rank may share, of this epoch and the next
         self._streams = [
             Stream(source, tokenizer, seq_len, unit_bytes, lanes, seed + index, on_bad, sharing, kept)
@@ -164,7 +166,7 @@ class Loader(Iterator[Batch]):
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="picotrain-data")
         self._lanes = [self._lane(number, seed) for number in range(dp_rank, lanes, dp_size)]
         self._prefetched: dict[int, int] = {}  # by source: the position that its prefetched shards begin at
-        # A step's batches are looked at before it begins, so that many have to be ready while the step before runs.
+        # `look_ahead` waits for all batches of a step before it begins. So all of them have to be ready while the step before runs.
         batches_per_step = rows_per_step // (dp_size * device_batch_size)
         self._ready: queue.Queue[_Prepared | BaseException] = queue.Queue(batches_per_step + READY_BATCHES - 1)
         self._taken: deque[_Prepared] = deque()
@@ -176,7 +178,7 @@ class Loader(Iterator[Batch]):
     def _lane(self, number: int, seed: int) -> Lane:
         index = (number - self._position.dp_rank) // self._position.dp_size
         cursors = self._position.cursors[index]
-        # Lanes run dry at about the same time, so each has its next slice prepared at another share of its present one.
+        # Lanes would run dry at about the same time. So each prepares its next slice at another share of its present one.
         prefetch_at = 0.25 + 0.5 * index / len(self._position.cursors)
         readers = [Reader(stream, number, at, self._pool, prefetch_at) for stream, at in zip(self._streams, cursors, strict=True)]
         return Lane(readers, Choice(self._data.shares, seed, number), self._position.lane_rows(number))
@@ -186,12 +188,12 @@ class Loader(Iterator[Batch]):
         """The state behind the last batch that `next` returned."""
         return self._position.state()
 
-    def look_ahead(self, batches: int, given_up: Callable[[], bool] = lambda: False) -> BaseException | None:
-        """Wait until the next `batches` batches are ready or `given_up()`; the error where one of them cannot be made.
+    def look_ahead(self, batches: int, should_stop: Callable[[], bool] = lambda: False) -> BaseException | None:
+        """Wait until the next `batches` batches are ready, or until `should_stop()`. Returns the error where one of them cannot be made.
 
-        So a failure is known before a step begins, while all ranks can still agree on what to do.
+        So a failure is known before the step begins, while all ranks can still agree on what to do.
         """
-        while len(self._taken) < batches and self._failed is None and not given_up():
+        while len(self._taken) < batches and self._failed is None and not should_stop():
             self._take(LOOK_S)
         return self._failed if len(self._taken) < batches else None
 
@@ -204,7 +206,7 @@ class Loader(Iterator[Batch]):
             self._take(None)
         ids, drawn = self._taken.popleft()
         wait_ms, self._waited_ms = self._waited_ms, 0.0
-        # To a GPU go 4 bytes an id, to CUDA from pinned memory and without waiting; they are widened there. On the CPU nothing is copied.
+        # A GPU gets 4 bytes an id and widens them. CUDA gets them from pinned memory, without waiting. On the CPU nothing is copied.
         inputs, targets = ids.to(self._device, non_blocking=self._device.type == "cuda").long()  # (B, T) each
         self._position = drawn.position
         return Batch(inputs, targets, wait_ms, *drawn[1:])
@@ -257,8 +259,8 @@ class Loader(Iterator[Batch]):
             self._ready.put(error)
 
     def _batches(self) -> Iterator[_Prepared]:
-        """Batch after batch, put into memory a few at a time, which share the calls into numpy and torch. The first comes
-        alone, so that it opens no more lanes than it needs."""
+        """Batch after batch. A few at a time are put into memory, because they then share the calls into numpy and torch. The first
+        comes alone, so that it opens no more lanes than it needs."""
         draw, failed, together = self._draw(), None, 1
         while failed is None:
             drawn: list[_Drawn] = []
@@ -299,13 +301,13 @@ class Loader(Iterator[Batch]):
             yield _Drawn(rows, epoch, unit.shard, unit.rg_start, position, tuple(source_rows), source_epochs)
 
     def _epochs(self, progress: list[tuple[float, ...]]) -> tuple[float, tuple[float, ...]]:
-        """Passes over all sources together, and over each source: what the lanes have used up, each of a share as large as the others'."""
+        """Passes over all sources together, and over each. A pass is done when the lanes have used up their shares, which are equal."""
         passes = tuple(sum(source) / len(progress) for source in zip(*progress, strict=True))
         sizes = self._data.sizes
         return sum(map(mul, passes, sizes)) / sum(sizes), passes
 
     def _prefetch(self) -> None:
-        """Tell where shards come from which ones this rank will want next, whenever the lanes have gone on."""
+        """Tell the files which shards this rank will want next, whenever the lanes have gone on."""
         for s, stream in enumerate(self._streams):
             if stream.corpus.remote is None:
                 continue

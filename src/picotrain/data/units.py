@@ -1,7 +1,7 @@
 """Units, and the order in which an epoch takes them.
 
-A corpus of 400 B tokens has some hundred thousand units, so they stand in arrays: 20 bytes each, not 200. numpy is imported
-inside functions, so that a plan on an unknown corpus does not pay for it.
+A corpus of 400 B tokens has some hundred thousand units. So they stand in arrays, which take 20 bytes a unit, not 200. Functions
+import numpy, so that a plan on an unknown corpus does not pay for it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Units(Sequence[Unit]):
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """The units of an epoch as they are taken, by index: (seed, epoch) alone decides.
 
-        The shards stand in a random order, of which each window of WINDOW_SHARDS is taken after the one before; within a
+        The shards stand in a random order, which is cut into windows of WINDOW_SHARDS. The windows come one after the other. Within a
         window the units stand in random order. A corpus of at most WINDOW_SHARDS shards is one window.
         """
         import numpy as np
@@ -78,8 +78,8 @@ class Units(Sequence[Unit]):
 
 
 def units(shards: Sequence[Shard], unit_bytes: int) -> Units:
-    """Cut each shard into runs of consecutive row groups with at least `unit_bytes` of text; a shard's last short
-    run joins the one before, and a shard that is one short run stays one unit."""
+    """Join consecutive row groups of each shard until they have at least `unit_bytes` of text. What is left at a shard's end joins the
+    unit before. A shard with less text is one unit."""
     import numpy as np
 
     found: list[tuple[int, int, int, int]] = []

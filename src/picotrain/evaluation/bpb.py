@@ -34,7 +34,7 @@ class Bpb:
 
 
 class Rows(NamedTuple):
-    """What is measured: ids (N, T + 1), and of each id the group it is counted in (N, T + 1), None: there is one group."""
+    """What is measured: ids (N, T + 1). group_of (N, T + 1): the group that each id counts in; None: there is one group."""
 
     ids: NDArray
     group_of: NDArray[np.int64] | None = None
@@ -50,13 +50,14 @@ def bits_per_byte(
     given_up: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Bpb] | None:
-    """Summed target loss in nats / (ln 2 x summed UTF-8 bytes of the targets): of all rows, then of each group if there are
-    several. None when any rank gave up. Raises EvaluationFailed, on every rank: for what any rank raised, `rows` included, and
-    for a loss that is not finite.
+    """Summed target loss in nats / (ln 2 x summed UTF-8 bytes of the targets): of all rows, then of each group if there are several.
 
-    Bytes instead of tokens make the figure comparable across vocabularies. Special tokens stand for no text, so they count
-    neither loss nor bytes. Row i belongs to rank i mod dp_size; every rank runs equally many forwards, a short one on rows of
-    weight 0, because a rank that stayed away would hang sharded parameters. Sums are in fp64; ranks meet at the end only.
+    None when any rank gave up. Raises EvaluationFailed on every rank where any rank raised, `rows` included, and where a loss is not
+    finite.
+
+    Bytes instead of tokens make the figure comparable across vocabularies. Special tokens stand for no text, so they count neither loss
+    nor bytes. Row i belongs to rank i mod dp_size. Every rank runs equally many forwards, because a rank that stayed away would hang
+    sharded parameters. A rank with fewer rows runs rows of weight 0. Sums are in fp64. Ranks meet at the end only.
     """
     was_training = model.training
     model.eval()

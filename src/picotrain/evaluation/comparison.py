@@ -1,8 +1,8 @@
-"""What sets models apart, in numbers with their noise: of whole documents and of CORE, each model against the first.
+"""How models differ, each from the first, in figures with their noise: bits per byte of whole documents, and CORE.
 
-Results are plain dicts, as `picotrain.report.compare` shows them. A figure with its interval is {"value", "low", "high"}; the ends
-are None where there is too little to go by. Differences are of a further model to the first: below zero it has the better bits
-per byte, above zero the better CORE.
+Results are plain dicts, as `picotrain.report.compare` shows them. A figure with its interval is {"value", "low", "high"}. The ends
+are None where there is too little to go by. A difference is that of a further model from the first. Below zero it has the better
+bits per byte, above zero the better CORE.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Results = dict[str, Any]
 
 
 def confidence(models: int) -> float:
-    """Of each interval, when models 2, 3, ... are each compared with the first: all of them hold together at 95 % (Bonferroni)."""
+    """The confidence of each interval when models 2, 3, ... are compared with the first. All of them together hold at 95 % (Bonferroni)."""
     return 1 - (1 - CONFIDENCE) / max(1, models - 1)
 
 
@@ -55,7 +55,7 @@ def _documents(scores: Sequence[DocumentScores | None], chosen: NDArray[np.bool_
 def compare_core(tasks: Sequence[Task], results: Sequence[Sequence[TaskResult]]) -> Results:
     """CORE of each model from its results of the same tasks and examples.
 
-    A task counts where every model finished it, on the examples that all of them answered; a model that finished none is left
+    A task counts where every model finished it, on the examples that all of them answered. A model that finished none is left
     out. tasks: {label, problem, n, accuracy, centered, differences: [{accuracy, centered, only_first, only_other, p, p_holm}]};
     core_metric: the mean of the centred accuracies over the tasks that count, differences: of it. The p-values are McNemar's;
     Holm corrects them for the number of tasks and models.

@@ -7,13 +7,13 @@ Predictions are those of nanochat's core_eval. Multiple choice and schema: the o
 span, the first of equal ones. Language modelling: right when each token of the continuation is the likeliest one. What
 the reference leaves open is defined here:
 
-* An option whose span is empty (its tokens are the first ones of every other option) is never chosen; the reference
-  computes NaN for it, and then chooses by the order of the options.
+* An option whose span is empty is never chosen. Its tokens are the first ones of every other option. The reference computes NaN for
+  it, and then chooses by the order of the options.
 * A loss that is not finite makes its example one without a prediction, and its task one without an accuracy.
 * A prompt that is no token-prefix of prompt and continuation: see `Prompts.question`; counted as `unclean`.
 
-Ranks share the examples of a task and meet once, when all are done: a rank that raised or gave up brings that instead of
-predictions, so nobody waits for it, and every rank returns the same result.
+Ranks share the examples of a task and meet once, when all are done. A rank that raised or gave up brings that instead of
+predictions. So nobody waits for it, and every rank returns the same result.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ PREPARED = 512  # examples that are tokenized at a time, and sorted into batches
 
 @dataclass(frozen=True)
 class Prediction:
-    """index: of the example in its task, in the order of `choose`. prediction: the option chosen, or the tokens that were
-    likeliest; None where a loss was not finite, or every span is empty."""
+    """What a model answered. index: place of the example in its task, in the order of `choose`. prediction: the option that was chosen, or
+    the likeliest tokens; None where a loss was not finite, or every span is empty."""
 
     index: int
     prediction: int | list[int] | None
@@ -45,11 +45,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A task on `n` examples. accuracy, its centred value (accuracy - b) / (1 - b) and its standard error are None where
-    the task was not evaluated; then `problem` says why, and `traceback` shows where if that was a bug.
+    """A task on `n` examples. accuracy, its centred value (accuracy - b) / (1 - b) and its standard error are None where the task was not
+    evaluated. Then `problem` says why, and `traceback` shows where, if that was a bug.
 
-    nonfinite: examples with a loss that is not finite; empty: with a choice whose span is empty; unclean and truncated: see
-    `Question`. given_up: the evaluation was stopped; what there is of it counts for nothing.
+    nonfinite: examples with a loss that is not finite. empty: examples with a choice whose span is empty. unclean and truncated: see
+    `Question`. given_up: the evaluation was stopped, and this result counts for nothing.
     """
 
     label: str
@@ -149,8 +149,8 @@ def summary(bundle: Bundle, results: Sequence[TaskResult], max_per_task: int | N
 
 
 def share_of(sizes: Sequence[int], rank: int, ranks: int) -> list[int]:
-    """The examples of one rank, the largest first. Sorted by size they are dealt to and fro, so that shares cost about the same
-    whatever a size costs, as long as more costs more."""
+    """The examples of one rank, the largest first. They are sorted by size and dealt to and fro. So the shares cost about the same as long
+    as a larger example costs more."""
     order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
     return [i for place, i in enumerate(order) if (place % ranks if place // ranks % 2 == 0 else ranks - 1 - place % ranks) == rank]
 
@@ -208,7 +208,7 @@ def _questions(scorer: Scorer, prompts: Prompts, indices: Sequence[int]) -> list
 
 
 def _scores(scorer: Scorer, batch: list[Question]) -> list[list[Score]]:
-    """The scores of a batch. Where memory runs out those of its halves, and all further batches get half as many tokens."""
+    """The scores of a batch. Where memory runs out, its halves are scored, and all further batches get half as many tokens."""
     try:
         return scorer.score([question.options for question in batch])
     except Exception as error:
@@ -235,7 +235,7 @@ def _batches(questions: Sequence[Question], scorer: Scorer) -> Iterator[list[Que
 
 
 def _tokens(question: Question) -> int:
-    """About how many tokens a question takes: its longest option, and what the others have of their own."""
+    """About how many tokens a question takes: its longest option, and what the other options do not share with it."""
     longest = max(len(option.ids) for option in question.options)
     spans = sorted(len(option.ids) - option.start for option in question.options)
     return longest + sum(spans[:-1])

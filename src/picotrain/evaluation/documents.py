@@ -1,7 +1,7 @@
 """Bits of whole documents, so that models with different tokenizers and context lengths can be compared.
 
-A document is cut into windows of `window` tokens of the model's own; each window is led by `<|bos|>` and predicted from it and
-from the tokens before it in the window. All of a document's tokens count, and its bytes are the UTF-8 length of its text.
+A document is cut into windows of `window` tokens of the model's own. `<|bos|>` leads each window. A token is predicted from that and from
+the tokens before it in its window. All of a document's tokens count, and its bytes are the UTF-8 length of its text.
 """
 
 from __future__ import annotations

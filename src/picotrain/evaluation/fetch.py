@@ -61,7 +61,7 @@ class _Member(NamedTuple):
 
 
 def fetch(url: str, sha256: str, cache_dir: Path, say: Callable[[str], None] = lambda text: None) -> Path:
-    """The folder of the bundle at `url`, of which the SHA-256 is known: what was fetched before, else downloaded now.
+    """The folder of the bundle at `url`, whose SHA-256 is known. It is downloaded unless it was before.
 
     Safe to call from several processes: whoever comes second finds, or drops, what it made. Raises DataError when it cannot
     be fetched, is another file, or is no archive of a bundle; then nothing is left behind.
@@ -179,7 +179,7 @@ def _check_index(archive: Path) -> None:
 
 
 class _Bounded(io.RawIOBase):
-    """What a tar is read from. Its reader takes an extended header in one piece, as long as the header claims: that is refused."""
+    """What a tar is read from. tarfile reads an extended header in one piece, however long it claims to be. A long one is refused here."""
 
     def __init__(self, inner: IO[bytes]):
         self._inner = inner

@@ -73,7 +73,7 @@ class HuggingFaceModel:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{path} cannot be loaded by transformers: {first_line(error)}") from error
         self._model = model.to(device).eval()
-        self._tokenizer.model_max_length = 10**9  # whole documents are encoded and cut here, of which nobody has to be warned
+        self._tokenizer.model_max_length = 10**9  # no warning: whole documents are encoded, and cut here
         bos_id = self._tokenizer.bos_token_id
         bos_id = self._tokenizer.eos_token_id if bos_id is None else bos_id
         if bos_id is None:

@@ -23,7 +23,7 @@ SHOTS_SEED = 1234  # plus the index of the example
 
 @dataclass(frozen=True, eq=False)
 class Option:
-    """Token ids of which ids[start:] is scored, 1 <= start <= len(ids): nothing precedes the first id to predict it from."""
+    """Token ids. ids[start:] is scored. start >= 1, because nothing stands before the first id to predict it from."""
 
     ids: np.ndarray  # (n,) int64
     start: int
@@ -75,14 +75,14 @@ class Prompts:
         before = "".join([self._shots[i] for i in self._indices(index)])
         if isinstance(example, LanguageModeling):
             without = f"{before}{example.context.strip()}{self._delimiter}"
-            # A blank at the end would be a token of its own, where the continuation's first token has it at its front.
+            # A blank at the end would be a token of its own. With a continuation, that one's first token begins with the blank.
             return [without.strip(), without + example.continuation]
         if isinstance(example, MultipleChoice):
             return [f"{before}{example.query}{self._delimiter}{choice}" for choice in example.choices]
         return [f"{before}{context}{self._delimiter}{example.continuation}" for context in example.context_options]
 
     def size(self, index: int) -> int:
-        """About how many UTF-8 bytes the prompts of an example have, what they share counted once: to share work by."""
+        """About how many UTF-8 bytes the prompts of an example have. What they share counts once. Ranks share work by this."""
         example = self._examples[index]
         if isinstance(example, LanguageModeling):
             own = [example.context, example.continuation]
@@ -91,11 +91,11 @@ class Prompts:
         return sum(self._shot_bytes[i] for i in self._indices(index)) + sum(len(text.encode()) for text in own)
 
     def question(self, index: int, tokens: Sequence[np.ndarray], bos_id: int, seq_len: int | None) -> Question:
-        """The example with its `texts` as token ids; what does not fit into seq_len is lost on the left.
+        """The example with its `texts` as token ids. What does not fit into seq_len is cut off on the left.
 
-        Where that would take the token before the span as well, the span starts at the second token that is left. The
-        reference asserts that a prompt is a token-prefix of the one with its continuation; here the span starts where the
-        two part, and the question is `unclean`.
+        Where that would take the token before the span, too, the span starts at the second token that is left. The reference asserts
+        that a prompt is a token-prefix of the prompt with its continuation. Here the span starts where the two part, and the question
+        is `unclean`.
         """
         example = self._examples[index]
         ids = [np.concatenate(([bos_id], part)).astype(np.int64) for part in tokens]

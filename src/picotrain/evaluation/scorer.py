@@ -1,9 +1,12 @@
 """Token ids in, losses and likeliest tokens of their scored spans out: for a `Decoder`, and for any function ids -> logits.
 
-`DecoderScorer` computes nothing twice and nothing that is not looked at. The tokens that an example's options share are
-forwarded once, and the options go on from their keys and values; the last token of an option predicts nothing and is not
-forwarded; past the last block's keys and values only the positions go on whose predictions are scored, and only they go
-through the head. Options that were cut differently on the left share no prefix: their tokens stand at other positions.
+`DecoderScorer` computes nothing twice, and nothing that is not looked at:
+
+* The tokens that an example's options share are forwarded once. The options go on from their keys and values.
+* The last token of an option predicts nothing, so it is not forwarded.
+* Only positions whose predictions are scored go past the last block's keys and values, and through the head.
+
+Options that were cut differently on the left share no prefix, because their tokens stand at other positions.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ PLAIN_BATCH_TOKENS = 4096  # of a model that gives logits for every position
 
 @dataclass(frozen=True)
 class Score:
-    """loss: mean nats over the span, not finite where the model's numbers are not; greedy: the likeliest token at each place
-    of the span, given the right ones before it. Of an empty span the loss is infinite, so that it is never chosen."""
+    """The score of a span. loss: mean nats over it, not finite where the model's numbers are not. greedy: the likeliest token at each of
+    its places, given the right tokens before. An empty span has an infinite loss, so that it is never chosen."""
 
     loss: float
     greedy: tuple[int, ...]
@@ -97,7 +100,7 @@ class LogitsScorer:
 
 @dataclass
 class _Tree:
-    """Options with a common beginning: inputs[:shared] is forwarded once, what follows as a branch each."""
+    """Options with a common beginning. inputs[:shared] is forwarded once, and what follows is a branch for each option."""
 
     options: list[Option]
     members: list[int]  # places of the options in the flat list of all
@@ -188,7 +191,7 @@ class DecoderScorer:
         return spans([len(row) for row in rows], torch.cat(losses), torch.cat(greedy))
 
     def _branches(self, trees: list[_Tree], packed: list[np.ndarray], slots: int, cache: KVCache) -> Tensor:
-        """Hidden states (B, S, C) of the branches: a row holds those of one tree end to end, none sees another."""
+        """Hidden states (B, S, C) of the branches. A row holds the branches of one tree end to end. No branch sees another."""
         room = cache.length  # P
         shared = np.array([tree.shared for tree in trees])
         branch = np.full((len(trees), slots), -1)  # (B, S), which one a slot belongs to; -1: padding

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-FEWEST = 10  # of documents, from which a bootstrap may say something; below it the interval would be far too narrow
+FEWEST = 10  # documents that a bootstrap needs: of fewer the interval would be far too narrow
 DRAWS = 2000  # of a bootstrap: its ends are then good to about a tenth of the interval's width
 _CELLS = 1 << 22  # numbers of a bootstrap that are held at once
 
 
 class Interval(NamedTuple):
-    """A figure and its confidence interval; without one, as there is too little to go by, its ends are NaN."""
+    """A figure and its confidence interval. Where there is too little to go by, the ends are NaN."""
 
     value: float
     low: float
@@ -31,10 +31,10 @@ class Interval(NamedTuple):
 
 def ratio_interval(parts: NDArray[np.float64], sizes: NDArray, confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
     """sum(parts) / sum(sizes), e.g. bits and bytes of documents (n,), with the percentile bootstrap's interval over documents
-    (Efron and Tibshirani 1993, ch. 13): how it would vary had other documents of the same kind been drawn.
+    (Efron and Tibshirani 1993, ch. 13). It says how the figure would vary if other documents of the same kind had been drawn.
 
-    For the difference of two models pass the differences of their bits: the same documents are drawn for both. Sizes are
-    positive; fewer than FEWEST documents have no interval. Raises ValueError without any.
+    For the difference of two models pass the differences of their bits: the same documents are then drawn for both. Sizes are
+    positive. Fewer than FEWEST documents have no interval. Raises ValueError without any document.
     """
     n = len(parts)
     if n == 0 or np.min(sizes) <= 0:
@@ -52,8 +52,8 @@ def ratio_interval(parts: NDArray[np.float64], sizes: NDArray, confidence: float
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """The two-sided exact p-value of McNemar's test (1947): of the examples that one model alone got right, `only_a` went to
-    the one and `only_b` to the other; equally good models share them like the throws of a coin."""
+    """The two-sided exact p-value of McNemar's test (1947). `only_a` examples were got right by model a alone, `only_b` by model b alone.
+    Equally good models share them like the throws of a coin."""
     n, fewer = only_a + only_b, min(only_a, only_b)
     if n == 0:
         return 1.0
@@ -62,8 +62,8 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number by Holm's step-down method (1979), in the order given: the chance that any of those
-    below 0.05 is an accident stays below 0.05, whatever they have to do with each other."""
+    """p-values corrected for their number by Holm's step-down method (1979), in the order given. The chance that any of those below 0.05 is
+    an accident then stays below 0.05, whatever they have to do with each other."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
@@ -76,9 +76,9 @@ def accuracy_difference(
 ) -> tuple[Interval, float]:
     """Accuracy of a minus that of b on the same examples (n,), with its interval and the standard error that the interval uses.
 
-    Paired: variance (b + c - (b - c)^2 / n) / n^2 of the b and c examples that one alone got right, after half an example is
-    added to each of the four cells (Agresti and Min 2005, "Wald+2"). Without that, two models that agree on sixteen
-    examples would be declared equal with certainty. Raises ValueError without examples.
+    The interval is paired. b and c are the examples that one model alone got right, and the variance is (b + c - (b - c)^2 / n) / n^2. Half
+    an example is added to each of the four cells first (Agresti and Min 2005, "Wald+2"). Without that, two models that agree on
+    sixteen examples would be declared equal with certainty. Raises ValueError without examples.
     """
     n = len(correct_a)
     if n == 0:

@@ -47,8 +47,8 @@ def core_of_model(
     given_up: Callable[[], bool],
     progress: Progress,
 ) -> Core | None:
-    """CORE of a model in training, which stays as it is; None when any rank gave up. Raises EvaluationFailed on every rank where
-    the bundle cannot be opened on some; what is wrong with a task costs that task."""
+    """CORE of a model in training. The model stays as it is. None when any rank gave up. Raises EvaluationFailed on every rank where some
+    rank cannot open the bundle. A broken task costs that task alone."""
     bundles: list[Bundle] = []
     together(parallel, lambda: bundles.append(open_bundle()))
     scorer, results = scorer_of(model, tokenizer), []
@@ -69,8 +69,10 @@ def core_results(
     key: dict[str, Any],
     progress: Progress,
 ) -> list[TaskResult]:
-    """The results of all tasks of a bundle. store: a folder that keeps each task's, to be read back by a later call with the
-    same `key` (JSON: what identifies the weights and how they are used) for the same task; None: nothing is kept."""
+    """The results of all tasks of a bundle.
+
+    store: a folder that keeps each task's result; None: nothing is kept. A later call reads a result back where `key` and the task are the
+    same. key: JSON that identifies the weights and how they are used."""
     results = []
     for task in bundle.tasks:
         file = store and store / f"{re.sub(r'[^A-Za-z0-9_-]+', '_', task.label)}.json"

@@ -21,8 +21,8 @@ class EvaluationFailed(PicotrainError):
 def together(parallel: Parallel, work: Callable[[], Any]) -> list[Any]:
     """What `work` (without collectives) returned on each rank, as JSON, in rank order. Every rank calls it.
 
-    Raises EvaluationFailed on every rank where it raised on any: a rank that raised brings the reason instead of a result, so
-    nobody waits for it.
+    Raises EvaluationFailed on every rank where it raised on any. A rank that raised brings the reason instead of a result, so nobody waits
+    for it.
     """
     result, problem, trace = None, "", ""
     try:

@@ -1,8 +1,7 @@
 """What models share: the decoder, its layers, kernels, cache and loss. The architectures are in `picotrain.models`.
 
-Precision: weights are fp32; `Linear` casts its weight, and the model the embedding's output, to `compute_dtype`. Logits and
-loss are fp32. There is no autocast. `build` gives a model that trains in fp8 or keeps fewer activations; `float8` and
-`recompute` say how.
+Precision: weights, logits and loss are fp32. `Linear` casts its weight to `compute_dtype`, and the model casts the embedding's
+output. There is no autocast. `build` gives a model that trains in fp8 or keeps fewer activations. `float8` and `recompute` say how.
 """
 
 from __future__ import annotations

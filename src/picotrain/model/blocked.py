@@ -1,7 +1,7 @@
 """Attention by blocks of queries, in plain matmuls: for CPUs, where it is up to three times as fast as SDPA's kernel.
 
-A block of BLOCK queries looks only at the keys that one of them may see: causality halves the work, and a window bounds it.
-Probabilities are kept for the backward, in the dtype of q; the softmax works in fp32, on scores in the dtype of q.
+A block of BLOCK queries looks only at the keys that one of them may see. Causality halves the work, and a window bounds it.
+The softmax works in fp32, on scores in the dtype of q. Probabilities are kept for the backward, in the dtype of q.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def _transposed(x: Tensor) -> Tensor:
     return x.contiguous().mT
 
 
-# To torch.compile forward and backward are one call each: unrolled, they were eleven of the 27 kernels that it made of a model, and the
-# step was no faster for them (docs/log.md, 2026-11-25: start-up). Compiled code is kept under these names, whatever the functions do:
-# who changes how many tensors they return, or their shapes, renames them.
+# torch.compile sees one call for the forward and one for the backward. Unrolled, they were eleven of the 27 kernels of a model, and the
+# step was no faster for them (docs/log.md, 2026-11-25: start-up). Compiled code is kept under these names, whatever the functions do.
+# So rename them when you change how many tensors they return, or their shapes.
 _LIBRARY = torch.library.Library("picotrain", "DEF")
 _LIBRARY.define("blocked(Tensor q, Tensor k, Tensor v, int window, float scale) -> (Tensor, Tensor[])")
 _LIBRARY.define(
@@ -90,7 +90,7 @@ def _backward_shapes(
     return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-# What each operator does, for who wants to look inside.
+# What each operator does, for readers who look inside.
 INSIDE = {torch.ops.picotrain.blocked.default: _forward, torch.ops.picotrain.blocked_backward.default: _backward}
 
 

@@ -29,9 +29,9 @@ class LayerCache:
 
 
 class KVCache:
-    """The keys and values of `batch` rows of up to `max_len` tokens (at most the model's seq_len), so that each is computed once.
+    """The keys and values of `batch` rows of up to `max_len` tokens (at most the model's seq_len). Each is computed once.
 
-    `more`: room for so many further tokens, of `Decoder.branches`, whose positions are not their places in the cache.
+    `more`: room for this many tokens of `Decoder.branches`. Their positions are not their places in the cache.
     """
 
     def __init__(self, model: Decoder, batch: int, max_len: int, more: int = 0):

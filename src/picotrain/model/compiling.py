@@ -14,14 +14,14 @@ def set_up_compiler() -> None:
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
 
-    # Under DDP a graph is cut where a bucket of gradients ends, so that one of a whole model can send while its backward runs. Blocks
-    # are compiled one by one, which gives that anyway: each would only be cut into pieces (5 graphs for 2, on two ranks).
+    # Under DDP torch cuts a graph where a bucket of gradients ends: the graph of a whole model can then send while its backward runs.
+    # Our blocks are compiled one by one, so they do that anyway. They would only be cut into pieces (5 graphs for 2, on two ranks).
     dynamo.optimize_ddp = False
-    # Graphs with an autograd.Function in them are kept, too: without it every start traces the block anew, for 1.2 s. Their key holds
-    # forward and backward as they were traced.
+    # Keep graphs with an autograd.Function in them, too. Without this every start traces the block anew, which takes 1.2 s. Their key
+    # holds forward and backward as they were traced.
     _set(functorch, "autograd_cache_allow_custom_autograd_functions", "TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD")
-    # Torch builds and loads a library for each instruction set that the CPU says it has: 5 s with an empty cache, 0.8 s with a full
-    # one. That is for a torch built by gcc 7 or older, which the wheels are not; the set that is chosen is the same without.
+    # Torch tests each instruction set of the CPU by building and loading a library: 5 s with an empty cache, 0.8 s with a full one. Only
+    # a torch built by gcc 7 or older needs that, and the wheels are newer. Without the test torch chooses the same set.
     if sys.platform == "linux" and platform.machine() == "x86_64":
         _set(inductor.cpp, "vec_isa_ok", "TORCHINDUCTOR_VEC_ISA_OK")
 

@@ -28,8 +28,8 @@ from picotrain.model.masks import attention_mask
 
 
 class LanguageModel(nn.Module):
-    """The least that training, evaluation and sampling want of a model. Its weights hold nothing meaningful until `init_weights` or a
-    checkpoint has filled them."""
+    """What training, evaluation and sampling need of a model, and no more. Its weights mean nothing until `init_weights` or a checkpoint
+    has filled them."""
 
     vocab_size: int
     seq_len: int  # the longest row
@@ -44,11 +44,11 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def init_weights(self, seed: int) -> None:
-        """Draw all weights, on the CPU, so that a seed gives the same ones on every device."""
+        """Draw all weights on the CPU, so that a seed gives the same ones on every device."""
         raise NotImplementedError
 
     def group_of(self, name: str, parameter: nn.Parameter) -> str:
-        """The parameter group, which decides rate and decay: "embed", "head", "scalars" or "matrices"."""
+        """The parameter group: "embed", "head", "scalars" or "matrices". It decides learning rate and decay."""
         top = name.partition(".")[0]
         return top if top in ("embed", "head") else "matrices" if parameter.dim() == 2 else "scalars"
 
@@ -105,8 +105,10 @@ class Decoder(LanguageModel):
     # ------------------------------------------------------------ what an architecture gives
 
     def enter(self, ids: Tensor, before: Tensor | None) -> Tensor:
-        """What enters the first block: ids (B, T) -> (B, T, C) in compute_dtype. before: the id one position before each (B, T), -1:
-        none; None: as they stand, or this model does not look."""
+        """What enters the first block: ids (B, T) -> (B, T, C) in compute_dtype.
+
+        before: (B, T), the id one position before each, -1 where there is none. None: the ids stand one after the other, or this model
+        does not look at them."""
         raise NotImplementedError
 
     def extras(self, ids: Tensor, x: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -132,8 +134,8 @@ class Decoder(LanguageModel):
         cache: KVCache | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """As in `LanguageModel`. With a cache the ids follow the tokens in it, and their keys and values are added. last_only: logits of
-        the last position only, (B, 1, vocab_size)."""
+        """As in `LanguageModel`. With a cache the ids follow the tokens in it, and their keys and values are added to it. last_only: give
+        the logits of the last position only, (B, 1, vocab_size)."""
         hidden = self.hidden(ids, cache)  # (B, T, C)
         if targets is None:
             return self.logits(hidden[:, -1:] if last_only else hidden)
@@ -149,9 +151,9 @@ class Decoder(LanguageModel):
     def hidden(self, ids: Tensor, cache: KVCache | None = None, wanted: Tensor | None = None) -> Tensor:
         """ids (B, T) -> hidden states (B, T, C) after the last norm, in compute_dtype; what `logits` takes.
 
-        wanted: int64 (B, W), the positions among the T whose hidden states are asked for: then (B, W, C). All others stop at
-        the last block's keys and values, and nothing is computed that is not looked at. Without a window (the last block
-        has none) and with an empty cache only. The ids of a row may be padded on the right: nothing before sees them.
+        wanted: int64 (B, W), positions among the T. Only their hidden states are returned: (B, W, C). All other positions stop at
+        the last block's keys and values, so nothing is computed that is not looked at. It works where the last block has no window
+        and the cache is empty. The ids of a row may be padded on the right: nothing before sees them.
         """
         start = 0 if cache is None else cache.length
         end = start + ids.size(1)
@@ -169,8 +171,8 @@ class Decoder(LanguageModel):
     def branches(self, ids: Tensor, positions: Tensor, visible: Tensor, key_positions: Tensor, cache: KVCache) -> Tensor:
         """Hidden states (B, T, C) of tokens that go on from the S tokens in `cache` along several branches at once.
 
-        ids, positions: int64 (B, T); visible: bool (B, T, S + T), the cached and new tokens that each sees (itself
-        among them); key_positions: int64 (B, S + T). Positions are those of the rotary embedding, below seq_len.
+        ids, positions: int64 (B, T). visible: bool (B, T, S + T), true for the cached and new tokens that a token sees, itself
+        included. key_positions: int64 (B, S + T). Positions are those of the rotary embedding, below seq_len.
         """
         distance = positions[:, :, None] - key_positions[:, None]  # (B, T, S + T)
         masks = {w: (visible if w >= self.seq_len else visible & (distance < w))[:, None] for w in set(self.windows)}
@@ -181,7 +183,7 @@ class Decoder(LanguageModel):
         return self._run(ids, self.cos[positions], self.sin[positions], attends, cache, None, before)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> fp32 logits (..., vocab_size): those of the padding are cut off."""
+        """(..., C) -> fp32 logits (..., vocab_size). The logits of the padding are cut off."""
         found = F.linear(hidden, self.head_weight().to(hidden.dtype)).float()
         return softcap(found, self.logit_softcap)[..., : self.vocab_size]
 
@@ -228,9 +230,10 @@ class Decoder(LanguageModel):
         return full, windowed
 
     def use_kernels(self, full: Kernel, windowed: Kernel) -> None:
-        """Compute the attention of full rows by these kernels: of layers that see the whole row, and of those with a window.
+        """Compute the attention of full rows by these kernels: the first for layers that see the whole row, the second for those with
+        a window.
 
-        Calls with a cache, with `wanted` or of shorter rows keep to torch's own choice and to masks.
+        Calls with a cache, with `wanted` or of shorter rows use torch's own choice and masks.
         """
         self._kernels, self._attends = (full, windowed), {}
 
@@ -244,10 +247,10 @@ class Decoder(LanguageModel):
         return self._attends[key]
 
     def compile_blocks(self) -> None:
-        """Compile the blocks and the loss in place: one code for all layers, and no name changes.
+        """Compile the blocks and the loss in place. All layers share one code, and no name changes.
 
-        Shapes are static: a batch of another shape compiles once more. Calls with a cache stay uncompiled, because
-        there every token has another shape.
+        Shapes are static, so a batch of another shape compiles once more. Calls with a cache stay uncompiled, because each of
+        their tokens has another shape.
         """
         set_up_compiler()
         for block in self.blocks:
@@ -257,9 +260,9 @@ class Decoder(LanguageModel):
 
     @torch.no_grad()
     def cast(self) -> Decoder:
-        """This model for many small calls: its matrices cast once, in memory of their own; all else is shared. Not for training.
+        """This model for many small calls, not for training. Its matrices are cast once, in memory of their own. All else is shared.
 
-        A call that reads one token casts as many numbers as it multiplies, so generating without this takes twice as long.
+        A call that reads one token casts as many numbers as it multiplies. So generating without this takes twice as long.
         """
         if self.embed.weight.dtype == self.compute_dtype:
             return self

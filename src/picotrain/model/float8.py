@@ -3,8 +3,8 @@
 Inputs and weights go to e4m3, gradients to e5m2 (arXiv:2209.05433), each scaled by its largest magnitude. Results are
 bf16. Weights stay fp32 and are cast straight from there. Embedding, head and attention compute in bf16.
 
-Forwards without gradients compute in bf16, too: the scale depends on all tokens of a micro-batch, and what an evaluation says must
-not depend on how its rows are cut into batches, or on whether the machine knows fp8.
+Forwards without gradients compute in bf16, too. The scale depends on all tokens of a micro-batch. But the result of an evaluation must
+depend neither on how its rows are cut into batches nor on whether the machine knows fp8.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Kernels for causal attention over full rows, and the choice among them by a real call.
 
-A `Kernel` makes, for rows of T tokens and a window of W, an `Attend`: the function that a block calls. All of them compute
-softmax(scale q k^T) v over the W latest keys of each query; they differ in speed, memory and rounding. The order in which they
-are tried stands in `picotrain.hardware`: nothing is timed. What a probe rejects is kept with the reason.
+A `Kernel` makes an `Attend` for rows of T tokens and a window of W: the function that a block calls. All of them compute
+softmax(scale q k^T) v over the W latest keys of each query. They differ in speed, memory and rounding. `picotrain.hardware` has
+the order in which they are tried. Nothing is timed. What a probe rejects is kept with the reason.
 
 Shapes: B rows, T tokens (S keys where there is a cache), H query heads, H_kv key-value heads, D head_dim.
 """
@@ -212,7 +212,7 @@ KERNELS: dict[str, Kernel] = {
 # ---------------------------------------------------------------- probe
 
 # The largest error that a kernel may make in a row of its output or gradients, as a share of that row. A window that is off by
-# one key makes a larger one.
+# one key makes a larger error.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 PROBE_ROWS = 2
 PROBE_TOKENS = 4096  # at most: a probe shall not take much memory
@@ -282,7 +282,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, window: int, scale:
 
 
 def _row_error(found: Tensor, expected: Tensor) -> float:
-    """The largest error of a row (of D features), relative to the row's length, or to the usual one where that is more."""
+    """The largest error of a row (of D features), relative to the row's norm, or to the usual norm where that is larger."""
     lengths = expected.norm(dim=-1)
     errors = (found.float() - expected).norm(dim=-1)
     return float((errors / lengths.clamp(min=float(lengths.square().mean().sqrt()))).max())
@@ -311,7 +311,7 @@ class Choice:
 
 
 def choose(key: str, order: Sequence[Kernel], cases: Sequence[Case], forced: bool) -> Choice:
-    """The first kernel that works in all cases; the last one is taken as it is, unless it is `forced` by the config key `key`.
+    """The first kernel that works in all cases. The last one is taken untried, unless the config's key `key` has `forced` it.
 
     Raises ConfigError when a forced kernel does not work.
     """
@@ -328,10 +328,10 @@ def choose(key: str, order: Sequence[Kernel], cases: Sequence[Case], forced: boo
 
 
 def select(cases: Sequence[Case], forced: Names, kept: Names) -> tuple[Choice, Choice]:
-    """The kernels for a model whose layers ask for `cases`: for those that see the whole row, and for those with a window.
+    """The kernels for a model whose layers ask for `cases`: one for layers that see the whole row, one for those with a window.
 
-    forced: what the config says. kept: an earlier choice, tried first where the config says "auto". Raises ConfigError. Nothing is tried
-    on a device where all work.
+    forced: what the config says. kept: an earlier choice, which is tried first where the config says "auto". Nothing is tried on a
+    device where all of them work. Raises ConfigError.
     """
     device = cases[0].device.type
     whole = [case for case in cases if case.window >= case.tokens]
@@ -360,7 +360,7 @@ def default_kernels(device: str, tokens: int, window: int) -> tuple[Kernel, Kern
 
 
 def _order(names: Sequence[str], forced: str, kept: str, beside: Kernel | None) -> list[Kernel]:
-    """What to try, best first, but for flash-attention in another implementation than `beside` it."""
+    """What to try, best first. Flash-attention in another implementation than `beside` is left out."""
     if forced != "auto":
         return [KERNELS[forced]]
     if kept == names[-1]:

@@ -19,12 +19,12 @@ BOUNDED = 60.0
 
 
 def losses_and_slopes(logits: Tensor, targets: Tensor, cap: float | None, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of soft-capped logits z, fp32 (N,), and its derivative by them, as slopes / totals: slopes (N, V) in the dtype
+    """Cross-entropy of soft-capped logits z, fp32 (N,), and its derivative by z, which is slopes / totals: slopes (N, V) in the dtype
     of logits, totals fp32 (N, 1).
 
-    logits (N, V) are used up; targets (N,) >= 0. With s = sigmoid(2z / cap) the soft-cap is y = cap (2s - 1), and dy/dz = 4 s (1 - s): a
-    sigmoid takes a third of the time of a tanh. Up to BOUNDED the softmax needs no maximum, so one pass forms e = exp(y), their sum
-    `totals` and e dy/dz. To divide by the sum would be a second pass; who multiplies by the slopes scales its rows anyway.
+    logits (N, V) are overwritten. targets (N,) >= 0. With s = sigmoid(2z / cap) the soft-cap is y = cap (2s - 1), and dy/dz = 4 s (1 - s).
+    A sigmoid takes a third of the time of a tanh. Up to BOUNDED the softmax needs no maximum. So one pass forms e = exp(y), their sum
+    `totals`, and e dy/dz. Dividing by the sum would be a second pass. The caller scales its rows anyway, so it divides there.
     """
     target, columns = targets[:, None], torch.arange(logits.size(1), device=logits.device)
     y, own = logits.float(), logits.gather(1, target).float()  # (N, V), (N, 1)
@@ -50,8 +50,8 @@ def losses_and_slopes(logits: Tensor, targets: Tensor, cap: float | None, vocab_
 class HeadLoss(torch.autograd.Function):
     """Mean cross-entropy of hidden states (N, C) under a head (V, C), a chunk of tokens at a time.
 
-    The derivative is formed in the forward pass, while a chunk's logits are at hand: logits of all tokens never exist,
-    and none is computed twice (as in Liger's fused linear cross-entropy, arXiv:2410.10989).
+    The derivative is formed in the forward pass, while a chunk's logits are at hand. So the logits of all tokens never exist at
+    once, and none is computed twice. Liger's fused linear cross-entropy does the same (arXiv:2410.10989).
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class HeadLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,  # (N,); -1: ignored
-        derive: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],  # `losses_and_slopes` but for its last arguments
+        derive: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],  # `losses_and_slopes` with its last arguments bound
         chunk_tokens: int,
     ) -> Tensor:
         shares = (targets >= 0) / (targets >= 0).sum().clamp(min=1)  # (N,), each token's share of the mean

@@ -1,13 +1,13 @@
-"""Activation checkpointing: what the backward needs of a block is computed again instead of being kept from the forward.
+"""Activation checkpointing: a block drops activations in the forward and computes them again in the backward.
 
 none        everything is kept
-selective   the results of matmuls with weights and of attention kernels are kept; norms, rotations and all else that is cheap is
-            computed again (arXiv:2205.05198), as is attention made of plain matmuls, whose T x T probabilities are then not kept
+selective   the results of matmuls with weights and of attention kernels are kept. Norms, rotations and all else that is cheap is
+            computed again (arXiv:2205.05198). So is attention made of plain matmuls, whose T x T probabilities are then not kept
 full        only what enters a block is kept, and the block runs again (arXiv:1604.06174)
 
-The same operations on the same numbers, so that losses and gradients stay what they were. The checkpoint stands inside of what
-`Decoder.compile_blocks` compiles, and the compiler takes it as an instruction on what to keep. Around a compiled block, `selective`
-would have one opaque kernel to choose from.
+The operations are the same, on the same numbers, so losses and gradients stay the same. The checkpoint is inside of what
+`Decoder.compile_blocks` compiles, and tells the compiler what to keep. Around a compiled block, `selective` would have one opaque
+kernel to choose from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.a
 
 
 def recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
-    """Let blocks keep less for the backward, in place: no name changes. Before they are compiled."""
+    """Let blocks keep less for the backward, in place, so that no name changes. Call it before they are compiled."""
     if mode == "none":
         return
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_concerns_us)
@@ -36,7 +36,8 @@ def recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
 
 
 def _concerns_us(record: logging.LogRecord) -> bool:
-    """Not the compiler's advice, given always, against changing kept results in place; a block does not, and eager torch checks it."""
+    """False for the compiler's advice against changing kept results in place. It always gives it. A block does not do that, and eager
+    torch checks it."""
     return "context_fn" not in str(record.msg)
 
 

@@ -149,9 +149,9 @@ def make(
     bytes_per_token: float | None = None,
     guess: Sequence[Amount] = (),
 ) -> Plan:
-    """Derive the plan of a decided config; what the corpus or tokenizer would tell stays an estimate without them.
+    """Derive the plan of a decided config. Without corpus or tokenizer, what they would tell is an estimate.
 
-    guess: how much text there is, of a corpus that is not prepared yet.
+    guess: how much text a corpus has that is not prepared yet.
 
     Raises ConfigError with every problem found: a batch that does not divide, a dp_size that does not divide the
     lanes, more lanes than units.
@@ -234,7 +234,7 @@ def _val_bytes(config: Config, corpus: Mixture | None) -> int | None:
 
 
 def _rates(o: Optimizer, width: int, batch: int, total_tokens: int) -> shape.Rates:
-    """Peak rates and decay: as they stand, or scaled to the model, the batch and the horizon."""
+    """Peak learning rates and decay: as they stand, or scaled to the model, the batch and the horizon."""
     given = shape.Rates(o.matrix_lr, o.embed_lr, o.head_lr, o.weight_decay, o.scalar_lr)
     return shape.scale_rates(given, width, batch, total_tokens, orthogonal=o.orthogonal) if o.scale else given
 
@@ -258,7 +258,7 @@ def _decay_notes(o: Optimizer, rates: shape.Rates, num_steps: int) -> list[str]:
 
 
 def _stream_facts(config: Config, mixture: Mixture | None, seq_len: int) -> dict[str, Any]:
-    """Units of all sources and the lanes that read them; `largest_source` is the most units that one has. None: not known yet."""
+    """Units of all sources, and the lanes that read them. `largest_source`: the units of the source that has most. None: not known yet."""
     unit_bytes = config.data.unit_bytes or default_unit_bytes(seq_len)
     units = [len(found) for found in mixture.units(unit_bytes)] if mixture else []
     largest = max(units, default=None)
@@ -293,7 +293,7 @@ def _machine_facts(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def _attention(config: Config, windows: tuple[int, ...]) -> dict[str, Any]:
-    """The kernels, where they are certain before anything runs: all but those that a GPU has to try."""
+    """The kernels, where they are known before anything runs. A GPU has to try some of them first."""
     hw, seq_len = config.hardware, config.train.seq_len or 0
     narrow = [window for window in windows if window < seq_len]
 

@@ -1,8 +1,8 @@
 """What a training step keeps in memory beside weights and optimizer state, counted in bytes from the model's dimensions.
 
-The counts are of the tensors that autograd saves, each storage once; a test lists them and holds the counts against the list.
+The counts are of the tensors that autograd saves, each storage once. A test lists these tensors and compares.
 
-The counts of a layer stand beside the layers (`kept` of an architecture); what the loss keeps is the same for all.
+An architecture counts what its layers keep (`kept`). What the loss keeps is the same for all.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Step:
         return most + casts
 
     def backward(self) -> int:
-        """Gradients of activations at the widest place of a layer; one more of the MLP's hidden values where it was recomputed."""
+        """Gradients of activations at the widest place of a layer. Activation checkpointing adds one of the MLP's hidden values."""
         recomputed = 0 if self.config.hardware.recompute == "none" else self.dims.mlp_width
         return self.tokens * (self.kept.widest + recomputed) * self.value
 
@@ -123,7 +123,7 @@ class Step:
         return self.tokens * self.dims.width * self.value + FP32 * self.params.head
 
     def logits(self) -> int:
-        """All that is alive of a chunk of logits when most is, with the slopes of the chunk before and the head in the compute dtype."""
+        """The peak of a chunk of logits, with the slopes of the chunk before and the head in the compute dtype."""
         chunk = LOGIT_CHUNK_BYTES.get(self.config.hardware.device, LOGIT_CHUNK_BYTES_DEFAULT)
         rows = max(1, chunk // (FP32 * self.vocab))
         cap, value = self.config.model.logit_cap, self.value

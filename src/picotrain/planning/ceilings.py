@@ -1,7 +1,7 @@
 """How fast this machine multiplies matrices, measured once by `picotrain.cli.estimate` and kept in the cache folder. No torch.
 
-A ceiling counts for the device, threads, precision and version of torch that it was measured with; of several the newest. One that was
-measured while others computed is told as such, and measured again when they do not.
+A ceiling holds for the device, threads, precision and version of torch that it was measured with. Of several the newest counts. Where
+other processes computed meanwhile, that is said, and a later plan measures again.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 MEMORY_SHARE = 0.85  # of a device's memory that a prediction may fill
 CPU_MICRO_BATCH_TOKENS = 8192  # beyond this a larger micro-batch no longer raises a CPU's speed, it only takes memory
 
-# Of a CPU process, measured (docs/log.md, 2026-11-25): what is resident beside tensors and text, and the share of activations and
-# logits by which the C library's heap outgrows them. No freed block is given back, and glibc (up to 2.37) hardly finds one again that
-# was aligned; bf16 kernels also copy what they multiply. By whether blocks are compiled.
+# Measured of a CPU process (docs/log.md, 2026-11-25): what is resident beside tensors and text, and by which share of activations and
+# logits the C library's heap outgrows them. No freed block is given back. glibc (up to 2.37) hardly finds a freed aligned block
+# again. bf16 kernels also copy what they multiply. By whether blocks are compiled.
 PROCESS_BYTES = {False: 480 * 2**20, True: 520 * 2**20}
 HEAP_WASTE = {False: {"fp32": 0.5, "bf16": 0.8}, True: {"fp32": 0.3, "bf16": 0.55}}
 
@@ -56,8 +56,8 @@ class Memory:
 
 
 def predict(config: Config, d: shape.Dims, params: shape.Parameters, device_batch: int, data_bytes: int = 0) -> Memory:
-    """The memory of a rank in the phase that takes most: the loss, the begin or the end of the backward, the optimizer, on a
-    CPU a save. data_bytes: as `data_bytes` gives it; it counts on a CPU."""
+    """The memory of a rank in the phase that takes most: the loss, the begin or the end of the backward, the optimizer, on a CPU also a
+    save. data_bytes: what the function of that name gives. It counts on a CPU."""
     step = Step(config, d, params, device_batch)
     whole, head = FP32 * params.total, FP32 * params.head
     accumulated = whole if _accumulates(config, params, device_batch) else 0
@@ -145,8 +145,8 @@ def staging_bytes(config: Config, params: shape.Parameters) -> int:
 
 
 def halved(plan: Plan, config: Config) -> Plan | None:
-    """The plan with micro-batches of half the rows and twice as many of them, so that all batches of a step stay the same; None
-    where the size was chosen by the user, or is one row."""
+    """The plan with twice as many micro-batches of half the rows, so that a step has the same rows. None where the user chose the size,
+    or where it is one row."""
     if config.train.device_batch_size != "auto" or plan.device_batch_size == 1:
         return None
     rows = plan.device_batch_size // 2
@@ -156,7 +156,7 @@ def halved(plan: Plan, config: Config) -> Plan | None:
 
 
 def lighter_settings(plan: Plan, config: Config) -> list[str]:
-    """Three settings that the prediction says take clearly less memory than this plan, those that change least first."""
+    """Three settings that take clearly less memory than this plan, by the prediction. Those that change least come first."""
     rows, train, model = plan.device_batch_size, config.train, config.model
     changed = [(f"train.device_batch_size={fewer}", config, fewer) for fewer in (rows // 2, rows // 4) if fewer]
     for mode in ("selective", "full") if config.hardware.recompute == "none" else ():

@@ -1,4 +1,4 @@
-"""What of a config does not fit together once its numbers are known: each function finds the problems of one matter."""
+"""Problems of a config whose numbers are known: each function looks at one matter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def batch_problems(train: TrainConfig, seq_len: int, batch: int, dp_size: int) -
 
 
 def lane_problems(config: Config, lanes: int | None, num_units: int | None, dp_size: int) -> list[Problem]:
-    """Every lane reads units of its own, and every rank as many lanes as the others."""
+    """Every lane needs a unit, and every rank reads equally many lanes."""
     if lanes is None:
         return []
     problems = []

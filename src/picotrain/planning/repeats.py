@@ -22,10 +22,10 @@ def epochs(amounts: Sequence[Amount], total_tokens: int, bytes_per_token: float)
 
 
 def passes(amounts: Sequence[Amount], total_tokens: int, bytes_per_token: float) -> dict[str, float]:
-    """Expected passes over each source of a mixture whose amount is known, were all of the same bytes per token.
+    """Expected passes over each source of a mixture whose amount is known. All sources are taken to have the same bytes per token.
 
-    A source that leaves is passed over once at most, and its share of what then remains goes to the others in proportion.
-    {} for a single corpus.
+    A source that leaves is passed over once at most. Its share of what then remains goes to the others in proportion. {} for a single
+    corpus.
     """
     if len(amounts) < 2:
         return {}

@@ -1,7 +1,7 @@
 """From a composed config to the one that a run writes down: every `auto` and null decided, every place named, the same for all commands.
 
-Numbers follow from the config, this machine's devices and, where the run is there already, from its config.yaml: never from what the
-cache holds, so that the same words give the same config before and after a corpus is prepared. No torch.
+Numbers follow from the config and this machine's devices. Where the run is there already, they follow from its config.yaml. They never
+follow from what the cache holds, so that the same words give the same config before and after a corpus is prepared. No torch.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from picotrain.places import expanded
 from picotrain.planning.memory import facts, total_batch
 
 AUTO_DATA_EPOCHS = 20.0  # data=auto takes the embedded corpus up to this many passes over it
-COMPILE_FLOPS = 3e13  # of training on a CPU from which on torch.compile is taken: about a minute, of which it wins back what it takes
-# Of the shards that the horizon needs: other text has other bytes per token than the estimate (English: a tenth more), and a pass over
-# what is there should not end with the run.
+COMPILE_FLOPS = 3e13  # a CPU run of more is compiled: about a minute of training, in which the compiler's time is won back
+# Times the shards that the horizon needs. Other text has other bytes per token than the estimate (English: a tenth more), and the run
+# should not reach the end of what is there.
 SHARD_RESERVE = 1.25
 ARCHIVED_SAVE_EVERY = 1000  # steps; an archive wants something to mirror
 
@@ -117,8 +117,8 @@ def _run_dir(config: Config, name: str) -> Path:
 
 
 def _existing(config: Config) -> DataConfig | None:
-    """The data of the run that is there under this name. Without a name there is none: one that has this config's own, from a hash of
-    it, was derived from the same words."""
+    """The data of the run that is there under this name; None without a name. A name made of this config's hash belongs to a run that was
+    derived from the same words, so there is nothing to look up."""
     if not (config.run.dir or config.run.name):
         return None
     file = _run_dir(config, config.run.name or "") / "config.yaml"
@@ -164,8 +164,8 @@ def decide(config: Config) -> Config:
 
 
 def _compile_pays(config: Config, device: str, is_here: bool, epoch_tokens: float | None = None) -> bool:
-    """Always on a GPU, unless this machine has one and lacks a compiler. On a CPU where there is a C++ compiler and enough to do for what
-    it costs (docs/log.md, 2026-11-25)."""
+    """Always on a GPU, unless the GPU is here and a compiler is not. On a CPU where there is a C++ compiler and the run is long enough to
+    win back what compiling takes (docs/log.md, 2026-11-25)."""
     if device != "cpu":
         return device == "cuda" and not (is_here and hardware.compiler_for_gpus())
     return hardware.has_compiler() and horizon_tokens(config, epoch_tokens)[0] * facts(config)[3] > COMPILE_FLOPS

@@ -1,5 +1,5 @@
-"""`Archive`: the thread that keeps an archive what the run directory is. A user's mistake is raised at the start; what fails later is
-said, noted and tried again, and the training never waits for it."""
+"""`Archive`: the thread that mirrors the run directory to its archive. The start raises a user's mistake. What fails later is said,
+noted and tried again, and the training never waits for it."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Note(NamedTuple):
 class Archive:
     """Mirrors `run_dir` to `url`: every `interval_s` seconds, and when woken. One per run, in one process.
 
-    Files younger than `min_age_s` wait for a later pass, since they may be half-written; checkpoints (whole or not taken) and
-    metrics.jsonl (taken up to its last whole line) do not. Of the archive's checkpoints the newest `keep_last` and the best
-    are kept (None: all), and a rolling one only while it is the newest. `files` and `bytes` sent, `last_success` (Unix time) and
-    `last_error` tell how it goes.
+    Files younger than `min_age_s` wait for a later pass, since they may be half-written. Two kinds do not wait: checkpoints, which are
+    sent whole or not at all, and metrics.jsonl, which is sent up to its last whole line. The archive keeps its newest `keep_last`
+    checkpoints (None: all) and the best. It keeps a rolling one only while that is the newest. `files` and `bytes` sent, `last_success`
+    (Unix time) and `last_error` tell how it goes.
 
     Raises RunError when the protocol is unknown or cannot be written, its package is missing, or run and archive lie in one another.
     """
@@ -75,7 +75,7 @@ class Archive:
         return self._mirror.bytes if self._mirror else 0
 
     def start(self) -> None:
-        """Begin to mirror; returns as soon as the archive is known to be ours, or START_S seconds later (it is tried on).
+        """Begin to mirror. Returns as soon as the archive is known to be ours. After START_S seconds it returns in any case, and tries on.
 
         Raises RunError when no later attempt would mend what is wrong: the archive is another run's, there is no such bucket, access
         is refused, a folder cannot be written, the run directory neither.

@@ -96,8 +96,8 @@ class Mirror:
         self._pointers: dict[str, str] = {}  # `latest` and `best` as they stand there
 
     def begin(self) -> None:
-        """See whose archive it is, claim it, and list it: what a user has got wrong shows here. Raises RunError when it is not
-        ours, else what a store raises."""
+        """See whose archive it is, claim it, and list it. A user's mistake shows here. Raises RunError when it is not ours, else what a
+        store raises."""
         self._own()
         self._there = self._remote.sizes()
 
@@ -115,7 +115,7 @@ class Mirror:
         self._point_and_retain()
 
     def _own(self) -> None:
-        """See to it that archive.json names this process: of the processes of one run, the one that started last has it."""
+        """Let archive.json name this process. Of the processes of one run, the one that started last has the archive."""
         owner = owner_of(self._remote)
         if owner == self._me:
             self._claimed = True
@@ -131,7 +131,7 @@ class Mirror:
         self._claimed = True
 
     def _say_if_ahead(self, foreign: set[str]) -> None:
-        """A run that began anew, or without its newest checkpoints, is not what a restore would give: said once."""
+        """Say once that a restore would not give this run: it began anew, or without its newest checkpoints."""
         newest = by_step(foreign | {self._newest} - {""})[-1:]
         said, self._compared = self._compared, True
         if not said and newest and newest[0] != self._newest:
@@ -192,7 +192,7 @@ class Mirror:
         self._mirror(f"{folder}/metrics.json", path / "metrics.json")
 
     def _send_new(self, name: str, path: Path) -> None:
-        """Send a checkpoint's file unless this process has: its size does not tell whose a half checkpoint is."""
+        """Send a checkpoint's file unless this process has sent it. The size of a half checkpoint does not tell whose it is."""
         stat = path.stat()
         sent = _Sent(stat.st_size, stat.st_mtime_ns, stat.st_size)
         if self._sent.get(name) != sent or self._there.get(name) != sent.there:
@@ -233,7 +233,7 @@ class Mirror:
         return False
 
     def _best(self, whole: set[str]) -> str:
-        """The better one of what the run and what the archive call best ("": none): a restored run does not know them all."""
+        """The better one of the run's best and the archive's best ("": none). A restored run does not know all checkpoints."""
         here = self._checkpoints / "best"
         ours = here.read_text().strip() if here.is_file() else ""
         return min({ours, self._pointer_there("best")} & whole, key=lambda step: (self._val_bpb(step), step), default="")

@@ -40,9 +40,9 @@ T = TypeVar("T")
 def restore(url: str, run_dir: Path, say: Say) -> Path:
     """Fetch the archived run at `url` with its newest whole checkpoint into `run_dir`, which is absent or empty; returns it.
 
-    A checkpoint that is not whole, or whose files do not have the hashes of its manifest, is passed over, and said. An
-    interrupted restore is begun again. Raises RunError when there is no archive, it cannot be read, names a file outside, or
-    run_dir is not empty; CheckpointError when it has checkpoints and none is whole.
+    A checkpoint that is not whole, or whose files do not match the hashes of its manifest, is passed over, and that is said. An
+    interrupted restore is begun again. Raises RunError when there is no archive, when it cannot be read or names a file outside, and when
+    run_dir is not empty. Raises CheckpointError when it has checkpoints and none is whole.
     """
     remote = open_remote(url, threading.Event())
     if how := overlap(url, run_dir):

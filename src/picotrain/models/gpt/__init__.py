@@ -87,9 +87,11 @@ class GPTConfig(Model):
         return self.logit_softcap
 
     def kept(self) -> Kept:
-        """A layer keeps: what enters its two norms and those of queries and keys, what leaves the first two, queries, keys and values,
-        the attention's result, and the MLP's hidden values before and after the square. Outside: what enters the first norm and the
-        last; the embedding where a layer or smear looks at it again; value embeddings with their gates."""
+        """A layer keeps the inputs of its two norms and of the norms of queries and keys. It keeps the outputs of the first two, queries,
+        keys and values, the attention's result, and the MLP's hidden values before and after the square.
+
+        Outside of layers the inputs of the first and the last norm are kept. So are the embedding, where a layer or smear looks at it
+        again, and value embeddings with their gates."""
         d = self.dims()
         c, a, k, f = d.width, d.n_heads * d.head_dim, d.n_kv_heads * d.head_dim, d.mlp_width
         return Kept(

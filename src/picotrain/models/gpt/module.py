@@ -2,9 +2,9 @@
 
     ids -> embed -> norm -> [x + attn(norm(x)), x + mlp(norm(x))] per block -> norm -> head -> soft-cap -> logits
 
-With windows off it is, definition by definition, NanoChat of `transformers`: rotary positions and then a norm on queries
-and keys, ReLU-squared MLP, RMSNorm without weights (also after the embedding), no biases, an untied head whose logits
-are capped by a tanh. The names of its parameters are the names in a checkpoint.
+With windows off it is NanoChat of `transformers`: rotary positions and then a norm on queries and keys, ReLU-squared MLP, RMSNorm
+without weights (also after the embedding), no biases, an untied head. A tanh caps the logits. The names of its parameters are
+the names in a checkpoint.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class GPT(Decoder):
         return self.smear(x, previous)
 
     def extras(self, ids: Tensor, x: Tensor) -> Iterator[tuple[Any, ...]]:
-        embedding = x.view_as(x)  # a tensor of its own: else the first block, which has it twice, would be compiled apart
+        embedding = x.view_as(x)  # a tensor of its own: the first block gets x twice, and would else be compiled apart
         scalars = self.residual_scalars
         for i in range(len(self.blocks)):
             values = self.value_embeds[str(i)](ids).to(x.dtype) if str(i) in self.value_embeds else None

@@ -46,7 +46,7 @@ class MuonConfig(Optimizer):
         return 2 * parameters.total - parameters.matrices
 
     def step_bytes(self, parameters: Parameters, value_bytes: int, ranks: int) -> int:
-        """The look-ahead's sources, the results of this rank and of all, and a stack of matrices in the making four times."""
+        """The sources of the look-ahead, the results of this rank and of all ranks, and four times the stack that is being worked on."""
         matrices = parameters.matrices
         gathered = value_bytes * matrices // ranks + (value_bytes * matrices if ranks > 1 else 0)
         stack = min(STACK_BYTES, FP32 * matrices // ranks // 3)  # of a third of the matrices at most: those of the MLP one way

@@ -1,8 +1,8 @@
 """Muon: the step of a matrix is its momentum, made orthogonal (https://kellerjordan.github.io/posts/muon/).
 
-Why not `torch.optim.Muon`, which has the same update: it always works in bf16 (hundreds of times slower than fp32 on a CPU
-without such instructions), cannot skip an update on the device, knows nothing of other ranks, and takes matrices one by
-one, not those of a shape together. A test holds this one equal to it.
+`torch.optim.Muon` has the same update, and a test holds this one equal to it. We do not use it for four reasons. It always works in
+bf16, hundreds of times slower than fp32 on a CPU without such instructions. It cannot skip an update on the device. It knows
+nothing of other ranks. It takes matrices one by one, not those of a shape together.
 """
 
 from __future__ import annotations
@@ -64,17 +64,17 @@ def shares(shapes: tuple[tuple[int, int], ...], world_size: int) -> tuple[int, .
 class Muon(torch.optim.Optimizer):
     """Muon for one group of matrices, fused AdamW for the groups of `tables`, behind the interface of one optimizer.
 
-    For a matrix W (R, C) with gradient G, rate lr and decay d, all in fp32 but the orthogonalisation:
+    For a matrix W (R, C) with gradient G, learning rate lr and decay d, all in fp32 but the orthogonalisation:
 
         M <- lerp(M, G, 1 - momentum)                                   kept as `momentum`
         O <- newton_schulz(lerp(G, M, momentum))                        Nesterov
         W <- (1 - lr d) W - lr sqrt(max(1, R / C)) O
 
     The factor makes the spectral norm of a step lr sqrt(fan-out / fan-in) where the output is the wider side, as the original
-    does. There is no warm-up of the momentum. Gradients are the same on every rank, and so is the momentum, of which every rank
-    keeps all; the orthogonalisation, which takes the time, is shared out by `shares` and its results are gathered.
+    does. There is no warm-up of the momentum. Gradients are the same on every rank, and so is the momentum. Every rank keeps all of
+    it. The orthogonalisation takes the time, so `shares` divides it among the ranks, which then gather the results.
 
-    `found_inf` (0-d, 1.0: skip), where it is set, leaves weights, momentum, moments and counters as they are, without a host sync.
+    `found_inf` (0-d), where it is 1.0, leaves weights, momentum, moments and counters as they are, without a host sync.
     """
 
     found_inf: Tensor | None = None
