@@ -359,7 +359,7 @@ def test_a_store_that_never_answers_holds_up_neither_start_nor_end(
         began = time.monotonic()
         assert not opened("s3://bucket/run", run_dir).close(0.3)
         assert time.monotonic() - began < 4
-    assert "not done within 0.3 s" in said[-1]
+    assert "not done within" in said[-1]
 
 
 def test_the_newest_and_the_best_are_kept_and_a_manifest_goes_first(

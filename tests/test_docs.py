@@ -204,7 +204,7 @@ def test_what_a_page_shows_can_be_typed(block: Block, home: Path, tmp_path: Path
 def test_commands_stand_in_blocks_that_are_run(page: Path):
     """Each fence says what it holds, and no command hides in an indented line, which no test would type."""
     fences = re.findall(r"(?m)^```(\w*)$", page.read_text("utf-8"))
-    assert set(fences[::2]) <= {"sh", "text", "python", "yaml", "json"} and not any(fences[1::2])
+    assert set(fences[::2]) <= {"sh", "text", "python", "yaml", "toml", "json"} and not any(fences[1::2])
     hidden = re.findall(
         r"(?m)^ {4,}(?:\$ )?(?:picotrain|torchrun|python|pip|\./speedrun\.sh|\./tests/run\.sh) .*$", page.read_text("utf-8")
     )

@@ -23,7 +23,7 @@ SENT_TO_MKL = re.compile(r"^IMPLEMENT_VML_MKL\((\w+),", re.MULTILINE)
 # These hold, move or name tensors and compute nothing.
 COMPUTE_NOTHING = {
     "bench.timing", "checkpoint.saver", "checkpoint.store", "meeting", "monitor.events", "monitor.profiler",
-    "monitor.trackers", "state",
+    "state", "trackers.tensorboard",
 }  # fmt: skip
 
 

@@ -542,7 +542,8 @@ def test_every_kernel_of_the_tables_exists_and_can_be_forced():
 
 def test_a_first_start_chooses_and_later_ones_keep_to_it(tiny, tmp_path: Path, monkeypatch):
     """As on a GPU, with the kernels that a CPU has under those names: flash SDPA works there, all before it does not."""
-    from picotrain.cli.commands import train
+    from picotrain.cli.commands import new_run
+    from picotrain.launch import launch
 
     monkeypatch.setattr(hardware, "TRIED_ON", {"cpu"})
     monkeypatch.setitem(hardware._ATTENTION, "cpu", ("cudnn", "flash", "sdpa"))
@@ -552,7 +553,7 @@ def test_a_first_start_chooses_and_later_ones_keep_to_it(tiny, tmp_path: Path, m
     def start(steps: int, *more: str) -> tuple[dict[str, Any], list[str]]:
         """Train to `steps`; the plan, and what was said about attention so far."""
         options = ["model.window_pattern=SL", "train.eval_every=0", f"train.max_steps={steps}"]
-        assert train(tiny(run, *options, *more), None, None) == 0
+        assert launch(lambda: new_run(tiny(run, *options, *more), None, None)) == 0
         return json.loads((run / "plan.json").read_text()), [r["message"] for r in lines(run, "event") if r["name"] == "attention"]
 
     plan, said = start(1)

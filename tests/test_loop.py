@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import lines, losses, picotrain, start
 
-from picotrain import checkpoint, hardware, loop, ranks, worker
+from picotrain import api, checkpoint, hardware, loop, ranks, worker
 from picotrain import run as runs
 from picotrain.checkpoint.folder import describe
 from picotrain.cli import commands
@@ -112,7 +112,7 @@ def test_a_rank_of_an_evaluation_puts_the_weights_on_its_own_gpu_and_on_no_other
         **{**read_material(finished)._asdict(), "plan": read_plan(finished).model_copy(update={"device": "cuda"})}
     )
     monkeypatch.setattr(runs, "read_material", lambda run: made_on_a_gpu)
-    commands.load_model(finished, "last")
+    api.load_model(finished, "last")
     assert set(sent) == {"cuda:1"}
 
 

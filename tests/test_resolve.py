@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import lines, picotrain, sentence
 
-from picotrain import hardware, launch, planning
+from picotrain import hardware, planning, worker
 from picotrain import run as runs
 from picotrain.cli import main
 from picotrain.config import Config, classify_change, compose, diff, dump, load
@@ -87,7 +87,8 @@ def test_config_prints_to_the_byte_what_train_writes(
         return runs.Material(config, planning.make(config, config.run.name), *material)
 
     monkeypatch.setattr(runs, "gather", gather)
-    monkeypatch.setattr(launch, "launch", lambda *args: 0)
+    monkeypatch.setattr(worker, "run", lambda *args: 0)
+    monkeypatch.setattr("picotrain.launch.agent.run_workers", lambda *args, **more: 0)
 
     def command(name: str) -> str:
         monkeypatch.setattr(sys, "argv", ["picotrain", name, *words])
