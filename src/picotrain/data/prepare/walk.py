@@ -18,6 +18,8 @@ from picotrain.places import expanded
 NOT_READ, HIDDEN, LINK, NO_FILE, UNREADABLE = "not read", "hidden", "link", "no file", "unreadable"
 SHOWN = 12  # kinds of files that a line names
 
+Thing = tuple[Path, str, str]  # a path, of what kind it is that is not read ("": it is read), and why
+
 
 class Left(NamedTuple):
     """Something that is not read: how it is called, one of the kinds above, and why."""
@@ -70,18 +72,11 @@ def expand(inputs: str | Path | Iterable[str | Path | Input]) -> list[Input]:
 
 def _look(path: Path) -> Looked:
     if path.is_dir():
-        looked = _looked(path, sorted(_below(path)))
-        if not looked.files:
-            raise DataError("; ".join([f"{path} holds no file that can be read; known are {KNOWN}", *looked.words()]))
-        return looked
+        return _looked(path, sorted(_below(path)), f"{path} holds no file that can be read")
     if not path.exists() and glob.has_magic(str(path)):
-        matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-        matches = [match for match in matches if not match.is_dir()]
+        matches = [match for match in map(Path, sorted(glob.glob(str(path), recursive=True))) if not match.is_dir()]
         base = Path(os.path.commonpath([match.parent for match in matches])) if matches else path
-        looked = _looked(base, [(match, _what(match, None)) for match in matches])
-        if not looked.files:
-            raise DataError("; ".join([f"nothing that can be read matches {path}; known are {KNOWN}", *looked.words()]))
-        return looked
+        return _looked(base, [(match, *_what(match, None)) for match in matches], f"nothing that can be read matches {path}")
     if not path.exists():
         raise DataError(f"there is no {path.absolute()}{hint_for(path.absolute())}")
     if not kind_of(path, SUFFIXES):
@@ -91,46 +86,50 @@ def _look(path: Path) -> Looked:
     return Looked([Input(path, named(path.name))], [])
 
 
-def _looked(base: Path, found: Sequence[tuple[Path, Left | None]]) -> Looked:
-    names = [named(path.relative_to(base).as_posix()) for path, _ in found]
-    files = [Input(path, name) for (path, left), name in zip(found, names, strict=True) if left is None]
-    return Looked(files, [left._replace(source=name) for (_, left), name in zip(found, names, strict=True) if left is not None])
+def _looked(base: Path, things: Sequence[Thing], nothing: str) -> Looked:
+    """Raises DataError, saying `nothing`, where no file is to be read."""
+    looked = Looked([], [])
+    for path, kind, reason in things:
+        name = named(path.relative_to(base).as_posix())
+        if kind:
+            looked.left.append(Left(name, kind, reason))
+        else:
+            looked.files.append(Input(path, name))
+    if not looked.files:
+        raise DataError("; ".join([f"{nothing}; known are {KNOWN}", *looked.words()]))
+    return looked
 
 
-def _below(folder: Path) -> Iterator[tuple[Path, Left | None]]:
-    """Everything below a folder that is no folder, and why it is not read. Hidden folders, and links to folders, count as one thing."""
+def _below(folder: Path) -> Iterator[Thing]:
+    """Everything below a folder that is no folder. Hidden folders, and links to folders, count as one thing."""
     home = os.path.realpath(folder)
     unread: list[OSError] = []
     for here, folders, names in os.walk(folder, onerror=unread.append):
         for name in folders:
-            path = Path(here, name)
-            if path.is_symlink():
-                yield path, Left("", LINK, "to a folder")
+            if (path := Path(here, name)).is_symlink():
+                yield path, LINK, "to a folder"
             elif name.startswith("."):
-                yield path, Left("", HIDDEN, "a hidden folder")
+                yield path, HIDDEN, "a hidden folder"
         folders[:] = [name for name in folders if not name.startswith(".")]  # in place: where os.walk goes next
-        for name in names:
-            path = Path(here, name)
-            yield path, _what(path, home)
-    for error in unread:
-        yield Path(error.filename), Left("", UNREADABLE, error.strerror or "cannot be read")
+        yield from ((path, *_what(path, home)) for path in (Path(here, name) for name in names))
+    yield from ((Path(error.filename), UNREADABLE, error.strerror or "cannot be read") for error in unread)
 
 
-def _what(path: Path, home: str | None) -> Left | None:
-    """Why a file is not read; None where it is. home: the folder that links may not lead out of."""
+def _what(path: Path, home: str | None) -> tuple[str, str]:
+    """Of what kind it is that a file is not read, and why; "" where it is. home: the folder that links may not lead out of."""
     if path.name.startswith(".") and home is not None:
-        return Left("", HIDDEN, "hidden")
+        return HIDDEN, "hidden"
     try:
         mode = path.stat().st_mode
     except OSError as error:
         if path.is_symlink() and not kind_of(path, SUFFIXES):
-            return Left("", LINK, f"that leads nowhere ({error.strerror})")
-        return Left("", UNREADABLE, error.strerror or "cannot be read")
+            return LINK, f"that leads nowhere ({error.strerror})"
+        return UNREADABLE, error.strerror or "cannot be read"
     if what := kind_of_mode(mode):
-        return Left("", NO_FILE, what)
+        return NO_FILE, what
     if home is not None and path.is_symlink() and not os.path.realpath(path).startswith(home + os.sep):
-        return Left("", LINK, "out of the folder")
-    return None if kind_of(path, SUFFIXES) else Left("", NOT_READ, f"a {path.suffix or 'file without a suffix'} is not read")
+        return LINK, "out of the folder"
+    return ("", "") if kind_of(path, SUFFIXES) else (NOT_READ, f"a {path.suffix or 'file without a suffix'} is not read")
 
 
 def named(name: str) -> str:
