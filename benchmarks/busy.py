@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,7 +71,7 @@ def _of_better(rates: dict[str, int]) -> float | None:
 
 
 @contextmanager
-def busy(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+def busy(count: int) -> Generator[list[subprocess.Popen[bytes]]]:
     """So many processes that do nothing but compute, ended at the end."""
     started: list[subprocess.Popen[bytes]] = []
     try:

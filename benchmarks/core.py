@@ -158,7 +158,7 @@ def measure(task: Task, model: GPT, tokenizer: Tokenizer, options: argparse.Name
         plain_s.append(seconds - read_s)
     if result.problem:
         raise SystemExit(f"{task.label}: {result.problem}\n{result.traceback}")
-    row = {
+    row: dict[str, Any] = {
         "benchmark": "core",
         "task": task.label,
         "kind": task.kind,

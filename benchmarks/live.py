@@ -7,7 +7,7 @@ A count, no measurement: what a kernel takes for itself, the allocator's roundin
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -87,7 +87,7 @@ FLASH = TorchKernel("flash", lambda tokens, window, device: _flash_attention)
 
 
 @contextmanager
-def _cuda_norms() -> Iterator[None]:
+def _cuda_norms() -> Generator[None]:
     def rms_norm(x: Tensor, shape: tuple[int, ...], weight: None = None, eps: float = 1e-6) -> Tensor:
         return _Norm.apply(x, eps)
 

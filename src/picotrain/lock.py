@@ -10,7 +10,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -62,7 +62,7 @@ def is_current(file: IO[Any], path: Path) -> bool:
 
 
 @contextmanager
-def locked(path: Path, wait: Callable[[], object] = lambda: time.sleep(LOOK_S)) -> Iterator[None]:
+def locked(path: Path, wait: Callable[[], object] = lambda: time.sleep(LOOK_S)) -> Generator[None]:
     """Hold `path`, which need not be there, by an empty file beside it that vanishes with the lock.
 
     `wait` is called again and again while another process has it; what it raises gives the wait up. Raises DataError where no lock can be

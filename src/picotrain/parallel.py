@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -190,7 +190,7 @@ class Parallel:
         return self.rank == 0
 
     @contextmanager
-    def passing_on(self, stop: StopSignal) -> Iterator[None]:
+    def passing_on(self, stop: StopSignal) -> Generator[None]:
         """While entered, a stop that one rank is asked for is known to all within PASS_ON_S, wherever they are: the others get SIGUSR1.
 
         A node may be taken away alone. Ranks that are in an evaluation or compile meet seldom, and would hear of it too late.

@@ -6,7 +6,7 @@ Generation never touches the random state of training: each call has its own gen
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -125,7 +125,7 @@ def generate_rows(
 
 
 @contextmanager
-def _on_threads(count: int) -> Iterator[None]:
+def _on_threads(count: int) -> Generator[None]:
     """Compute on so many CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
@@ -90,7 +90,7 @@ class StopSignal:
             raise KeyboardInterrupt
 
     @contextmanager
-    def ending(self, what: str, cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def ending(self, what: str, cleanup: Callable[[], None] = lambda: None) -> Generator[None]:
         """Around what may take long and has nothing to save: a stop signal ends it, with Stopped, whose message says `what` was stopped.
 
         The main thread gets a KeyboardInterrupt. Where it does not leave within PATIENCE_S, since it is in native code or waits for
@@ -127,7 +127,7 @@ class StopSignal:
 
 
 @contextmanager
-def ending(what: str, cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
+def ending(what: str, cleanup: Callable[[], None] = lambda: None) -> Generator[None]:
     """`StopSignal.ending` where nobody listens to signals yet."""
     if _patient.locked():  # within another one
         yield
@@ -139,7 +139,7 @@ def ending(what: str, cleanup: Callable[[], None] = lambda: None) -> Iterator[No
 
 
 @contextmanager
-def noticed(on_signal: Callable[[int], None]) -> Iterator[None]:
+def noticed(on_signal: Callable[[int], None]) -> Generator[None]:
     """Call `on_signal` in a thread, with its number, for every signal that has a Python handler.
 
     Python runs the handlers themselves in the main thread, and only between two of its instructions: while it waits in native code

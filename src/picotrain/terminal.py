@@ -37,7 +37,7 @@ class _Stream(io.FileIO):
     """A standard stream. Once it cannot be written, what is written goes nowhere; and unless the process is to outlast its reader
     (`keep_going`), it ends."""
 
-    def write(self, data) -> int | None:
+    def write(self, data: Any) -> int | None:
         try:
             return super().write(data)
         except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from picotrain.text import clock
@@ -15,7 +15,7 @@ Show = Callable[[str, int, int], None]  # what is done, how much of it, of how m
 
 
 @contextmanager
-def ticking(say: Callable[[str], None], status: Callable[[], str]) -> Iterator[None]:
+def ticking(say: Callable[[str], None], status: Callable[[], str]) -> Generator[None]:
     """Say `status()` every EVERY_S while the body runs, from a thread; nothing where it is ""."""
     ended = threading.Event()
 
@@ -34,7 +34,7 @@ def ticking(say: Callable[[str], None], status: Callable[[], str]) -> Iterator[N
 
 
 @contextmanager
-def lines(say: Callable[[str], None], amount: Callable[[int], str] = "{:,}".format) -> Iterator[Show]:
+def lines(say: Callable[[str], None], amount: Callable[[int], str] = "{:,}".format) -> Generator[Show]:
     """What shows progress as lines: what is being done every EVERY_S, and when what took as long is done. Short work is not told."""
     what, done, total, started = "", 0, 0, 0.0
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
         return _fail(error)
 
     @contextmanager
-    def opened(meeting: Meeting | None = None) -> Iterator[Opened]:
+    def opened(meeting: Meeting | None = None) -> Generator[Opened]:
         require_run(run_dir)  # a folder without a run is refused before a lock is put into it
         with RunLock(run_dir).share() if here.ours else RunLock(run_dir):
             yield Opened(run_dir)
@@ -140,7 +140,7 @@ def as_rank(work: Callable[[], int]) -> int:
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
+def _without_collector() -> Generator[None]:
     """Nothing looks for garbage until the loop, once warm, begins to: in what a start makes there is little, and looking took 0.8 s."""
     gc.disable()
     try:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -218,7 +218,7 @@ def write(root: Path, parts: dict[str, Tensors], scalars: dict[str, Any], shard_
 
 
 @contextmanager
-def _unmade(*folders: Path) -> Iterator[None]:
+def _unmade(*folders: Path) -> Generator[None]:
     """Where the body fails, remove those of the folders that came into being meanwhile, if they are empty. torch's writer makes folders
     anew that somebody removes. A folder that was there before stays. It is held open, so that no new folder gets its number."""
     held = {folder: os.open(folder, os.O_RDONLY | os.O_DIRECTORY) for folder in folders if folder.is_dir()}

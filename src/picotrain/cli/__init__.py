@@ -333,8 +333,8 @@ def data_prepare(
     """
     from picotrain.cli import data
 
-    options = {"seed": seed, "min_chars": min_chars, "keep_duplicates": keep_duplicates, "workers": workers, "strict": strict}
-    raise typer.Exit(data.prepare(inputs, out, **options))
+    code = data.prepare(inputs, out, seed=seed, min_chars=min_chars, keep_duplicates=keep_duplicates, workers=workers, strict=strict)
+    raise typer.Exit(code)
 
 
 @data_app.command("inspect")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -16,7 +16,7 @@ BAR_WIDTH = 40
 
 
 @contextmanager
-def bars(in_bytes: bool = False, quiet: bool = False) -> Iterator[Show]:
+def bars(in_bytes: bool = False, quiet: bool = False) -> Generator[Show]:
     """What shows progress: a bar for each thing that is done. in_bytes: amounts are bytes. quiet: no lines where no bar can be drawn."""
     if not is_terminal(sys.stderr):
         with lines(say if not quiet else lambda line: None, size if in_bytes else "{:,}".format) as told:

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def _remember(line: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress(task: Task, number: int, count: int) -> Iterator[None]:
+def progress(task: Task, number: int, count: int) -> Generator[None]:
     """What is being measured, on standard error: a spinner on a terminal, elsewhere a line when it is done."""
     drawn, started = is_terminal(sys.stderr), time.monotonic()
     text = f"{number} of {count}: {' '.join([task[0], *task[1]])}"

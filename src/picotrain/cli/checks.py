@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ def check(run: Path, which: str, hf: Path | None, options: Options) -> Ready:
     problems: list[str] = []
 
     @contextmanager
-    def noting() -> Iterator[None]:
+    def noting() -> Generator[None]:
         try:
             yield
         except ConfigError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
@@ -106,7 +106,7 @@ def _fetched(url: str, overrides: Sequence[str]) -> tuple[Path, list[str]]:
 
 
 @contextmanager
-def _opened(config: Config, overrides: Sequence[str], command: Command | None, meeting: Meeting | None) -> Iterator[Opened | None]:
+def _opened(config: Config, overrides: Sequence[str], command: Command | None, meeting: Meeting | None) -> Generator[Opened | None]:
     """The config's run, created or opened again, under its lock; None when it is finished. command: of a new run.
 
     `meeting`: of torchrun's ranks. When it starts them again after one has died, they go on, whatever run.resume says.

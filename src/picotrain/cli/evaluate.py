@@ -16,7 +16,7 @@ import json
 import math
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Evaluation:
         self.results["missing"] = dict.fromkeys(parts, "the evaluation ended before it")
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> Generator[None]:
         """Measure one part; what goes wrong in it is said, kept as its reason to be missing, and raised at the end, by `finish`.
 
         Of several ranks all fail together, by an EvaluationFailed, or the failing one ends the evaluation: the others may wait for it.
@@ -207,7 +207,7 @@ def _documents(material: runs.Material, subject: Subject, tokens: int | None) ->
 
 
 @contextmanager
-def _ranks(device: torch.device) -> Iterator[Parallel]:
+def _ranks(device: torch.device) -> Generator[Parallel]:
     """The ranks that torchrun started, or this process alone."""
     if not ranks_.here().launched:
         yield dataclasses.replace(Parallel.single(), device=device)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def _rehearsed(material: runs.Material, folder: Path) -> runs.Material:
 
 
 @contextmanager
-def _folder(run_dir: Path) -> Iterator[Path]:
+def _folder(run_dir: Path) -> Generator[Path]:
     """A folder on the run's own disk, which is removed in any case; one that a killed doctor has left there goes, too."""
     place = next(path for path in run_dir.parents if path.is_dir())
     for left in place.glob(f"{FOLDER}*"):

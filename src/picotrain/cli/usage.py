@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +23,7 @@ _NUMBER = re.compile(r"-?\.?[0-9].*")
 
 
 @contextmanager
-def in_our_words() -> Iterator[None]:
+def in_our_words() -> Generator[None]:
     """Around a command: what click finds wrong is raised as a UsageError of ours."""
     try:
         yield
@@ -86,7 +86,8 @@ class App(typer.Typer):
         super().__init__(cls=Group, rich_markup_mode=None, no_args_is_help=True, **options)
 
     def command(self, name: str | None = None, **options: Any) -> Any:
-        return super().command(name, **{"cls": Command, **options})
+        merged: dict[str, Any] = {"cls": Command, **options}
+        return super().command(name, **merged)
 
 
 class Group(Helped, TyperGroup):

@@ -7,7 +7,7 @@ mistake is found at once; then interpolations between keys are resolved, and non
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def hydra_options() -> dict[str, Any]:
 
 
 @contextmanager
-def _hydra_at(folder: Path) -> Iterator[None]:
+def _hydra_at(folder: Path) -> Generator[None]:
     """Hydra set up on a folder, and put back as it was: the caller may be an application of Hydra itself."""
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -228,7 +228,7 @@ def _hydra_at(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _no_environment() -> Iterator[None]:
+def _no_environment() -> Generator[None]:
     """Refuse ${oc.env:...} where Hydra itself resolves: in a defaults list."""
     from omegaconf import OmegaConf, __version__
     from omegaconf.resolvers import oc

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -43,7 +43,7 @@ class LocalFiles:
         self._seen: dict[str, int] = {}  # modification time (ns) at which a shard's fingerprint was right
 
     @contextmanager
-    def hold(self, shard: Shard) -> Iterator[Path]:
+    def hold(self, shard: Shard) -> Generator[Path]:
         yield self.check(shard)
 
     def prefetch(self, shards: Sequence[Shard], /) -> None:

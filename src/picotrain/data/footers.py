@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -155,7 +155,7 @@ def _fingerprint(size: int, footer: bytes) -> str:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[pq.ParquetFile]:
+def opened(path: Path) -> Generator[pq.ParquetFile]:
     """A Parquet file, read without threads a little at a time, checksums of pages compared."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -169,7 +169,7 @@ def opened(path: Path) -> Iterator[pq.ParquetFile]:
 
 
 @contextmanager
-def raising(refusal: Any) -> Iterator[None]:
+def raising(refusal: Any) -> Generator[None]:
     """Whatever pyarrow raises, as `refusal(why)`. A DataError stays as it is. For blocks that only call pyarrow. Of a damaged file it
     raises KeyError, UnicodeDecodeError, OverflowError and more beside its own errors."""
     try:

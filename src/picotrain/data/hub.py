@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
@@ -14,7 +14,7 @@ _AGAIN = re.compile(r"(?:Retrying in|Waiting) (?P<pause>[\d.]+)s.*\[Retry (?P<nu
 
 
 @contextmanager
-def retries_said(say: Callable[[str], None]) -> Iterator[None]:
+def retries_said(say: Callable[[str], None]) -> Generator[None]:
     """While it is entered, `say` gets one line for each retry, however many threads download; else the library logs two for each of them.
 
     What else it logs stays one line. A version that words them otherwise is passed on line by line.

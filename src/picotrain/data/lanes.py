@@ -54,7 +54,7 @@ class SliceRows(NamedTuple):
 
     position: int
     slice: int
-    rows: NDArray  # (n, seq_len + 1)
+    rows: NDArray[Any]  # (n, seq_len + 1)
 
 
 class Stream:
@@ -89,7 +89,7 @@ class Stream:
         self._on_bad, self._kept = on_bad, kept
         self._rowless: set[int] = set()  # units without a full row, in whatever order they are packed
         self._bad: set[int] = set()  # units that cannot be read
-        self._shared: dict[tuple[int, int], Future[list[tuple[int, NDArray]]]] = {}  # by epoch and unit: its packed slices
+        self._shared: dict[tuple[int, int], Future[list[tuple[int, NDArray[Any]]]]] = {}  # by epoch and unit: its packed slices
         self._lock = Lock()
 
     def unit(self, position: int) -> Unit:
@@ -142,7 +142,9 @@ class Stream:
         if index in self._rowless:
             return
         if len(bounds) == 2 and turn.last - turn.first < bounds[1] and self._kept:
-            slices: Iterator[tuple[int, NDArray]] = iter([(number, rows) for number, rows in self._once(epoch, index) if number >= first])
+            slices: Iterator[tuple[int, NDArray[Any]]] = iter(
+                [(number, rows) for number, rows in self._once(epoch, index) if number >= first]
+            )
         else:
             while first < len(bounds) - 2 and bounds[first + 1] <= turn.first:
                 first += 1  # another lane's, which need not be tokenized
@@ -155,7 +157,7 @@ class Stream:
             if number + 1 < len(bounds) - 1 and turn.last <= bounds[number + 1]:
                 return
 
-    def _once(self, epoch: int, index: int) -> list[tuple[int, NDArray]]:
+    def _once(self, epoch: int, index: int) -> list[tuple[int, NDArray[Any]]]:
         """The packed slices of a unit that neighbouring lanes share, made by the first that asks."""
         key = (epoch, index)
         with self._lock:
@@ -171,7 +173,7 @@ class Stream:
                 found.set_exception(error)
         return found.result()
 
-    def _packed(self, epoch: int, index: int, first: int) -> Iterator[tuple[int, NDArray]]:
+    def _packed(self, epoch: int, index: int, first: int) -> Iterator[tuple[int, NDArray[Any]]]:
         """Number and rows of a unit's slices from `first` on."""
         number, found = first, first > 0
         try:
@@ -202,7 +204,7 @@ class Reader:
     def __init__(self, stream: Stream, lane: int, cursor: Cursor, pool: Executor, prefetch_at: float):
         self.stream, self._lane, self._pool, self._prefetch_at = stream, lane, pool, prefetch_at
         self._slices = stream.slices_from(lane, cursor)
-        self._rows: NDArray | None = None  # (n, seq_len + 1), of the slice at the cursor
+        self._rows: NDArray[Any] | None = None  # (n, seq_len + 1), of the slice at the cursor
         self._ahead: Future[SliceRows | None] | None = None
         self.cursor = cursor
         if not self.is_out:
@@ -223,7 +225,7 @@ class Reader:
         if self._rows is None and not self.is_out:
             self._request()
 
-    def next_row(self) -> NDArray | None:
+    def next_row(self) -> NDArray[Any] | None:
         """The next row, seq_len + 1 ids; the cursor then stands behind it. None: a source that is read once has no more."""
         if self._rows is None or self.cursor.row == self.cursor.rows:
             rows = None if self.is_out else self._next_slice()
@@ -246,7 +248,7 @@ class Reader:
         if self._ahead is None:
             self._ahead = self._pool.submit(next, self._slices, None)
 
-    def _next_slice(self) -> NDArray | None:
+    def _next_slice(self) -> NDArray[Any] | None:
         self._request()
         assert self._ahead is not None
         found = self._ahead.result()
@@ -290,7 +292,7 @@ class Lane:
         """Have the slice of the next row prepared, without waiting for it."""
         self.readers[self._choice.source(self._rows)].open()
 
-    def next_row(self) -> NDArray:
+    def next_row(self) -> NDArray[Any]:
         """The next row, seq_len + 1 ids. Raises DataError when every source was read once and none repeats."""
         while True:
             self.source = self._choice.source(self._rows)

@@ -10,7 +10,7 @@ are kept.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ class Packed(NamedTuple):
     A span is `<|bos|>` and then `span_len` tokens of document `span_doc`, from its token `span_first` on. The sum of 1 + span_len over
     a row is row_len."""
 
-    rows: NDArray  # (n, row_len) uint16 or uint32
+    rows: NDArray[Any]  # (n, row_len) uint16 or uint32
     span_ptr: NDArray[np.int64]  # (n + 1,)
     span_doc: NDArray[np.int64]  # (spans,) index into the documents that were packed
     span_first: NDArray[np.int64]  # (spans,) first token, counted from the document's start, without `<|bos|>`
@@ -60,7 +60,7 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def pack(
-    ids: NDArray, offsets: NDArray[np.int64], bos_id: int, row_len: int, key: tuple[int, ...] | None, dtype: type[np.unsignedinteger]
+    ids: NDArray[Any], offsets: NDArray[np.int64], bos_id: int, row_len: int, key: tuple[int, ...] | None, dtype: type[np.unsignedinteger]
 ) -> Packed:
     """Pack documents into rows of `row_len` (at least 2) ids by the rule above; empty documents are left out.
 
@@ -90,13 +90,13 @@ def pack(
     return Packed(rows, span_ptr, docs, first, taken, dropped_tokens)
 
 
-def count_rows(lengths: NDArray, row_len: int, key: tuple[int, ...] | None) -> int:
+def count_rows(lengths: NDArray[Any], row_len: int, key: tuple[int, ...] | None) -> int:
     """How many rows `pack` makes of documents of these many tokens."""
     _, taken, _ = _place(lengths[_order(lengths, key)].tolist(), row_len)
     return (sum(taken) + len(taken)) // row_len
 
 
-def _order(lengths: NDArray, key: tuple[int, ...] | None) -> NDArray[np.int64]:
+def _order(lengths: NDArray[Any], key: tuple[int, ...] | None) -> NDArray[np.int64]:
     """The order in which documents are packed; those without a token are left out."""
     order = np.arange(len(lengths)) if key is None else permutation(len(lengths), *key, DOCUMENTS)
     return order[lengths[order] > 0]
@@ -160,7 +160,7 @@ def _place(left: list[int], row_len: int) -> tuple[list[int], list[int], list[in
         room = room - 1 - take or row_len
 
 
-def _copy(ids: NDArray, starts: list[int], lengths: list[int], bos_id: int, out: NDArray) -> None:
+def _copy(ids: NDArray[Any], starts: list[int], lengths: list[int], bos_id: int, out: NDArray[Any]) -> None:
     """Write `<|bos|>` and ids[start:start + length] for each span, one after the other, into flat `out`.
 
     It copies slices instead of gathering by an index: up to three times as fast at these lengths, and no index of 8 bytes a token."""

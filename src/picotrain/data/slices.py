@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ class Encoder(Protocol):
     def bos_id(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
-    def encode_flat(self, texts: list[str], /) -> tuple[NDArray, NDArray]: ...
+    def encode_flat(self, texts: list[str], /) -> tuple[NDArray[Any], NDArray[Any]]: ...
 
 
 class Slice(NamedTuple):
@@ -42,8 +42,8 @@ class Slice(NamedTuple):
 class Tokens(NamedTuple):
     """A tokenized slice: text i is ids[offsets[i]:offsets[i + 1]] and belongs to document docs[i] of the unit."""
 
-    ids: NDArray
-    offsets: NDArray
+    ids: NDArray[Any]
+    offsets: NDArray[Any]
     docs: NDArray[np.int64]
 
     @property

@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -189,7 +189,7 @@ def named_tokenizer(section: TokenizerConfig) -> Tokenizer | None:
 
 
 @contextmanager
-def _telling_how_far(texts: Iterator[str], total: int, say: Say) -> Iterator[Iterator[str]]:
+def _telling_how_far(texts: Iterator[str], total: int, say: Say) -> Generator[Iterator[str]]:
     """The texts of a training that takes long, with a line now and then that says where it is."""
     started, done, merging = time.monotonic(), 0, False
 
@@ -210,7 +210,7 @@ def _telling_how_far(texts: Iterator[str], total: int, say: Say) -> Iterator[Ite
 
 
 @contextmanager
-def _lines_of_bytes(say: Say) -> Iterator[Progress]:
+def _lines_of_bytes(say: Say) -> Generator[Progress]:
     """What shows how far a preparation is, a line now and then."""
     at = ""
 

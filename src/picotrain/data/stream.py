@@ -97,7 +97,7 @@ class Batch(NamedTuple):
 class _Drawn(NamedTuple):
     """The rows of a batch, and where the stream stands behind them."""
 
-    rows: list[NDArray]  # B of (T + 1,)
+    rows: list[NDArray[Any]]  # B of (T + 1,)
     epoch: float
     pq: int
     rg: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Bpb:
 class Rows(NamedTuple):
     """What is measured: ids (N, T + 1). group_of (N, T + 1): the group that each id counts in; None: there is one group."""
 
-    ids: NDArray
+    ids: NDArray[Any]
     group_of: NDArray[np.int64] | None = None
     groups: int = 1
 

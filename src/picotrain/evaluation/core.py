@@ -73,7 +73,8 @@ class TaskResult:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TaskResult:
         """What `as_dict` gave, after JSON: an evaluation that was interrupted goes on with the next task."""
-        return cls(**{**values, "predictions": [Prediction(**one) for one in values["predictions"]]})
+        fields: dict[str, Any] = {**values, "predictions": [Prediction(**one) for one in values["predictions"]]}
+        return cls(**fields)
 
 
 @dataclass(frozen=True)

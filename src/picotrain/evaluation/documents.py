@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ class Reader(Protocol):
     bos_id: int
     batch_tokens: int
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray]:
+    def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """The ids of each text, without `<|bos|>`."""
         ...
 
@@ -90,7 +90,7 @@ def _score(reader: Reader, texts: Sequence[str], window: int, progress: Callable
     return bits.tolist(), tokens.tolist()
 
 
-def _padded(rows: Sequence[NDArray], bos_id: int) -> tuple[Tensor, Tensor]:
+def _padded(rows: Sequence[NDArray[Any]], bos_id: int) -> tuple[Tensor, Tensor]:
     """Inputs, led by `<|bos|>`, and targets, -1 in the padding: int64 (B, T). The longest row comes first."""
     targets = torch.full((len(rows), len(rows[0])), -1, dtype=torch.int64)
     for line, row in zip(targets, rows, strict=True):

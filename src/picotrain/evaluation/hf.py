@@ -91,7 +91,7 @@ class HuggingFaceModel:
         """How many weights it has."""
         return self._model.num_parameters()
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray]:
+    def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """The ids of each text. Text is data: it yields no special token, whatever characters it holds."""
         if not texts:
             return []

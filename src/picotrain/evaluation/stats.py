@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-def ratio_interval(parts: NDArray[np.float64], sizes: NDArray, confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
+def ratio_interval(parts: NDArray[np.float64], sizes: NDArray[Any], confidence: float = CONFIDENCE, seed: int = 0) -> Interval:
     """sum(parts) / sum(sizes), e.g. bits and bytes of documents (n,), with the percentile bootstrap's interval over documents
     (Efron and Tibshirani 1993, ch. 13). It says how the figure would vary if other documents of the same kind had been drawn.
 

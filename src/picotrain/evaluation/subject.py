@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ class RunModel:
         self.scorer: Scorer = scorer_of(model, tokenizer)
         self.batch_tokens = self.scorer.batch_tokens
 
-    def encode(self, texts: Sequence[str]) -> list[NDArray]:
+    def encode(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         """The ids of each text, without `<|bos|>`."""
         return self.scorer.encode(texts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int], None]  # task, examples done, examples in a
 
 
 @contextmanager
-def undisturbed(model: LanguageModel) -> Iterator[None]:
+def undisturbed(model: LanguageModel) -> Generator[None]:
     """Evaluation mode, without gradients and compiled code (every batch may have a shape of its own, and would be compiled anew); then the
     model and torch's random states are as they were."""
     was_training = model.training

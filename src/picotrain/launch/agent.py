@@ -14,9 +14,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
+from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -125,7 +126,7 @@ class Agent(LocalElasticAgent):
         obituaries = "\n".join(_obituary(rank, pid, code) for rank, (pid, code) in sorted(failed.items()))
         raise (WorkersDied if signum is None else LaunchError)(obituaries)
 
-    def _processes(self) -> dict[int, subprocess.Popen]:
+    def _processes(self) -> dict[int, subprocess.Popen[Any]]:
         """This node's workers by local rank, once they are started."""
         if not isinstance(self._pcontext, SubprocessContext):
             return {}
@@ -189,7 +190,7 @@ class Agent(LocalElasticAgent):
             self._kill()
         return RunResult(state=WorkerState.HEALTHY)
 
-    def _assign_worker_ranks(self, store, group_rank: int, group_world_size: int, spec: WorkerSpec):
+    def _assign_worker_ranks(self, store: Any, group_rank: int, group_world_size: int, spec: WorkerSpec):
         """Ranks in the order of launch.node_rank; the rendezvous alone would order nodes by name."""
         return super()._assign_worker_ranks(store, self._node_rank, group_world_size, spec)  # pyright: ignore  (@prof)
 
@@ -241,7 +242,7 @@ def _obituary(rank: int, pid: int, code: int) -> str:
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def _environment(variables: dict[str, str]) -> Generator[None]:
     """Environment variables for the workers, which torch lets inherit all of ours."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -256,7 +257,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Keep torch's agent from logging what is said here in one line."""
     logger, nothing = logging.getLogger("torch.distributed.elastic"), logging.NullHandler()
     propagate, logger.propagate = logger.propagate, False

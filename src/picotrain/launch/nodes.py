@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -29,7 +29,7 @@ KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 8))
 
 
 @contextmanager
-def preparing(launch: LaunchConfig) -> Iterator[None]:
+def preparing(launch: LaunchConfig) -> Generator[None]:
     """On node 0 of several: let the others see that it lives. Raises LaunchError where launch.rdzv_endpoint cannot be listened at."""
     if launch.nnodes == 1 or launch.node_rank > 0:
         yield

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,7 +75,7 @@ class _Evaluations:
         """Of the validation shard."""
         run = self._run
         batch, token_bytes = run.config.evaluation.bpb.device_batch_size or run.plan.device_batch_size, run.tokenizer.token_bytes()
-        options = {"given_up": self._given_up, "progress": run.monitor.progress("bits per byte")}
+        options: dict[str, Any] = {"given_up": self._given_up, "progress": run.monitor.progress("bits per byte")}
         found = evaluation.bits_per_byte(run.model, lambda: evaluation.Rows(self._rows), token_bytes, batch, run.parallel, **options)
         if found is None:
             return False
@@ -138,7 +138,7 @@ class _Evaluations:
         return True
 
     @cached_property
-    def _rows(self) -> NDArray:
+    def _rows(self) -> NDArray[Any]:
         """Tokenized when the first evaluation wants them, then kept."""
         run, plan = self._run, self._run.plan
         count = plan.eval_rows if run.config.train.eval_every > 0 else min(plan.eval_rows, EVALUATED_ROWS)

@@ -6,6 +6,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -98,7 +99,7 @@ def build(
     if plan.compile:
         model.compile_blocks()
     wrapped = parallel.wrap(model)
-    place = {"dp_rank": parallel.dp_rank, "dp_size": parallel.dp_size, "device": parallel.device}
+    place: dict[str, Any] = {"dp_rank": parallel.dp_rank, "dp_size": parallel.dp_size, "device": parallel.device}
     loader = held.enter_context(
         Loader(corpus, tokenizer, **plan.stream, **place, seed=config.run.seed, state=state.loader, on_bad_shard=config.data.on_bad_shard)
     )

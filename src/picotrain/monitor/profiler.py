@@ -14,7 +14,7 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -155,7 +155,7 @@ class Profiler:
         return f"{window}, {each}: {headline(device or host, window)}; {(folder / 'kernels.md').relative_to(run_dir)}"
 
     @contextmanager
-    def _at_no_cost(self, step: int) -> Iterator[None]:
+    def _at_no_cost(self, step: int) -> Generator[None]:
         """What fails switches the profiler off and is recorded; the run goes on."""
         try:
             yield

@@ -49,9 +49,12 @@ def _templates() -> Environment:
     found = Environment(
         loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, finalize=cell, undefined=StrictUndefined
     )
-    found.filters |= {function.__name__: function for function in (number, count, percent, short, several)} | {"fence": _fence}
+    filters: dict[str, Any] = {function.__name__: function for function in (number, count, percent, short, several)} | {"fence": _fence}
     tables = (validations, evaluations, by_source, core_tasks, core_course, checkpoints, throughput, model, sources, data, config)
-    found.globals |= {function.__name__: function for function in (*tables, environment, attempts, events, state, core_points, measured)}
+    texts = (*tables, environment, attempts, events, state, core_points, measured)
+    names: dict[str, Any] = {function.__name__: function for function in texts}
+    found.filters.update(filters)
+    found.globals.update(names)
     return found
 
 

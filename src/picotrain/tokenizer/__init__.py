@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -147,7 +147,7 @@ class Tokenizer:
         return (None, f"gigatoken does not give text back: {reason}") if reason else (fast, "")
 
     @contextmanager
-    def _faults(self, encoder: str) -> Iterator[None]:
+    def _faults(self, encoder: str) -> Generator[None]:
         """Say a fault in an encoder's Rust code as a message that names the file."""
         try:
             with artifact.panics():

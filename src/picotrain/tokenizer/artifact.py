@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +96,7 @@ class Panic(Exception):
 
 
 @contextmanager
-def panics() -> Iterator[None]:
+def panics() -> Generator[None]:
     """Turn a panic of Rust code into a Panic."""
     try:
         yield

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from picotrain.checkpoint.archive.passes import Mirror
 from picotrain.checkpoint.archive.remote import OWNER, open_remote
@@ -56,7 +56,7 @@ class Archive:
         if how := overlap(url, run_dir):
             raise RunError(f"archive {self.shown} {how}, {run_dir}; a folder elsewhere would be right")
         self._run_dir, self._say, self._interval_s = run_dir, say, interval_s
-        self._options = {"min_age_s": min_age_s, "keep_last": keep_last, "say": say, "stop": self._stop}
+        self._options: dict[str, Any] = {"min_age_s": min_age_s, "keep_last": keep_last, "say": say, "stop": self._stop}
         self.last_success: float | None = None
         self.last_error: str | None = None
         self._thread: threading.Thread | None = None

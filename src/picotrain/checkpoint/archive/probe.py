@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def probe(url: str, run_dir: Path) -> str:
 
 
 @contextmanager
-def _opened(url: str, run_dir: Path, limit_s: float) -> Iterator[Remote]:
+def _opened(url: str, run_dir: Path, limit_s: float) -> Generator[Remote]:
     """The store, which is asked for so long at most. To import what speaks its protocol does not count: on a busy machine that alone
     takes seconds. DataError becomes RunError."""
     if how := overlap(url, run_dir):

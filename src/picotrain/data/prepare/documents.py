@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -122,7 +122,7 @@ class _AsItComes(io.RawIOBase):
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
+def _opened(path: Path) -> Generator[tuple[BinaryIO, Callable[[], int]]]:
     """A file as it was before compression, and how far it has been read, in bytes of text, about."""
     import pyarrow as pa
 

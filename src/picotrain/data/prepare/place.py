@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def silent(_message: str) -> None:
 
 
 @contextmanager
-def locked(path: Path, say: Say = silent) -> Iterator[None]:
+def locked(path: Path, say: Say = silent) -> Generator[None]:
     """Hold `path` against other processes; `say` is told when that takes waiting. Raises DataError."""
     told = False
 

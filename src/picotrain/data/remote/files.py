@@ -13,7 +13,7 @@ import fcntl
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -52,7 +52,7 @@ class RemoteFiles:
         self._failed: dict[str, tuple[float, Exception]] = {}  # when, and why, a shard could not be fetched ahead
 
     @contextmanager
-    def hold(self, shard: Shard) -> Iterator[Path]:
+    def hold(self, shard: Shard) -> Generator[Path]:
         """The shard as a whole, verified local file that stays while the context lasts; fetched first if it is not there.
 
         Raises DataError when it cannot be had, is not what its footer promised, the disk is full, or `close` is called.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -23,7 +23,7 @@ class Room:
         self._said = False
 
     @contextmanager
-    def reserved(self, shard: Shard, wanted: Sequence[Shard], urgent: bool) -> Iterator[bool]:
+    def reserved(self, shard: Shard, wanted: Sequence[Shard], urgent: bool) -> Generator[bool]:
         """Room for a shard while it is fetched: whether there is. Of the shards `wanted` soon, given most urgent first, none
         is removed unless this one is urgent. Where all are held, an urgent one gets its room all the same."""
         with self._lock:
