@@ -429,7 +429,7 @@ found.append(t.core.evaluate_task(scorer, missing, None, ranks).as_dict())
 if ranks.rank == 1:
     scorer.score = lambda questions: 1 / 0
 found.append(t.core.evaluate_task(scorer, task, None, ranks).as_dict())
-found.append(t.core.evaluate_task(t.Letters(), task, None, ranks, given_up=lambda: ranks.rank == 1).as_dict())
+found.append(t.core.evaluate_task(t.Letters(), task, None, ranks, should_stop=lambda: ranks.rank == 1).as_dict())
 ranks.teardown()
 print(json.dumps(found), flush=True)
 os._exit(0)  # as a rank does, see picotrain.ranks

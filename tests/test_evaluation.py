@@ -71,7 +71,7 @@ def test_every_rank_runs_equally_many_forwards_and_the_sum_is_the_same(monkeypat
 def test_an_evaluation_can_be_given_up_and_leaves_the_model_as_it_was():
     model = Table().train()
     answers = iter([False, True])
-    assert measure(model, 1, given_up=lambda: next(answers)) is None
+    assert measure(model, 1, should_stop=lambda: next(answers)) is None
     assert model.calls == 1
     assert model.training
 

@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from picotrain.config.compose import data_preset
+from picotrain.config.places import is_url
 from picotrain.config.schema import DataConfig
 from picotrain.contracts import Source as MadeSource
 from picotrain.data import hub
@@ -403,8 +404,6 @@ def _make(data: MadeSource, cache: Path, say: Say) -> Path:
 
 def is_remote(data: DataConfig) -> bool:
     """Whether data.path is a URL; the corpora on the Hub are another kind."""
-    from picotrain.data.remote import is_url
-
     return data.kind == "files" and data.path is not None and is_url(data.path)
 
 

@@ -47,7 +47,7 @@ def bits_per_byte(
     token_bytes: np.ndarray,  # (vocab_size,) UTF-8 bytes of each id, 0 for specials
     device_batch_size: int,
     parallel: Parallel,
-    given_up: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Bpb] | None:
     """Summed target loss in nats / (ln 2 x summed UTF-8 bytes of the targets): of all rows, then of each group if there are several.
@@ -62,7 +62,7 @@ def bits_per_byte(
     was_training = model.training
     model.eval()
     try:
-        shares = together(parallel, lambda: _sums(model, rows(), token_bytes, device_batch_size, parallel, given_up, progress))
+        shares = together(parallel, lambda: _sums(model, rows(), token_bytes, device_batch_size, parallel, should_stop, progress))
     finally:
         model.train(was_training)
     if None in shares:
@@ -80,7 +80,7 @@ def _sums(
     token_bytes: np.ndarray,
     device_batch_size: int,
     parallel: Parallel,
-    given_up: Callable[[], bool],
+    should_stop: Callable[[], bool],
     progress: Callable[[int, int], None],
 ) -> list[list[float]] | None:
     """Nats, bytes and tokens of each group in this rank's rows."""
@@ -90,7 +90,7 @@ def _sums(
     count = len(rows.ids)
     batches = math.ceil(count / (parallel.dp_size * device_batch_size))
     for batch in range(batches):
-        if given_up():
+        if should_stop():
             return None
         first = batch * device_batch_size * parallel.dp_size + parallel.dp_rank
         indices = first + parallel.dp_size * np.arange(device_batch_size)

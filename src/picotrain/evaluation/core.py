@@ -116,18 +116,18 @@ def evaluate_task(
     task: Task,
     max_per_task: int | None,
     parallel: Parallel,
-    given_up: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> TaskResult:
     """Evaluate one task on all ranks; every rank calls it and gets the same result.
 
-    max_per_task: examples at most; None or <= 0 means all. given_up is asked between batches, progress told (label,
+    max_per_task: examples at most; None or <= 0 means all. should_stop is asked between batches, progress told (label,
     examples done, examples in all) of this rank's share. What goes wrong with the task, a bug included, is in the result and
     not raised.
     """
     share = _Share()
     try:
-        _evaluate_share(share, scorer, task, max_per_task, parallel, given_up, progress)
+        _evaluate_share(share, scorer, task, max_per_task, parallel, should_stop, progress)
     except PicotrainError as error:
         share.problem = str(error)
     except Exception as error:
@@ -174,7 +174,7 @@ def _evaluate_share(
     task: Task,
     max_per_task: int | None,
     parallel: Parallel,
-    given_up: Callable[[], bool],
+    should_stop: Callable[[], bool],
     progress: Callable[[str, int, int], None],
 ) -> None:
     examples = choose(read_examples(task), max_per_task)
@@ -184,7 +184,7 @@ def _evaluate_share(
     progress(task.label, 0, len(mine))
     for start in range(0, len(mine), PREPARED):
         for batch in _batches(_questions(scorer, prompts, mine[start : start + PREPARED]), scorer):
-            if given_up():
+            if should_stop():
                 share.given_up = True
                 return
             for question, scores in zip(batch, _scores(scorer, batch), strict=True):

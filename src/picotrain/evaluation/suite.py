@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from picotrain.disk import is_own_json, parse_json, read_plain, write_whole
 from picotrain.evaluation.bundle import Bundle, Task
 from picotrain.evaluation.core import Core, TaskResult, evaluate_task, summary
 from picotrain.evaluation.scorer import Scorer, scorer_of
-from picotrain.evaluation.together import together
+from picotrain.evaluation.together import together, undisturbed
 from picotrain.model import LanguageModel
 from picotrain.parallel import Parallel
 from picotrain.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]  # task, examples done, examples in all, of this rank
-
-
-@contextmanager
-def undisturbed(model: LanguageModel) -> Generator[None]:
-    """Evaluation mode, without gradients and compiled code (every batch may have a shape of its own, and would be compiled anew); then the
-    model and torch's random states are as they were."""
-    was_training = model.training
-    model.eval()
-    gpus = [model.device] if model.device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(gpus):
-            yield
-    finally:
-        model.train(was_training)
 
 
 def core_of_model(
@@ -44,7 +27,7 @@ def core_of_model(
     open_bundle: Callable[[], Bundle],
     max_per_task: int,
     parallel: Parallel,
-    given_up: Callable[[], bool],
+    should_stop: Callable[[], bool],
     progress: Progress,
 ) -> Core | None:
     """CORE of a model in training. The model stays as it is. None when any rank gave up. Raises EvaluationFailed on every rank where some
@@ -54,7 +37,7 @@ def core_of_model(
     scorer, results = scorer_of(model, tokenizer), []
     with undisturbed(model):
         for task in bundles[0].tasks:
-            results.append(evaluate_task(scorer, task, max_per_task, parallel, given_up, progress))
+            results.append(evaluate_task(scorer, task, max_per_task, parallel, should_stop, progress))
             if results[-1].given_up:
                 return None
     return summary(bundles[0], results, max_per_task)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from picotrain.errors import PicotrainError
+from picotrain.model import LanguageModel
 from picotrain.parallel import Parallel
 
 
@@ -16,6 +20,20 @@ class EvaluationFailed(PicotrainError):
     def __init__(self, message: str, trace: str = ""):
         super().__init__(message)
         self.trace = trace
+
+
+@contextmanager
+def undisturbed(model: LanguageModel) -> Generator[None]:
+    """Evaluation mode, without gradients and compiled code (every batch may have a shape of its own, and would be compiled anew); then the
+    model and torch's random states are as they were."""
+    was_training = model.training
+    model.eval()
+    gpus = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), torch.random.fork_rng(gpus):
+            yield
+    finally:
+        model.train(was_training)
 
 
 def together(parallel: Parallel, work: Callable[[], Any]) -> list[Any]:

@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from picotrain import report
-from picotrain.checkpoint.archive import FAILED, Archive, Note
 from picotrain.config import Config
 from picotrain.errors import ArchiveBehind, RunError
 from picotrain.metrics import METRICS, MetricsFile
 from picotrain.terminal import say
+
+if TYPE_CHECKING:
+    from picotrain.checkpoint.archive import Archive, Note
 
 FAILED_CLOSE_S = 30.0  # what an archive gets to finish in when the run ends by an error
 
@@ -23,6 +26,8 @@ def start(config: Config, run_dir: Path) -> Archive | None:
     section = config.archive
     if section.url is None:
         return None
+    from picotrain.checkpoint.archive import Archive  # much code, for runs that have one
+
     # Its thread speaks when it likes, also after the console is closed.
     archive = Archive(
         section.url, run_dir, interval_s=section.interval_s, min_age_s=section.min_age_s, keep_last=section.keep_last, say=say
@@ -57,6 +62,8 @@ def finish(
     After a signal the launcher leaves us launch.grace_s in all, half of which is for this. What happened meanwhile goes into
     metrics.jsonl and the report, and from there into the archive, too.
     """
+    from picotrain.checkpoint.archive import FAILED
+
     share_s = config.launch.grace_s / 2
     limit_s = min(config.archive.close_s, share_s if stopped else math.inf)
 

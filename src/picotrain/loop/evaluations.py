@@ -18,8 +18,7 @@ from picotrain import run as runs
 from picotrain.contracts import EVALUATED_ROWS, Evaluation
 from picotrain.data.stream import validation_rows
 from picotrain.errors import Diverged
-from picotrain.evaluation.suite import core_of_model, undisturbed
-from picotrain.evaluation.together import together
+from picotrain.evaluation.together import together, undisturbed
 from picotrain.loop.saves import Saves
 from picotrain.loop.training import Training
 from picotrain.terminal import say
@@ -75,7 +74,7 @@ class _Evaluations:
         """Of the validation shard."""
         run = self._run
         batch, token_bytes = run.config.evaluation.bpb.device_batch_size or run.plan.device_batch_size, run.tokenizer.token_bytes()
-        options: dict[str, Any] = {"given_up": self._given_up, "progress": run.monitor.progress("bits per byte")}
+        options: dict[str, Any] = {"should_stop": self._should_stop, "progress": run.monitor.progress("bits per byte")}
         found = evaluation.bits_per_byte(run.model, lambda: evaluation.Rows(self._rows), token_bytes, batch, run.parallel, **options)
         if found is None:
             return False
@@ -92,11 +91,13 @@ class _Evaluations:
         if run.config.evaluation.core.bundle is None:
             return True
 
+        from picotrain.evaluation.suite import core_of_model  # much code, for runs that have a bundle
+
         def progress(label: str, done: int, total: int) -> None:
             run.monitor.progress(f"CORE {label}")(done, total)
 
         bundle = partial(runs.open_bundle, run.config)
-        result = core_of_model(run.model, run.tokenizer, bundle, most, run.parallel, self._given_up, progress)
+        result = core_of_model(run.model, run.tokenizer, bundle, most, run.parallel, self._should_stop, progress)
         if result is None:
             return False
         run.monitor.core(run.state.step, asdict(result))
@@ -128,7 +129,7 @@ class _Evaluations:
         seed = run.config.run.seed + run.state.step
 
         def written() -> list[dict[str, str]] | None:
-            found = sampling.complete(run.model, run.tokenizer, section.prompts, section, seed, self._given_up)
+            found = sampling.complete(run.model, run.tokenizer, section.prompts, section, seed, self._should_stop)
             return None if run.stop.requested else [asdict(sample) for sample in found]
 
         found = together(run.parallel, written)
@@ -144,6 +145,6 @@ class _Evaluations:
         count = plan.eval_rows if run.config.train.eval_every > 0 else min(plan.eval_rows, EVALUATED_ROWS)
         return validation_rows(run.corpus, run.tokenizer, plan.seq_len, count, plan.unit_bytes).rows
 
-    def _given_up(self) -> bool:
+    def _should_stop(self) -> bool:
         self._run.watchdog.beat()
         return self._run.stop.requested

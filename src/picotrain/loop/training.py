@@ -6,14 +6,13 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from picotrain import checkpoint, optim
 from picotrain import run as runs
-from picotrain.checkpoint.archive import Archive
 from picotrain.config import Config
 from picotrain.data.mixture import Mixture
 from picotrain.data.stream import Loader
@@ -27,6 +26,9 @@ from picotrain.planning import Plan
 from picotrain.signals import StopSignal
 from picotrain.state import TrainState
 from picotrain.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from picotrain.checkpoint.archive import Archive
 
 
 @dataclass(frozen=True)
