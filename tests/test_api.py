@@ -54,6 +54,7 @@ def test_the_names_are_exported_typed_and_cost_no_import_of_torch():
     assert (Path(picotrain.__file__).parent / "py.typed").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_the_pages_code_runs(tmp_path: Path):
     code = "\n".join(re.findall(r"(?ms)^```python\n(.*?)^```", PAGE)).replace(

@@ -77,6 +77,7 @@ def test_an_evaluation_of_a_package_is_measured_at_its_cadence_and_at_the_end_an
     assert [line["step"] for line in lines(run, "probe")] == [2, 4, 6]  # what followed the last save is measured anew
 
 
+@pytest.mark.slow
 def test_config_and_plan_take_its_keys_and_name_what_is_wrong_with_them(tmp_path: Path, tiny, site):
     words = tiny(tmp_path / "run", "evaluation.probe.every=100")
     shown = picotrain("config", *words, env=site)

@@ -88,7 +88,7 @@ def test_a_run_that_was_to_outlast_its_terminal_does_not_listen_to_it():
 
 
 @on_linux
-@pytest.mark.parametrize("where", ["python", "native_code"])
+@pytest.mark.parametrize("where", [pytest.param("python", marks=pytest.mark.slow), "native_code"])
 def test_a_stop_while_compiling_ends_the_run_which_goes_on_later(tmp_path, tiny, where):
     code = f"""
 def slow(self, *args, **more):

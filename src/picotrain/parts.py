@@ -14,7 +14,7 @@ import inspect
 import pkgutil
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, EntryPoints, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,15 @@ def built_in(group: str) -> tuple[str, ...]:
 
 
 @cache
+def _entries() -> EntryPoints:
+    """All entry points there are: to look through the installed packages takes some hundredths of a second, so it is done once."""
+    return entry_points()
+
+
+@cache
 def installed(group: str) -> dict[str, EntryPoint]:
     """The kinds that other packages add to a group."""
-    return {entry.name: entry for entry in entry_points(group=f"picotrain.{group}") if entry.name not in built_in(group)}
+    return {entry.name: entry for entry in _entries().select(group=f"picotrain.{group}") if entry.name not in built_in(group)}
 
 
 def kinds(group: str) -> list[str]:
@@ -76,7 +82,7 @@ def _is_part(value: Any, contract: type) -> bool:
 def conf_dirs() -> list[Path]:
     """The folders of config groups that other packages bring."""
     found = []
-    for entry in entry_points(group=CONF):
+    for entry in _entries().select(group=CONF):
         spec = find_spec(entry.value)  # without importing it
         found += [Path(place) / "conf" for place in (spec.submodule_search_locations or ()) if spec] if spec else []
     return [folder for folder in found if folder.is_dir()]
