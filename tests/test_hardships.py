@@ -52,7 +52,6 @@ def test_out_of_memory_with_an_automatic_batch_is_tried_again_smaller_with_the_s
 
 
 @pytest.mark.slow  # compiles three times; hang_s is what one may take, and what a watchdog that the first try left would end the third by
-@pytest.mark.slow
 def test_out_of_memory_while_compiling_is_tried_again_too_and_leaves_nothing_behind(tmp_path, tiny):
     run = tmp_path / "run"
     more = ("hardware.compile=true", "launch.hang_s=60", "archive.url=" + str(tmp_path / "archive"))

@@ -14,7 +14,7 @@ import inspect
 import pkgutil
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ def built_in(group: str) -> tuple[str, ...]:
 
 
 @cache
-def _entries() -> EntryPoints:
-    """All entry points there are: to look through the installed packages takes some hundredths of a second, so it is done once."""
+def _entries() -> Any:
+    """All entry points there are (of another type on Python 3.11): to look through the installed packages takes some hundredths of a second, so it is done once."""
     return entry_points()
 
 
