@@ -34,7 +34,7 @@ def built_in(group: str) -> tuple[str, ...]:
 
 @cache
 def _entries() -> Any:
-    """All entry points there are (of another type on Python 3.11): to look through the installed packages takes some hundredths of a second, so it is done once."""
+    """All entry points there are, of another type on Python 3.11. To look through what is installed takes time: it is done once."""
     return entry_points()
 
 
