@@ -113,6 +113,55 @@ def test_a_module_of_the_users_own_trains_resumes_to_the_bit_and_is_loaded(here:
         picotrain.load("runs/whole", "last", model=Bigram(width=8))
 
 
+class Wrong(Bigram):
+    def forward(self, ids: torch.Tensor):
+        return super().forward(ids), None
+
+
+class Looking(Bigram):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        return self.head(x + x.mean(dim=1, keepdim=True))
+
+
+class Counting(Bigram):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.requires_grad_(False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return super().forward(ids)
+
+
+NO_LANGUAGE_MODELS = {
+    "no tensor": (Wrong, "tuple"),
+    "no causality": (Looking, "later tokens"),
+    "a smaller vocabulary": (lambda: Bigram(100), "every id below"),
+    "no logits": (lambda: nn.Sequential(nn.Embedding(300, 32), nn.Flatten(), nn.Linear(32 * 32, 300)), "logits"),
+    "nothing to train": (Counting, "train"),
+}
+
+
+@pytest.mark.parametrize("name", NO_LANGUAGE_MODELS)
+def test_a_module_that_is_no_language_model_is_refused_before_anything_is_made(name: str, here: Path):
+    make, told = NO_LANGUAGE_MODELS[name]
+    module = make()
+    with pytest.raises(picotrain.ConfigError) as refused:
+        picotrain.train(picotrain.compose(*SMALL, "run.name=no"), module)
+    (problem,) = refused.value.problems
+    assert told in problem.message and type(module).__name__ in problem.message
+    assert not Path("runs").exists()
+    assert not isinstance(module, Counting) or not module.calls, "the module is as it was"
+
+
+def test_muon_refuses_a_module_without_matrices_in_words(here: Path):
+    module = nn.Sequential(nn.Embedding(300, 16), nn.Linear(16, 300))
+    with pytest.raises(picotrain.ConfigError, match="muon works on matrices"):
+        picotrain.train(picotrain.compose(*SMALL, "optimizer=muon", "train.max_steps=1"), module)
+
+
 def test_mistakes_are_raised_with_all_their_problems(here: Path):
     with pytest.raises(picotrain.ConfigError) as refused:
         picotrain.compose("model=d5", "train.seqlen=3")

@@ -26,6 +26,10 @@ class Probe(Evaluation):
         loss = model(rows[:, :-1], rows[:, 1:])
         return {"loss": loss * self.factor, "rows": len(rows), "ids": rows.shape[1], "training": model.training or loss.requires_grad}
 
+class Asking(Evaluation):
+    kind: str = "asking"
+    threshold: float
+
 class Broken(Evaluation):
     kind: str = "broken"
 
@@ -36,7 +40,7 @@ class Broken(Evaluation):
 class Named(Evaluation):
     kind: str = "val"
 """
-ENTRIES = "[picotrain.evaluations]\nprobe = probes:Probe\nbroken = probes:Broken\nval = probes:Named\n"
+ENTRIES = "[picotrain.evaluations]\nprobe = probes:Probe\nasking = probes:Asking\nbroken = probes:Broken\nval = probes:Named\n"
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +87,9 @@ def test_config_and_plan_take_its_keys_and_name_what_is_wrong_with_them(tmp_path
     shown = picotrain("config", *words, env=site)
     assert yaml.safe_load(shown.stdout)["evaluation"]["probe"] == {"kind": "probe", "every": 100, "factor": 1.0}, shown.stderr
     assert json.loads(picotrain("plan", "--json", *words, env=site).stdout)["num_steps"] == 12
-    for word, told in {"evaluation.probe.evry=1": "evaluation.probe.every", "evaluation.val.every=1": "metrics.jsonl"}.items():
-        refused = picotrain("plan", *tiny(tmp_path / "run", word), env=site)
+    wrong = {"probe.evry=1": "evaluation.probe.every", "val.every=1": "metrics.jsonl", "asking.every=1": "evaluation.asking.threshold"}
+    for word, told in wrong.items():
+        refused = picotrain("plan", *tiny(tmp_path / "run", f"evaluation.{word}"), env=site)
         assert refused.returncode == 2 and told in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
     absent = picotrain("plan", *words)
     assert absent.returncode == 2 and "evaluation.probe.every" in absent.stderr

@@ -93,7 +93,8 @@ def test_a_part_that_cannot_be_used_is_said(tmp_path: Path):
     info = tmp_path / "broken-1.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[picotrain.optimizers]\nbroken = broken_part:Lion\nnone = json:JSONDecoder\n")
+    entries = "[picotrain.optimizers]\nbroken = broken_part:Lion\nnone = json:JSONDecoder\n[picotrain.conf]\nabsent = not.there\n"
+    (info / "entry_points.txt").write_text(entries)
     (tmp_path / "broken_part.py").write_text("import a_package_that_is_not_there\n")
     words = {"broken": "a_package_that_is_not_there", "none": "no Optimizer"}
     for kind, told in words.items():

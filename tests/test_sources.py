@@ -24,7 +24,8 @@ from picotrain.data import sources
 from picotrain.data.amounts import pystdlib_text_bytes
 from picotrain.data.corpus import Corpus, default_lanes, default_unit_bytes, sample_texts, units
 from picotrain.data.hub import retries_said
-from picotrain.data.sources import check_rows, known, known_tokenizer, obtain_tokenizer, resolve
+from picotrain.data.sources import known, resolve
+from picotrain.data.tokenizers import check_rows, known_tokenizer, obtain_tokenizer
 from picotrain.errors import DataError, TokenizerError
 from picotrain.tokenizer import load_tokenizer, train_tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 
 from picotrain import ticker, tokenizer
 from picotrain.config.schema import TokenizerConfig
-from picotrain.data import sources
+from picotrain.data import sources, tokenizers
 from picotrain.data.corpus import scan
 
 
@@ -67,5 +67,5 @@ def test_training_a_tokenizer_tells_how_much_it_has_read(corpus_dir: Path, tmp_p
     monkeypatch.setattr(sources.Mixture, "sample", slow)
     monkeypatch.setattr(tokenizer, "train_tokenizer", train)
     section = TokenizerConfig(kind="bpe", vocab_size=300, train_bytes=200_000, path=None, encoder="auto")
-    sources.obtain_tokenizer(section, scan(corpus_dir, "corpus", None), tmp_path, said.append)
+    tokenizers.obtain_tokenizer(section, scan(corpus_dir, "corpus", None), tmp_path, said.append)
     assert said[0].startswith("training a tokenizer of 300 tokens")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from picotrain import run as runs
+from picotrain import shape
 from picotrain.config import Config
 from picotrain.config import compose as _compose
 from picotrain.config.schema import SamplingConfig
@@ -73,7 +74,7 @@ def train(config: Config, model: nn.Module | None = None) -> Trained:
     from picotrain.launch import Start, launch
 
     config = runs.resolve(config if model is None else _with_module(config, model), say)
-    code = _train_here(config, model) if model else launch(lambda: Start(config, lambda meeting: _opened(config)))
+    code = _train_here(config, model) if model is not None else launch(lambda: Start(config, lambda meeting: _opened(config)))
     run_dir = Path(config.run.dir or "")
     if code not in (0, Stopped.exit_code):
         raise RunError(f"{run_dir}: training ended with exit code {code}; the worker that failed has said why")
@@ -188,15 +189,25 @@ def load_model(run: Path, which: str, module: nn.Module | None = None) -> tuple[
 
 
 def _with_module(config: Config, module: nn.Module) -> Config:
-    """The config with a `model` section that counts this module's parameters. Raises ConfigError for more than one process."""
-    from picotrain.model import adapted
-
-    if config.hardware.nproc_per_node not in ("auto", 1) or config.launch.nnodes > 1:
-        rule = "a model given from Python trains in this process alone"
-        raise ConfigError([Problem("hardware.nproc_per_node", rule, "1, or register the model as a part: docs/extending.md")])
+    """The config with a `model` section that counts this module's parameters. Raises ConfigError for a module that is no language
+    model, and for more than one process."""
     import torch
 
-    model = adapted(module, config.tokenizer.vocab_size, config.train.seq_len or 512, torch.float32)
+    from picotrain.model import adapted, flaw
+
+    problems, vocab_size, seq_len = [], config.tokenizer.vocab_size, config.train.seq_len or shape.default_seq_len(1)
+    try:
+        wrong = flaw(module, vocab_size, seq_len)
+    except IndexError as error:  # an embedding that is too small says it so
+        wrong = f"cannot take every id below tokenizer.vocab_size={vocab_size:,}: {error}"
+    if wrong:
+        problems.append(Problem("model", f"the module {type(module).__name__} {wrong}", "docs/api.md says what a module has to do"))
+    if config.hardware.nproc_per_node not in ("auto", 1) or config.launch.nnodes > 1:
+        rule = "a model given from Python trains in this process alone"
+        problems.append(Problem("hardware.nproc_per_node", rule, "1, or register the model as a part: docs/extending.md"))
+    if problems:
+        raise ConfigError(problems)
+    model = adapted(module, vocab_size, seq_len, torch.float32)
     counts: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         counts[model.group_of(name, parameter)] += parameter.numel()

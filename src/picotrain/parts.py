@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -21,7 +22,6 @@ from typing import Any
 
 from picotrain.errors import ConfigError, Problem
 
-GROUPS = ("models", "sources", "optimizers", "schedules", "evaluations", "strategies", "trackers")
 CONF = "picotrain.conf"  # entry points that name packages whose folder conf/ has more choices for the config groups
 
 
@@ -81,8 +81,9 @@ def _is_part(value: Any, contract: type) -> bool:
 
 def conf_dirs() -> list[Path]:
     """The folders of config groups that other packages bring."""
-    found = []
+    found: list[Path] = []
     for entry in _entries().select(group=CONF):
-        spec = find_spec(entry.value)  # without importing it
-        found += [Path(place) / "conf" for place in (spec.submodule_search_locations or ()) if spec] if spec else []
+        with suppress(ImportError):  # a package above it is not there; its parts are missed when one is named
+            if spec := find_spec(entry.value):  # without importing it
+                found += [Path(place) / "conf" for place in spec.submodule_search_locations or ()]
     return [folder for folder in found if folder.is_dir()]

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from picotrain import __version__, checkout, hardware, planning
 from picotrain.config import Config, dump, load, places
 from picotrain.config.identity import classify_change, diff
-from picotrain.data import amounts, counts, sources
+from picotrain.data import amounts, counts, sources, tokenizers
 from picotrain.data import recorded as recorded_data
 from picotrain.data.mixture import Mixture
 from picotrain.disk import is_own_json, parse_json, read_plain, write_json, write_whole
@@ -77,12 +77,12 @@ def gather(config: Config, say: Say) -> Material:
     """Prepare corpus and tokenizer of a resolved config, downloading and training what is not in the cache yet."""
     cache = cache_dir(config)
     corpus, on_bad = sources.gather(config.data, cache, say), sources.passing_over(config.data, say)
-    path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say, on_bad)
-    tokenizer = sources.tokenizer_of(path, config.tokenizer)
+    path, measured = tokenizers.obtain_tokenizer(config.tokenizer, corpus, cache, say, on_bad)
+    tokenizer = tokenizers.tokenizer_of(path, config.tokenizer)
     for change in tokenizer.changes:
         say(change)
     plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])  # its problems come before any counting
-    sources.check_rows(corpus, tokenizer, plan.seq_len, plan.unit_bytes, on_bad)
+    tokenizers.check_rows(corpus, tokenizer, plan.seq_len, plan.unit_bytes, on_bad)
     corpus = _counted(config, corpus, tokenizer, plan, say)
     plan = planning.make(config, config.run.name or "", corpus, measured["bytes_per_token"])
     return Material(config, plan, corpus, tokenizer)
@@ -108,13 +108,13 @@ def preview(config: Config) -> Plan:
     """
     name, cache = config.run.name or "", cache_dir(config)
     named: list[Tokenizer | None] = []
-    all_problems(lambda: named.append(sources.named_tokenizer(config.tokenizer)), lambda: planning.make(config, name))
+    all_problems(lambda: named.append(tokenizers.named_tokenizer(config.tokenizer)), lambda: planning.make(config, name))
     corpus = sources.known_mixture(config.data, cache)
-    measured = sources.known_tokenizer(config.tokenizer, corpus, cache) if corpus else None
+    measured = tokenizers.known_tokenizer(config.tokenizer, corpus, cache) if corpus else None
     per_token: float | None = measured["bytes_per_token"] if measured else None
     if per_token is None and named[0]:
         texts = list(corpus.sample(SAMPLE_BYTES)) if corpus and not _is_remote(corpus) else amounts.sample(config.data, SAMPLE_BYTES)
-        per_token = sources.bytes_per_token(named[0], texts) if texts else None
+        per_token = tokenizers.bytes_per_token(named[0], texts) if texts else None
     guess = () if corpus else amounts.estimate(config.data, cache)
     plan = planning.make(config, name, corpus, per_token, guess)
     if corpus and measured:  # as far as an earlier start has counted the rows of an epoch
@@ -157,7 +157,7 @@ def open_run(config: Config, overrides: Sequence[str], say: Say) -> Material | N
     all_problems(
         lambda: check_machine(config),
         lambda: planning.make(config, run_dir.name),
-        lambda: None if is_there else sources.named_tokenizer(config.tokenizer),  # a run has its own
+        lambda: None if is_there else tokenizers.named_tokenizer(config.tokenizer),  # a run has its own
         lambda: _check_trackers(config.logger.trackers),
         lambda: _check_packages(config),
     )

@@ -28,8 +28,9 @@ from picotrain.data import counts
 from picotrain.data.corpus import Corpus, default_lanes, default_unit_bytes, units
 from picotrain.data.mixture import Mixture
 from picotrain.data.slices import slice_bytes, tokenized
-from picotrain.data.sources import obtain_tokenizer, resolve
+from picotrain.data.sources import resolve
 from picotrain.data.stream import Loader
+from picotrain.data.tokenizers import obtain_tokenizer
 from picotrain.places import expanded
 from picotrain.tokenizer import Tokenizer, load_tokenizer
 

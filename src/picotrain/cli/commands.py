@@ -17,7 +17,7 @@ from picotrain import run as runs
 from picotrain.cli import announced, say
 from picotrain.config import Config, compose, dump, places
 from picotrain.config.overrides import parse
-from picotrain.data import sources
+from picotrain.data import sources, tokenizers
 from picotrain.errors import ConfigError, Problem, UsageError
 from picotrain.places import expanded
 from picotrain.text import as_typed, printable
@@ -218,5 +218,5 @@ def tokenizer_train(overrides: Sequence[str], config_dir: Path | None) -> None:
     config = resolved(overrides, None, config_dir)
     cache = runs.cache_dir(config)
     corpus = sources.gather(config.data, cache, say)
-    path, measured = sources.obtain_tokenizer(config.tokenizer, corpus, cache, say)
+    path, measured = tokenizers.obtain_tokenizer(config.tokenizer, corpus, cache, say)
     print(json.dumps({"path": str(path), **measured}, indent=2))

@@ -13,7 +13,7 @@ from picotrain import run as runs
 from picotrain.cli import say
 from picotrain.cli.commands import resolved
 from picotrain.compression import CODE, LANGUAGES, VOCABULARIES, Evaluation, evaluate, known_vocabularies
-from picotrain.data import sources
+from picotrain.data import sources, tokenizers
 from picotrain.data.corpus import Corpus, read_texts
 from picotrain.terminal import Printer
 from picotrain.text import printable
@@ -29,7 +29,7 @@ def evaluate_tokenizer(overrides: Sequence[str], path: Path | None, config_dir: 
     cache = runs.cache_dir(config)
     data = sources.gather(config.data, cache, say)
     if path is None:
-        path, _ = sources.obtain_tokenizer(config.tokenizer, data, cache, say)
+        path, _ = tokenizers.obtain_tokenizer(config.tokenizer, data, cache, say)
     tokenizer = load_tokenizer(path, config.tokenizer.encoder)
     try:
         validation = [text for corpus in data.corpora for text in _validation_texts(corpus, VALIDATION_BYTES // len(data.corpora))]

@@ -408,10 +408,9 @@ def schema_of(chosen: Mapping[str, str], evaluations: tuple[str, ...] = ()) -> t
 def _schema(chosen: tuple[tuple[str, str], ...], evaluations: tuple[str, ...]) -> type[Config]:
     fields: dict[str, Any] = {}
     for section, kind in chosen:
-        part, old = part_of(section, kind), Config.model_fields[section]
-        fields[section] = (part, part(kind=kind) if section == "parallel" else ... if old.is_required() else old.default)
-    if evaluations:
-        added: dict[str, Any] = {name: (part, part(kind=name)) for name in evaluations for part in [evaluation_of(name)]}
-        section = create_model("EvaluationConfig", __base__=EvaluationConfig, **added)
-        fields["evaluation"] = (section, section())
+        part = part_of(section, kind)
+        fields[section] = (part, part(kind=kind) if (section, kind) == ("parallel", "ddp") else ...)
+    if evaluations:  # a config names them, so that their keys, of which some may have no default, are there
+        added: dict[str, Any] = {name: (evaluation_of(name), ...) for name in evaluations}
+        fields["evaluation"] = (create_model("EvaluationConfig", __base__=EvaluationConfig, **added), ...)
     return create_model("Config", __base__=Config, __doc__=Config.__doc__, **fields)

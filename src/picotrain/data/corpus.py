@@ -120,6 +120,11 @@ class Corpus:
             raise DataError(f"the description of a corpus is damaged: {place}: {first['msg']}, not {first['input']!r:.60}") from None
 
 
+def short_hash(value: Any) -> str:
+    """16 hex digits of what JSON can hold: the name of a place in the cache folder."""
+    return hash_bytes(json.dumps(value).encode(), 8)
+
+
 def scan(
     root: Path,
     name: str,

@@ -1,7 +1,8 @@
-"""Where a config's corpus and tokenizer come from: the standard library, the user's files, or the Hugging Face Hub.
+"""Where a config's corpus comes from: the standard library, the user's files, a URL, the Hugging Face Hub, or another package's source
+(`made`).
 
-`resolve` and `obtain_tokenizer` do the work (once: all results stay in the cache folder); `known`, `known_tokenizer` and
-`named_tokenizer` only look, for a plan. How much text there is before any of it is prepared: `amounts`. Without torch.
+`resolve` does the work (once: all results stay in the cache folder), `known` only looks, for a plan. Its tokenizer: `tokenizers`. How
+much text there is before any of it is prepared: `amounts`. Without torch.
 """
 
 from __future__ import annotations
@@ -12,49 +13,41 @@ import shutil
 import sys
 import sysconfig
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from picotrain.config.compose import data_preset
 from picotrain.config.places import is_url
 from picotrain.config.schema import DataConfig
 from picotrain.contracts import Source as MadeSource
-from picotrain.data import hub
+from picotrain.data import hub, made
 from picotrain.data.corpus import (
     ORIGIN,
     Corpus,
     OnBad,
     Remote,
     assemble,
-    hash_bytes,
     scan,
+    short_hash,
 )
 from picotrain.data.folder import RULE, choose, has_shards
 from picotrain.data.mixture import Mixture, Source
-from picotrain.data.prepare import NOT_TEXT, Input, Options, Progress, Say, identify, locked, look, prepare, silent
-from picotrain.disk import find_json, read_plain, write_whole
-from picotrain.errors import ConfigError, DataError, Problem, TokenizerError
+from picotrain.data.prepare import NOT_TEXT, Input, Options, Progress, Say, identify, look, prepare, silent
+from picotrain.disk import find_json, write_whole
+from picotrain.errors import DataError
 from picotrain.places import expanded
-from picotrain.signals import ending
-from picotrain.text import clock, several, size
+from picotrain.text import several, size
 from picotrain.ticker import ticking
 
 if TYPE_CHECKING:
-    from picotrain.config.schema import TokenizerConfig
-    from picotrain.tokenizer import Tokenizer
+    pass
 
-Text = Corpus | Mixture
 PRESETS = ("pystdlib", "climbmix", "fineweb_edu")  # what a mixture may name instead of a path
 DOWNLOADS = 4  # shards fetched at once
-META_BYTES = 4_000_000  # text that bytes per token are measured on
-META = "meta.json"  # what was measured of a tokenizer, in its cache folder
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 
 
@@ -75,7 +68,7 @@ def resolve(data: DataConfig, cache: Path, say: Say = silent) -> Corpus:
     Raises DataError."""
     cache = expanded(cache).absolute()
     if isinstance(data, MadeSource):
-        return scan(_make(data, cache, say), data.name, data.val_shard, cache=cache, on_bad=passing_over(data, say))
+        return scan(made.make(data, cache, say), data.name, data.val_shard, cache=cache, on_bad=passing_over(data, say))
     if data.kind == "hub":
         return _download(data, cache, say)
     if is_remote(data):
@@ -105,7 +98,7 @@ def known(data: DataConfig, cache: Path, say: Say = silent) -> Corpus | None:
     """
     cache = expanded(cache).absolute()
     if isinstance(data, MadeSource):
-        folder = _made_folder(data, cache)
+        folder = made.folder_of(data, cache)
         return scan(folder, data.name, data.val_shard, cache=cache, on_bad=passing_over(data, say)) if folder.is_dir() else None
     if data.kind == "hub":
         root, names = _hub_shards(data, cache)
@@ -120,94 +113,6 @@ def known(data: DataConfig, cache: Path, say: Say = silent) -> Corpus | None:
         return None
     folder = cache / "corpora" / str(entry.get("folder"))
     return scan(folder, data.name, data.val_shard, on_bad=passing_over(data, say)) if (folder / ORIGIN).is_file() else None
-
-
-def obtain_tokenizer(
-    section: TokenizerConfig, corpus: Text, cache: Path, say: Say = silent, on_bad: OnBad | None = None
-) -> tuple[Path, dict[str, Any]]:
-    """The path of this config's `tokenizer.json` (the one it names, or one trained on the training split and kept in
-    `cache`) and what was measured of it: {"vocab_size", "bytes_per_token", "corpus", "tokenizer"}.
-
-    `on_bad` is told of text that cannot be read, which is then passed over; None: DataError is raised.
-    Raises TokenizerError when the vocabulary is not the config's, or more than the text yields.
-    """
-    from picotrain.tokenizer import train_tokenizer
-
-    home = _tokenizer_home(section, corpus, cache)
-    path = _tokenizer_path(section, home)
-    if path.is_file() and (meta := known_tokenizer(section, corpus, cache)) is not None:
-        return path, meta
-    if on_bad is not None:  # of less text it is another one, which nobody who has all of it may get
-        home = home.with_name(f"{home.name}-skip")
-        path = _tokenizer_path(section, home)
-    with locked(home, say):
-        if section.path is None and not path.is_file():
-            used = min(section.train_bytes, corpus.text_bytes)
-            say(f"training a tokenizer of {section.vocab_size:,} tokens on {used / 1e6:,.1f} MB of {corpus.name}")
-            started = time.monotonic()
-            sample = Mixture.of(corpus).sample(section.train_bytes, on_bad)
-            with ending("training a tokenizer"), _telling_how_far(sample, used, say) as texts:  # most of it is in native code
-                train_tokenizer(texts, section.vocab_size, path)
-            say(f"trained it in {time.monotonic() - started:.1f} s: {path}")
-        tokenizer = tokenizer_of(path, section)
-        if tokenizer.vocab_size != section.vocab_size:
-            raise TokenizerError(
-                f"{path} has {tokenizer.vocab_size:,} tokens and tokenizer.vocab_size is {section.vocab_size:,}; "
-                f"set tokenizer.vocab_size={tokenizer.vocab_size}, or name another tokenizer.path"
-            )
-        meta = _measure(tokenizer, corpus, on_bad)
-        home.mkdir(parents=True, exist_ok=True)
-        write_whole(home / META, json.dumps(meta, indent=1).encode(), shared=True)
-    return path, meta
-
-
-def tokenizer_of(path: Path, section: TokenizerConfig) -> Tokenizer:
-    """The tokenizer in a file, for this section's encoder; loaded once as long as the file stays what it is. Raises TokenizerError."""
-    there = path.stat() if path.is_file() else None
-    return _loaded(path, section.encoder, there and (there.st_ino, there.st_size, there.st_mtime_ns))
-
-
-@lru_cache(maxsize=1)
-def _loaded(path: Path, encoder: Any, file: object) -> Tokenizer:
-    from picotrain.tokenizer import load_tokenizer
-
-    return load_tokenizer(path, encoder)
-
-
-def named_tokenizer(section: TokenizerConfig) -> Tokenizer | None:
-    """The tokenizer that `path` names; None: one will be trained. Raises ConfigError when it cannot be read or is of another vocabulary."""
-    if section.path is None:
-        return None
-    try:
-        tokenizer = tokenizer_of(_tokenizer_path(section, Path()), section)
-    except TokenizerError as error:
-        raise ConfigError([Problem("tokenizer.path", str(error))]) from error
-    if tokenizer.vocab_size != section.vocab_size:
-        rule = f"is {section.vocab_size:,}, but {tokenizer.path} has {tokenizer.vocab_size:,} tokens"
-        right = f"tokenizer.vocab_size={tokenizer.vocab_size}, or another tokenizer.path"
-        raise ConfigError([Problem("tokenizer.vocab_size", rule, right)])
-    return tokenizer
-
-
-@contextmanager
-def _telling_how_far(texts: Iterator[str], total: int, say: Say) -> Generator[Iterator[str]]:
-    """The texts of a training that takes long, with a line now and then that says where it is."""
-    started, done, merging = time.monotonic(), 0, False
-
-    def counted() -> Iterator[str]:
-        nonlocal done, merging
-        for text in texts:
-            done += len(text.encode())
-            yield text
-        merging = True
-
-    def status() -> str:
-        if merging:
-            return f"training the tokenizer: the text is read, merging, {clock(time.monotonic() - started)} so far"
-        return f"training the tokenizer: read {size(done)} of {size(total)}"
-
-    with ticking(say, status):
-        yield counted()
 
 
 @contextmanager
@@ -234,65 +139,6 @@ def _adding(what: str, total: int, progress: Progress) -> Callable[[int], None]:
             progress(what, done, total)
 
     return add
-
-
-def known_tokenizer(section: TokenizerConfig, corpus: Text, cache: Path) -> dict[str, Any] | None:
-    """What `obtain_tokenizer` measured, if it has run for this corpus and section."""
-    return find_json(_tokenizer_home(section, corpus, cache) / META)
-
-
-def check_rows(data: Text, tokenizer: Tokenizer, seq_len: int, unit_bytes: int, on_bad: OnBad | None = None) -> None:
-    """Raise DataError unless each source's training and validation shards fill at least one row of seq_len + 1 tokens.
-    `on_bad` is told of training text that cannot be read, which is then passed over."""
-    for corpus in Mixture.of(data).corpora:
-        _check_rows(corpus, tokenizer, seq_len, unit_bytes, on_bad)
-
-
-def _check_rows(corpus: Corpus, tokenizer: Tokenizer, seq_len: int, unit_bytes: int, on_bad: OnBad | None) -> None:
-    from picotrain.data.lanes import has_full_row, remedy, too_short
-
-    if not has_full_row(corpus, tokenizer, seq_len, unit_bytes, on_bad):
-        raise DataError(too_short(corpus, seq_len))
-    if not has_full_row(replace(corpus, shards=(corpus.val,)), tokenizer, seq_len, unit_bytes):
-        raise DataError(
-            f"{corpus.root / corpus.val.name} ({corpus.val.rows:,} validation documents, {corpus.val.text_bytes:,} bytes) fills "
-            f"no row of {seq_len + 1} tokens; {remedy(seq_len)}"
-        )
-
-
-def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str]) -> float:
-    """Bytes of these documents per token, the `<|bos|>` that leads each of them counted."""
-    ids, _ = tokenizer.encode_flat(texts)
-    return sum(len(text.encode()) for text in texts) / (len(ids) + len(texts))
-
-
-def _measure(tokenizer: Tokenizer, corpus: Text, on_bad: OnBad | None) -> dict[str, Any]:
-    return {
-        "vocab_size": tokenizer.vocab_size,
-        "bytes_per_token": bytes_per_token(tokenizer, list(Mixture.of(corpus).sample(META_BYTES, on_bad))),
-        "corpus": corpus.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
-    }
-
-
-def _tokenizer_home(section: TokenizerConfig, corpus: Text, cache: Path) -> Path:
-    """One folder for each corpus and vocabulary; the encoder is no part of it, as both give the same ids."""
-    identity: list[Any] = [corpus.fingerprint, section.kind, section.vocab_size, section.train_bytes]
-    if section.path is not None:
-        file = _tokenizer_path(section, Path())
-        try:
-            content = hash_bytes(read_plain(file))
-        except OSError:  # whoever loads it says what is wrong
-            content = str(file)
-        identity = [corpus.fingerprint, section.vocab_size, content, "whole texts"]  # older ones were measured on texts that a file cut
-    return expanded(cache).absolute() / "tokenizers" / _hash(identity)
-
-
-def _tokenizer_path(section: TokenizerConfig, home: Path) -> Path:
-    if section.path is None:
-        return home / "tokenizer.json"
-    path = expanded(section.path).absolute()
-    return path / "tokenizer.json" if path.is_dir() else path
 
 
 def parts_of(data: DataConfig) -> list[DataConfig]:
@@ -360,43 +206,11 @@ def _label(data: DataConfig) -> str:
 
 def _index(files: list[Input], cache: Path) -> Path:
     """Which prepared folder belongs to these files, so that unchanged ones need not be read to be known."""
-    return cache / "corpora" / f"inputs-{_hash([str(file.path.absolute()) for file in files])}.json"
+    return cache / "corpora" / f"inputs-{short_hash([str(file.path.absolute()) for file in files])}.json"
 
 
 def _stats(files: list[Input]) -> str:
-    return _hash([[(stat := file.path.stat()).st_size, stat.st_mtime_ns] for file in files])
-
-
-def _hash(value: Any) -> str:
-    return hash_bytes(json.dumps(value).encode(), 8)
-
-
-# --- sources of other packages --------------------------------------------------------------------
-
-_NOT_TEXT = {"name", "val_shard", "licence", "lanes", "unit_bytes", "on_bad_shard"}  # keys that do not change what is written
-
-
-def _made_folder(data: MadeSource, cache: Path) -> Path:
-    """Where the shards of a source are that writes its own."""
-    values = [data.version, data.model_dump(mode="json", exclude=_NOT_TEXT)]
-    return cache / "corpora" / f"{data.kind}-{_hash(values)}"
-
-
-def _make(data: MadeSource, cache: Path, say: Say) -> Path:
-    """The folder with a source's shards, written when it is not there: whole or not at all."""
-    folder = _made_folder(data, cache)
-    with locked(folder, say):
-        if folder.is_dir():
-            return folder
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial, ending(f"writing {data.name}"):
-            inner = Path(partial) / "shards"
-            inner.mkdir()
-            say(f"preparing {data.name}")
-            data.write(inner, say)
-            scan(inner, data.name, data.val_shard)  # what is no corpus is told now, and not kept
-            inner.rename(folder)
-    return folder
+    return short_hash([[(stat := file.path.stat()).st_size, stat.st_mtime_ns] for file in files])
 
 
 # --- URLs ----------------------------------------------------------------------------------------
@@ -441,7 +255,7 @@ def url_root(data: DataConfig, cache: Path) -> Path:
 
 
 def _url_index(data: DataConfig, cache: Path) -> Path:
-    return cache / "corpora" / f"url-{_hash([RULE, data.path, data.val_shard, data.on_bad_shard])}.json"
+    return cache / "corpora" / f"url-{short_hash([RULE, data.path, data.val_shard, data.on_bad_shard])}.json"
 
 
 # --- the Hugging Face Hub ------------------------------------------------------------------------

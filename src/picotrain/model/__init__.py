@@ -7,7 +7,7 @@ output. There is no autocast. `build` gives a model that trains in fp8 or keeps 
 from __future__ import annotations
 
 from picotrain import first_calls
-from picotrain.model.adapted import adapted
+from picotrain.model.adapted import adapted, flaw
 from picotrain.model.cache import KVCache
 from picotrain.model.decoder import Decoder, LanguageModel
 from picotrain.model.kernels import Names
@@ -16,7 +16,8 @@ from picotrain.model.masks import attention_mask
 from picotrain.model.training import DTYPES, build, compute_dtype
 
 __all__ = [
-    "DTYPES", "Decoder", "KVCache", "LanguageModel", "Names", "adapted", "attention_mask", "build", "compute_dtype", "rms_norm", "rotate",
+    "DTYPES", "Decoder", "KVCache", "LanguageModel", "Names", "adapted", "attention_mask", "build", "compute_dtype", "flaw", "rms_norm",
+    "rotate",
 ]  # fmt: skip
 
 first_calls.settle()  # whoever has a model has imported this

@@ -25,6 +25,32 @@ def adapted(module: nn.Module, vocab_size: int, seq_len: int, dtype: torch.dtype
     return module
 
 
+@torch.no_grad()
+def flaw(module: nn.Module, vocab_size: int, seq_len: int) -> str:
+    """What keeps a module from being trained as a language model, in words; "" where it can be. Tried on two rows that differ in their last
+    token; the module's buffers and mode stay as they are. What the module itself raises is raised."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return "has no parameter to train"
+    ids = torch.arange(seq_len, device=device).remainder(vocab_size).repeat(2, 1)  # (2, T)
+    ids[:, -1] = torch.tensor([0, vocab_size - 1], device=device)
+    buffers, training = {name: buffer.clone() for name, buffer in module.named_buffers()}, module.training
+    try:
+        logits: object = module.eval()(ids)
+    finally:
+        module.train(training)
+        for name, buffer in module.named_buffers():
+            buffer.copy_(buffers[name])
+    if not isinstance(logits, Tensor):
+        return f"returns {type(logits).__name__} and not the logits, a tensor (B, T, V)"
+    if logits.dim() != 3 or logits.shape[:2] != ids.shape or logits.size(-1) < vocab_size:
+        return f"makes logits {tuple(logits.shape)} of ids {tuple(ids.shape)}, which have to be (B, T, V) with V of at least {vocab_size:,}"
+    one, other = logits[:, :-1].float()
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-4):
+        return "looks at later tokens: with another last token its logits before change, and a loss would mean nothing"
+    return ""
+
+
 @cache
 def _adapted(kind: Any) -> type[LanguageModel]:
     class Adapted(LanguageModel, kind):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from picotrain.contracts import Optimizer
+from picotrain.errors import ConfigError, Problem
 from picotrain.section import Decay, Number, PositiveFloat
 from picotrain.shape import Parameters
 
@@ -36,7 +37,12 @@ class MuonConfig(Optimizer):
 
         *tables, matrices = groups
         adamw = {"betas": (self.beta1, self.beta2), "eps": self.eps, "fused": self.skips(parallel.device)}
-        return Muon(tables, matrices, adamw=adamw, momentum=self.momentum, steps=self.ns_steps, dtype=dtype, parallel=parallel)
+        try:
+            if matrices["name"] != "matrices":
+                raise ValueError("the model has none beside its tables")
+            return Muon(tables, matrices, adamw=adamw, momentum=self.momentum, steps=self.ns_steps, dtype=dtype, parallel=parallel)
+        except ValueError as error:
+            raise ConfigError([Problem("optimizer.kind", f"muon works on matrices, and {error}", "optimizer=adamw")]) from error
 
     def skips(self, device: torch.device) -> bool:
         return device.type != "mps"  # see AdamWConfig

@@ -92,7 +92,7 @@ class Muon(torch.optim.Optimizer):
         parallel: Parallel | None = None,
     ):
         if odd := [tuple(parameter.shape) for parameter in matrices["params"] if parameter.ndim != 2]:
-            raise ValueError(f"Muon is for matrices, and a parameter has the shape {odd[0]}")
+            raise ValueError(f"one of the model's parameters beside its tables has the shape {odd[0]}")
         super().__init__([*tables, matrices | {"keeps": ("momentum",)}], {})
         self._momentum, self._dtype, self._parallel = momentum, dtype, parallel or Parallel.single()
         self._coefficients = [*coefficients, *[coefficients[-1]] * steps][:steps]
